@@ -1,0 +1,87 @@
+"""From a response to an answer, and when two answers are equal. Nothing here evaluates model text."""
+
+import dataclasses
+import re
+from fractions import Fraction
+
+# Raised whenever an answer could be extracted or judged differently: metrics of two versions do not compare.
+GRADER_VERSION = "number-1"
+
+# A longer digit string is no answer to a word problem, and bounds the work spent on a hostile one.
+MAX_NUMBER_LENGTH = 50
+
+# An optional minus that is no subtraction, an optional $, digits with or without thousands separators, and an
+# optional denominator: "-$1,234.50", "3/4", ".5". In "10-5" the minus belongs to no number.
+_FIND_NUMBER = re.compile(
+    r"((?<![\w.,)])[-−])?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(/\d+)?", re.ASCII
+)
+_PLAIN = re.compile(r"-?\d*\.?\d+", re.ASCII)
+_ANSWER_LINE = re.compile(r"the (?:final )?answer is\s*:?([^\n]*)", re.IGNORECASE)
+_HASH_LINE = re.compile(r"####([^\n]*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """The answer found in a response, and the rule that found it; both None where there is none."""
+
+    answer: str | None
+    rule: str | None
+
+
+def extract_number(response: str) -> Extracted:
+    """The final number of a worked response.
+
+    Rules, the first that yields a number wins: the last line "The answer is: …" (rule "answer_line"), the
+    last "#### …" (rule "hash_line"), the last number of the text (rule "last_number"). In a marked line the
+    first number after a last "=" counts, so "The answer is: 3 + 4 = 7 apples." gives 7.
+    """
+    for rule, pattern in (("answer_line", _ANSWER_LINE), ("hash_line", _HASH_LINE)):
+        marked = pattern.findall(response)
+        if marked:
+            numbers = _numbers_in(marked[-1].rpartition("=")[2])
+            if numbers:
+                return Extracted(numbers[0], rule)
+    numbers = _numbers_in(response)
+    return Extracted(numbers[-1], "last_number") if numbers else Extracted(None, None)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of "72", "-1,234.5", "$18", "3/4", "50%" (as 50) or "7."; None for anything else."""
+    text = text.strip().replace("−", "-").replace("$", "").replace(",", "").replace(" ", "")
+    text = text.removesuffix("%").removesuffix(".")
+    if not text or len(text) > MAX_NUMBER_LENGTH:
+        return None
+    numerator, slash, denominator = text.partition("/")
+    if not _PLAIN.fullmatch(numerator):
+        return None
+    if not slash:
+        return Fraction(numerator)
+    if not (denominator.isascii() and denominator.isdigit() and int(denominator)):
+        return None
+    return Fraction(numerator) / int(denominator)
+
+
+def canonical_number(text: str | None) -> str | None:
+    """One spelling for equal numbers ("1,200.0" and "1200" both give "1200"): the class used for voting."""
+    value = None if text is None else parse_number(text)
+    return None if value is None else str(value)
+
+
+def numbers_equal(answer: str, gold: str) -> bool:
+    """Integers must be equal exactly; where the gold answer is no integer, 1e-3 relative is allowed.
+
+    Source: the number comparison of arXiv 2403.04706. Raises ValueError where `gold` is no number.
+    """
+    gold_value, value = parse_number(gold), parse_number(answer)
+    if gold_value is None:
+        raise ValueError(f"the gold answer {gold!r} is not a number")
+    if value is None:
+        return False
+    if gold_value.denominator == 1:
+        return value == gold_value
+    return abs(value - gold_value) <= abs(gold_value) / 1000
+
+
+def _numbers_in(text: str) -> list[str]:
+    found = ("-" * bool(sign) + digits + fraction for sign, digits, fraction in _FIND_NUMBER.findall(text))
+    return [number for number in found if parse_number(number) is not None]

@@ -1,0 +1,135 @@
+"""What every command shares: exit codes, one-line errors, and flags made from settings.
+
+Exit codes: 0 success, 1 failure, 2 usage or configuration, 75 pre-empted (run me again), 130 Ctrl-C.
+"""
+
+import argparse
+import errno
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+from data_pipeline.settings import Settings, UsageError, validated
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+logger = logging.getLogger("mathscale")
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+class RunError(Exception):
+    """The command was asked for properly and could not be carried out (exit code 1)."""
+
+
+class Stopped(Exception):  # noqa: N818 - a clean stop, not an error
+    """The command was asked to stop and left everything in order; carries the exit code (75 or 130)."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a request that a loop reads between two steps.
+
+    A second SIGINT ends the process at once: files are written whole and renamed, so nothing is damaged.
+    Use as a context manager around the loop.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.exit_code is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+        logger.warning("asked to stop: finishing what is under way (Ctrl-C again stops at once)")
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+    """One `--flag` per field of `settings`, with the field's description and default as its help.
+
+    Values stay strings here; pydantic parses and checks them in `from_flags`.
+    """
+    for name, field in settings.model_fields.items():
+        required = field.is_required()
+        default = "required" if required else f"default: {field.default}"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            required=required,
+            default=argparse.SUPPRESS,
+            metavar=name.split("_")[-1].upper(),
+            help=f"{field.description} ({default})".replace("%", "%%"),
+        )
+
+
+def from_flags(settings: type[SettingsT], arguments: argparse.Namespace) -> SettingsT:
+    """The validated settings that the flags of `add_flags` give. Raises UsageError."""
+    given = {k: v for k, v in vars(arguments).items() if k in settings.model_fields}
+    return validated(settings, given, where="command line")
+
+
+def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs `command(argv)` and ends the process with the exit code that belongs to how it ended."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)
+    try:
+        command(argv)
+    except UsageError as error:
+        _end(f"error: {error}", EXIT_USAGE)
+    except RunError as error:
+        _end(f"error: {error}", EXIT_FAILURE)
+    except Stopped as stop:
+        _end(str(stop), stop.exit_code)
+    except KeyboardInterrupt:
+        _end("stopped by Ctrl-C; what was finished is kept, run the same command to go on", EXIT_INTERRUPTED)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        _end(
+            f"error: no room on disk: {_first_line(error)}\nwhat was saved before is whole; "
+            "free some space and run the same command again",
+            EXIT_FAILURE,
+        )
+    sys.exit(0)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """True where `error`, or one that caused it, says that a disk, a quota or a file size limit is reached."""
+    # Orbax and TensorStore report the system's error as text inside errors of their own.
+    texts = ("No space left on device", "Disk quota exceeded", "File too large", "RESOURCE_EXHAUSTED: Error writing")
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(text in str(error) for text in texts):
+            return True
+        if isinstance(error, BaseExceptionGroup) and any(is_disk_full(e) for e in error.exceptions):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _end(message: str, exit_code: int) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(exit_code)

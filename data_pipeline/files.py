@@ -1,0 +1,58 @@
+"""Files written whole: a reader sees the old content or the new, never a part."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from etils import epath
+
+
+def write_atomically(path: Path | epath.Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Calls `write` on a temporary file beside `path`, flushes it to disk, and renames it.
+
+    On an object store, where an upload is atomic already, the content is uploaded in one piece.
+    """
+    if "://" in str(path):
+        with tempfile.TemporaryFile() as buffer:
+            write(buffer)
+            buffer.seek(0)
+            epath.Path(path).write_bytes(buffer.read())
+        return
+    handle, temporary = tempfile.mkstemp(prefix=f".{Path(path).name}.", dir=Path(path).parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)  # mkstemp makes files that only their owner can read
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path | epath.Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path | epath.Path, value: Any) -> None:
+    """Writes indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json_lines(path: Path | epath.Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that `write_json_lines` wrote."""
+    for line in epath.Path(path).read_text().split("\n"):
+        if line:
+            yield json.loads(line)

@@ -1,0 +1,182 @@
+"""From settings to batches. The step determines the batch: `Batches[step]` is a pure function."""
+
+import functools
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import grain
+import numpy as np
+import pydantic
+from jaxtyping import Bool, Int
+
+from data_pipeline.packing import PackPlan, pack, pad
+from data_pipeline.settings import Settings, UsageError
+from data_pipeline.tasks import TASKS, read_problems
+from data_pipeline.templates import DEFAULT_TEMPLATE, Template
+from data_pipeline.tokenized import TokenizedRows, tokenize_cached
+from data_pipeline.tokenizer import Tokenizer
+
+logger = logging.getLogger("mathscale")
+
+
+class Source(Settings):
+    """One dataset of problems."""
+
+    task: str = pydantic.Field(description=f"one of {', '.join(TASKS)}")
+    split: str = pydantic.Field("train", description="split of the task")
+    path: str | None = pydantic.Field(None, description="file of rows; null takes the task's public source")
+
+    @pydantic.field_validator("task")
+    @classmethod
+    def _task_known(cls, task: str) -> str:
+        if task not in TASKS:
+            raise ValueError(f"unknown task; allowed: {', '.join(TASKS)}")
+        return task
+
+
+class DataSettings(Settings):
+    """What the model reads."""
+
+    sources: tuple[Source, ...] = pydantic.Field(description="list of datasets, read one after another")
+    tokenizer: str | None = pydantic.Field(
+        None, description="tokenizer.model file; null takes the one that came with init_from"
+    )
+    template: str = pydantic.Field(DEFAULT_TEMPLATE, description="chat template: default, or a YAML file")
+    context: pydantic.PositiveInt = pydantic.Field(2048, description="tokens in a row of a batch")
+    layout: Literal["packed", "padded"] = pydantic.Field(
+        "packed", description="packed: several examples share a row; padded: one example a row"
+    )
+    overlong: Literal["drop", "refuse"] = pydantic.Field(
+        "drop", description="examples longer than the context: dropped and counted, or refused"
+    )
+    cache_dir: str | None = pydantic.Field(None, description="token cache; null takes ~/.cache/mathscale_jax")
+    prefetch: pydantic.NonNegativeInt = pydantic.Field(4, description="batches made ahead of the step")
+
+    @pydantic.field_validator("sources")
+    @classmethod
+    def _not_empty(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        if not sources:
+            raise ValueError("name at least one dataset")
+        return sources
+
+
+class Batch(TypedDict):
+    """Host arrays, all [rows, context]. Segment id 0 is padding; ids count the examples of a row from 1."""
+
+    tokens: Int[np.ndarray, "rows context"]
+    targets: Int[np.ndarray, "rows context"]
+    loss_mask: Bool[np.ndarray, "rows context"]
+    segment_ids: Int[np.ndarray, "rows context"]
+    positions: Int[np.ndarray, "rows context"]
+
+
+def load_rows(settings: DataSettings, tokenizer: Tokenizer, template: Template) -> TokenizedRows:
+    """Reads and tokenises every source, and drops or refuses rows longer than the context. Raises UsageError."""
+    problems = []
+    for source in settings.sources:
+        read = read_problems(source.task, source.split, source.path)
+        logger.info("read %d problems from %s", len(read), source.path or f"{source.task}/{source.split}")
+        problems += read
+    cache_dir = None if settings.cache_dir is None else Path(settings.cache_dir)
+    rows = tokenize_cached(problems, tokenizer, template, cache_dir)
+    fits = rows.input_lengths <= settings.context
+    num_overlong = int((~fits).sum())
+    if num_overlong:
+        first = int(np.argmin(fits))
+        what = (
+            f"{num_overlong} of {len(rows)} examples are longer than data.context={settings.context} "
+            f"(the first is {problems[first].id!r} with {rows.input_lengths[first]} tokens)"
+        )
+        if settings.overlong == "refuse":
+            raise UsageError(f"{what}; raise data.context, or set data.overlong=drop")
+        logger.warning("%s: dropped", what)
+        rows = rows.select(np.flatnonzero(fits))
+    if not len(rows):
+        raise UsageError(f"no example is left that fits data.context={settings.context}; raise it")
+    return rows
+
+
+class Batches:
+    """The batch of every step, for one process of several: global rows [start, stop) of `batch_size`.
+
+    Steps run through epoch after epoch of the pack plan without a gap: a batch may hold the end of one epoch
+    and the beginning of the next. With `num_steps` from `steps_in_epochs` the last batch is filled up with
+    empty rows, so that each example is seen exactly once per epoch.
+    """
+
+    def __init__(
+        self,
+        rows: TokenizedRows,
+        settings: DataSettings,
+        *,
+        batch_size: int,
+        seed: int,
+        num_steps: int | None = None,
+        num_epochs: int | None = None,
+        rows_of_process: slice = slice(None),
+    ):
+        """Give `num_steps` or `num_epochs`; a run in epochs ends when the last one does."""
+        self._rows, self._settings, self._seed, self._batch_size = rows, settings, seed, batch_size
+        self._mine = range(batch_size)[rows_of_process]
+        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
+        self.bins_per_epoch = len(self._plan(0))
+        self._num_bins = None if num_epochs is None else num_epochs * self.bins_per_epoch
+        if num_steps is None:
+            if self._num_bins is None:
+                raise ValueError("give num_steps or num_epochs")
+            num_steps = math.ceil(self._num_bins / batch_size)
+        self.num_steps = num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> Batch:
+        shape = (len(self._mine), self._settings.context)
+        batch = Batch(
+            tokens=np.zeros(shape, np.int32),
+            targets=np.zeros(shape, np.int32),
+            loss_mask=np.zeros(shape, bool),
+            segment_ids=np.zeros(shape, np.int32),
+            positions=np.zeros(shape, np.int32),
+        )
+        for local_row, global_row in enumerate(self._mine):
+            index = step * self._batch_size + global_row
+            if self._num_bins is not None and index >= self._num_bins:
+                break
+            epoch, position = divmod(index, self.bins_per_epoch)
+            self._fill(batch, local_row, self._plan(epoch)[position])
+        return batch
+
+    @property
+    def fill(self) -> float:
+        """Share of the positions of an epoch that hold an example."""
+        return float(self._rows.input_lengths.sum()) / (self.bins_per_epoch * self._settings.context)
+
+    def _make_plan(self, epoch: int) -> PackPlan:
+        if self._settings.layout == "padded":
+            return pad(len(self._rows), self._seed, epoch)
+        return pack(self._rows.input_lengths, self._settings.context, self._seed, epoch)
+
+    def _fill(self, batch: Batch, row: int, members: Int[np.ndarray, " members"]) -> None:
+        start = 0
+        for segment, member in enumerate(members, 1):
+            tokens = self._rows.tokens[self._rows.offsets[member] : self._rows.offsets[member + 1]]
+            length = len(tokens) - 1
+            place = slice(start, start + length)
+            batch["tokens"][row, place] = tokens[:-1]
+            # Shifted here, before packing: the last position of one example never predicts the next one's first.
+            batch["targets"][row, place] = tokens[1:]
+            batch["loss_mask"][row, start + self._rows.prompt_lengths[member] - 1 : start + length] = True
+            batch["segment_ids"][row, place] = segment
+            batch["positions"][row, place] = np.arange(length)
+            start += length
+
+
+def iterate(batches: Batches, start_step: int, prefetch: int) -> Iterator[Batch]:
+    """The batches from `start_step` to the end, made ahead by grain's threads."""
+    dataset = grain.MapDataset.source(batches)[start_step:]
+    options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
+    return iter(dataset.to_iter_dataset(options))

@@ -1,0 +1,154 @@
+"""Settings: frozen, validated, read from YAML and dotted overrides.
+
+Every package owns its settings as `Settings` classes; one file nests them. A mistake is one clear
+`UsageError` that names the key, the value, what is allowed, and the nearest valid key for an unknown one.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+from etils import epath
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+
+class UsageError(Exception):
+    """The user's request cannot be meant as it stands (exit code 2). The message says what to do."""
+
+
+class Settings(pydantic.BaseModel):
+    """A frozen group of settings in which an unknown key is an error."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def load_settings(settings: type[SettingsT], path: str, overrides: Sequence[str] = ()) -> SettingsT:
+    """Reads YAML from `path`, applies `key.sub=value` overrides, and validates.
+
+    A relative path that does not exist here is looked up among the installed `configs/` as well.
+    Raises UsageError.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return validated(settings, tree, where=path)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UsageError where it is missing, broken or no mapping."""
+    file: Any = epath.Path(path)
+    if not file.exists():
+        packaged = resources.files("configs").joinpath(path.removeprefix("configs/"))
+        if not packaged.is_file():
+            raise UsageError(f"config file {path!r} does not exist")
+        file = packaged
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
+    return tree
+
+
+def validated(settings: type[SettingsT], tree: Mapping[str, Any], where: str) -> SettingsT:
+    """`settings` made from plain values; a mistake raises UsageError with a line for each wrong key."""
+    try:
+        return settings.model_validate(tree)
+    except pydantic.ValidationError as error:
+        lines = [_explain(settings, item) for item in error.errors()]
+        raise UsageError("\n  ".join([f"{where}:", *lines]) if len(lines) > 1 else f"{where}: {lines[0]}") from error
+
+
+def to_yaml(settings: Settings) -> str:
+    """The resolved settings as YAML that `load_settings` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def describe(settings: type[Settings], prefix: str = "") -> Iterable[str]:
+    """Lines for `--help`: every key of `settings` with its default and description."""
+    for name, field in settings.model_fields.items():
+        nested = nested_settings(field.annotation)
+        if nested is not None and not field.is_required() and field.default is not None:
+            yield f"\n{prefix}{name}:  {field.description or ''}"
+            yield from describe(nested, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else f"default: {field.default}"
+            yield f"  {prefix}{name} ({default})\n      {field.description or ''}"
+
+
+def nested_settings(annotation: Any) -> type[Settings] | None:
+    """The Settings class inside an annotation such as `Settings | None` or `tuple[Settings, ...]`."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, Settings) else None
+    for argument in typing.get_args(annotation):
+        found = nested_settings(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    key = key.removeprefix("--")
+    if not equals or not key:
+        raise UsageError(f"override {override!r} must look like key=value, for example optimizer.learning_rate=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"override {override!r}: the value is not valid YAML") from error
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for i, parent in enumerate([*parents, leaf]):
+        if isinstance(node, list):  # data.sources.0.path=...
+            if not (parent.isdigit() and int(parent) < len(node)):
+                raise UsageError(f"override {override!r}: {'.'.join(parents[:i])} has entries 0 to {len(node) - 1}")
+            parent = int(parent)  # type: ignore[assignment]
+        elif not isinstance(node, dict):
+            raise UsageError(f"override {override!r}: {'.'.join(parents[:i])} is {node!r} and has no keys below it")
+        if i == len(parents):
+            node[parent] = value
+        else:
+            if isinstance(node, dict) and node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+
+
+def _explain(settings: type[Settings], item: Any) -> str:
+    location = [part for part in item["loc"] if not (isinstance(part, str) and part in ("function-before",))]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, list(_all_keys(settings)), n=1, cutoff=0.4)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        return f"unknown key {key}{hint}"
+    if item["type"] == "missing":
+        return f"{key} is required"
+    message = item["msg"].removeprefix("Value error, ")
+    if not key:  # a contradiction between keys: its message names them
+        return message
+    shown = repr(item["input"])
+    return f"{key}={shown if len(shown) < 80 else shown[:77] + '...'}: {message}"
+
+
+def _all_keys(settings: type[Settings], prefix: str = "") -> Iterable[str]:
+    for name, field in settings.model_fields.items():
+        yield prefix + name
+        nested = nested_settings(field.annotation)
+        if nested is not None:
+            infix = "0." if typing.get_origin(field.annotation) is tuple else ""
+            yield from _all_keys(nested, f"{prefix}{name}.{infix}")
+
+
+def require_file(path: str | Path, what: str) -> epath.Path:
+    """`path` as an epath, or a UsageError that says which `what` is missing."""
+    file = epath.Path(path)
+    if not file.exists():
+        raise UsageError(f"{what} {str(path)!r} does not exist")
+    return file

@@ -1,0 +1,37 @@
+"""Tasks: where problems come from, what the gold answer is, how steps are counted, how it is graded.
+
+A task is one file that makes one `Task`; it is listed in `TASKS` below.
+"""
+
+from data_pipeline.settings import UsageError
+from data_pipeline.tasks import gsm8k, rows
+from data_pipeline.tasks.base import Problem, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (gsm8k.TASK, rows.DEMO, rows.JSONL)}
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`. Raises UsageError."""
+    if name not in TASKS:
+        raise UsageError(f"task={name!r} is unknown; allowed: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def read_problems(task: str, split: str, source: str | None) -> list[Problem]:
+    """All problems of a split. `source` is a file of rows; None takes the task's public source.
+
+    Raises UsageError where the source is missing, a row is malformed (its line is named), ids repeat, or
+    nothing is in it.
+    """
+    problems = list(get_task(task).read(split, source))
+    if not problems:
+        raise UsageError(f"task={task} split={split} source={source}: the dataset is empty, no problem was read")
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise UsageError(f"task={task} source={source}: the id {problem.id!r} occurs twice; ids must be unique")
+        seen.add(problem.id)
+    return problems
+
+
+__all__ = ["TASKS", "Problem", "Task", "get_task", "read_problems"]

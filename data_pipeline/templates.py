@@ -1,0 +1,56 @@
+"""The chat template: how a question becomes a prompt and a solution becomes a response.
+
+One template is used in training and in evaluation: it is saved with every checkpoint. Another one is a YAML
+file with the same two keys.
+"""
+
+import hashlib
+import json
+import string
+
+import pydantic
+
+from data_pipeline.settings import Settings, read_yaml, validated
+
+DEFAULT_TEMPLATE = "default"
+
+
+class Template(Settings):
+    """Two format strings. The prompt ends where the model begins to write; EOS follows the response."""
+
+    prompt: str = pydantic.Field("Problem: {question}\nSolution:", description="may use {question}")
+    response: str = pydantic.Field(
+        "{solution}\nThe answer is: {answer}.", description="may use {solution} and {answer}"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _fields_known(self) -> "Template":
+        for key, text, allowed, needed in (
+            ("prompt", self.prompt, {"question"}, {"question"}),
+            ("response", self.response, {"solution", "answer"}, {"answer"}),
+        ):
+            try:
+                used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}; write {{{{ and }}}} for literal braces") from error
+            if not used <= allowed or not needed <= used:
+                raise ValueError(f"{key} must use {sorted(needed)} and may use {sorted(allowed)}, got {sorted(used)}")
+        return self
+
+    def render_prompt(self, question: str) -> str:
+        """The text that the model is given."""
+        return self.prompt.format(question=question)
+
+    def render_response(self, solution: str, answer: str) -> str:
+        """The text that the model is to write (without EOS)."""
+        return self.response.format(solution=solution, answer=answer)
+
+    @property
+    def sha256(self) -> str:
+        """Identifies the wording."""
+        return hashlib.sha256(json.dumps([self.prompt, self.response]).encode()).hexdigest()
+
+
+def load_template(name: str) -> Template:
+    """`default`, or the path of a YAML file with `prompt` and `response`. Raises UsageError."""
+    return Template() if name == DEFAULT_TEMPLATE else validated(Template, read_yaml(name), where=name)

@@ -1,0 +1,83 @@
+"""Rows tokenised once: flat arrays of token ids, cached by the hash of everything that determines them."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from data_pipeline.files import write_atomically
+from data_pipeline.progress import progress
+from data_pipeline.tasks import Problem
+from data_pipeline.templates import Template
+from data_pipeline.tokenizer import Tokenizer
+
+logger = logging.getLogger("mathscale")
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedRows:
+    """Row i is tokens[offsets[i]:offsets[i + 1]]; its first prompt_lengths[i] tokens are the prompt."""
+
+    tokens: Int[np.ndarray, " tokens"]
+    offsets: Int[np.ndarray, " rows+1"]
+    prompt_lengths: Int[np.ndarray, " rows"]
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def input_lengths(self) -> Int[np.ndarray, " rows"]:
+        """Positions a row takes in a batch: one less than its tokens, as the last one is only a target."""
+        return np.diff(self.offsets) - 1
+
+    def select(self, rows: Int[np.ndarray, " kept"]) -> "TokenizedRows":
+        """The rows with these indices, in this order."""
+        lengths = np.diff(self.offsets)[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        tokens = np.concatenate([self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows])
+        return TokenizedRows(tokens, offsets, self.prompt_lengths[rows])
+
+
+def default_cache_dir() -> Path:
+    """Where token caches live: $XDG_CACHE_HOME/mathscale_jax, by default ~/.cache/mathscale_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mathscale_jax"
+
+
+def tokenize_cached(
+    problems: Sequence[Problem], tokenizer: Tokenizer, template: Template, cache_dir: Path | None = None
+) -> TokenizedRows:
+    """`tokenize`, read from the cache where these texts, tokenizer and template were tokenised before."""
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer.sha256} {template.sha256}".encode())
+    for problem in problems:
+        digest.update(repr((problem.question, problem.solution, problem.answer)).encode())
+    path = (cache_dir or default_cache_dir()) / "tokens" / f"{digest.hexdigest()}.npz"
+    if path.exists():
+        try:
+            with np.load(path) as arrays:
+                return TokenizedRows(arrays["tokens"], arrays["offsets"], arrays["prompt_lengths"])
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            logger.warning("token cache %s is damaged (%s): tokenising again", path, error)
+    rows = tokenize(progress(problems, "tokenising", "rows"), tokenizer, template)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: np.savez(file, **dataclasses.asdict(rows)))
+    return rows
+
+
+def tokenize(problems: Iterable[Problem], tokenizer: Tokenizer, template: Template) -> TokenizedRows:
+    """Each problem as BOS, prompt, response, EOS."""
+    pieces: list[list[int]] = []
+    prompt_lengths: list[int] = []
+    for problem in problems:
+        prompt = tokenizer.encode_prompt(template.render_prompt(problem.question))
+        response = tokenizer.encode_response(template.render_response(problem.solution, problem.answer))
+        pieces.append(prompt + response)
+        prompt_lengths.append(len(prompt))
+    offsets = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
+    tokens = np.fromiter((t for p in pieces for t in p), np.int32, count=int(offsets[-1]))
+    return TokenizedRows(tokens, offsets, np.asarray(prompt_lengths, np.int32))
