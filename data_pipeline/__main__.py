@@ -25,7 +25,7 @@ class DemoData(Settings):
     out: str = pydantic.Field(description="folder for train.jsonl, test.jsonl and tokenizer.model")
     num_train: pydantic.PositiveInt = pydantic.Field(300, description="training problems")
     num_test: pydantic.PositiveInt = pydantic.Field(60, description="held-out problems")
-    vocab_size: int = pydantic.Field(512, ge=300, description="pieces of the tokenizer")
+    vocab_size: int = pydantic.Field(384, ge=300, description="pieces of the tokenizer")
     seed: pydantic.NonNegativeInt = pydantic.Field(0, description="seed of the generator")
 
 

@@ -88,8 +88,10 @@ def from_flags(settings: type[SettingsT], arguments: argparse.Namespace) -> Sett
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `command(argv)` and ends the process with the exit code that belongs to how it ended."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logger.setLevel(logging.INFO)
+    # Orbax logs, through absl and at length, every error that it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         command(argv)
     except UsageError as error:

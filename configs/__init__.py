@@ -1,0 +1,1 @@
+"""Runnable configurations, one YAML file each."""

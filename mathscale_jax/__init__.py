@@ -1,0 +1,1 @@
+"""LLaMA-family models in JAX: weights in, training, sampling, weights out."""

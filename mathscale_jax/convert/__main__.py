@@ -1,0 +1,116 @@
+"""python -m mathscale_jax.convert: Hugging Face weights to a checkpoint, and back.
+
+    python -m mathscale_jax.convert import Llama-2-7b-hf checkpoints/llama2-7b
+    python -m mathscale_jax.convert export runs/gsm8k my-model-hf
+"""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from data_pipeline.cli import logger, run_command
+from data_pipeline.files import write_json
+from data_pipeline.progress import progress
+from data_pipeline.settings import UsageError
+from data_pipeline.templates import DEFAULT_TEMPLATE, load_template
+from data_pipeline.tokenizer import Tokenizer
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, Writer, check_vocabulary, open_checkpoint, steps_in
+from mathscale_jax.config import CheckpointSettings, MeshSettings
+from mathscale_jax.convert.hf import HfFolder, SafetensorsWriter, import_params
+from mathscale_jax.convert.mapping import leaves, model_config_to_hf
+from mathscale_jax.mesh import make_mesh
+from mathscale_jax.step import param_shardings
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def import_hf(source: str, destination: str, *, tokenizer: str | None, template: str, dtype: str | None) -> None:
+    """Writes the weights of a Hugging Face folder as step 0 of a checkpoint. Raises UsageError."""
+    out = epath.Path(destination)
+    if steps_in(out):
+        raise UsageError(f"{destination} already holds a checkpoint: choose another folder, or remove it")
+    chat_template = load_template(template)
+    with HfFolder(source) as folder:
+        pieces = Tokenizer.load(tokenizer or folder.path / TOKENIZER_FILE)
+        check_vocabulary(pieces, folder.config, f"tokenizer {tokenizer or folder.path / TOKENIZER_FILE}")
+        shardings = param_shardings(folder.config, make_mesh(MeshSettings()))
+        params = import_params(folder, shardings, dtype or folder.dtype)
+        meta = Meta(folder.config, chat_template, pieces.sha256, lineage=f"imported from {folder.path.name}")
+    out.mkdir(parents=True, exist_ok=True)
+    with Writer(out, CheckpointSettings(), pieces) as writer:
+        writer.save(0, params, meta)
+    logger.info("imported %.3g M parameters into %s", meta.model.num_parameters / 1e6, destination)
+
+
+def export_hf(source: str, destination: str, *, step: int | None, dtype: str | None) -> None:
+    """Writes a checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer.model.
+
+    The folder is made under a temporary name beside `destination` and renamed when it is whole.
+    Raises UsageError where the destination exists or the checkpoint does not.
+    """
+    out = Path(destination)
+    if out.exists():
+        raise UsageError(f"{destination} exists: choose another folder, or remove it")
+    checkpoint = open_checkpoint(source, step)
+    dtype = dtype or checkpoint.stored_dtype()
+    config = checkpoint.meta.model
+    every_leaf = list(leaves(config))
+    shapes = {name: leaf.tensor_shape for leaf in every_leaf for name in leaf.tensors}
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        writer = SafetensorsWriter(partial, shapes, dtype)
+        for leaf in progress(every_leaf, "exporting", "leaves"):
+            values = np.asarray(checkpoint.restore_leaf(leaf.path))
+            for name, ours in zip(leaf.tensors, values if leaf.is_stacked else [values], strict=True):
+                writer.write(name, leaf.to_tensor(ours))
+        writer.close()
+        tokenizer = checkpoint.tokenizer
+        write_json(partial / "config.json", model_config_to_hf(config, tokenizer.bos_id, tokenizer.eos_id, dtype))
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        write_json(partial / "generation_config.json", ids)
+        (partial / TOKENIZER_FILE).write_bytes(tokenizer.model)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    logger.info("exported %s to %s", checkpoint.name, destination)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mathscale_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    importer = commands.add_parser("import", help="Hugging Face folder -> checkpoint")
+    importer.add_argument("source", metavar="SRC", help="folder with config.json, safetensors and tokenizer.model")
+    importer.add_argument("destination", metavar="DST", help="new checkpoint folder")
+    importer.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model (default: the one in SRC)")
+    importer.add_argument(
+        "--template", default=DEFAULT_TEMPLATE, metavar="YAML", help="chat template saved with the weights (default: default)"
+    )
+    exporter = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
+    exporter.add_argument("source", metavar="CKPT", help="checkpoint folder, or a training run's folder")
+    exporter.add_argument("destination", metavar="DST", help="new folder")
+    exporter.add_argument("--step", type=int, metavar="N", help="step to export (default: the newest)")
+    for sub in (importer, exporter):
+        sub.add_argument("--dtype", choices=DTYPES, help="dtype of the weights written (default: as they are stored)")
+    arguments = vars(parser.parse_args(argv))
+    convert = {"import": import_hf, "export": export_hf}[arguments.pop("command")]
+    convert(arguments.pop("source"), arguments.pop("destination"), **arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console script mathscale-convert."""
+    run_command(_main, argv)
+
+
+if __name__ == "__main__":
+    main()

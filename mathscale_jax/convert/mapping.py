@@ -1,0 +1,157 @@
+"""The one table between our parameters and the tensors of a Hugging Face LLaMA, used both ways.
+
+A Hugging Face matrix is [out, in] with heads and head_dim flattened into one dimension; ours is [in, out] with
+heads apart. Rotary embedding has the same layout in both, so nothing is permuted.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.settings import UsageError, validated
+from mathscale_jax.config import ModelConfig
+from mathscale_jax.model import ParamSpec, param_specs
+
+LeafPath = tuple[str, ...]
+
+_IN_LAYERS = {
+    ("attention_norm", "scale"): "input_layernorm.weight",
+    ("attention", "query"): "self_attn.q_proj.weight",
+    ("attention", "key"): "self_attn.k_proj.weight",
+    ("attention", "value"): "self_attn.v_proj.weight",
+    ("attention", "output"): "self_attn.o_proj.weight",
+    ("mlp_norm", "scale"): "post_attention_layernorm.weight",
+    ("mlp", "gate"): "mlp.gate_proj.weight",
+    ("mlp", "up"): "mlp.up_proj.weight",
+    ("mlp", "down"): "mlp.down_proj.weight",
+}
+TENSOR_NAMES: dict[LeafPath, str] = {
+    ("embedding",): "model.embed_tokens.weight",
+    **{("blocks", *path): f"model.layers.{{layer}}.{name}" for path, name in _IN_LAYERS.items()},
+    ("norm", "scale"): "model.norm.weight",
+    ("output",): "lm_head.weight",
+}
+# The embedding table is [vocab, embed] on both sides.
+_NOT_TRANSPOSED = (("embedding",),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our parameters, and the Hugging Face tensors it is made of: one per layer, or a single one."""
+
+    path: LeafPath
+    spec: ParamSpec
+    tensors: tuple[str, ...]
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether axis 0 counts layers."""
+        return self.spec.axes[0] == "layers"
+
+    @property
+    def slice_shape(self) -> tuple[int, ...]:
+        """Shape of what one tensor fills."""
+        return self.spec.shape[1:] if self.is_stacked else self.spec.shape
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each Hugging Face tensor."""
+        if len(self.slice_shape) == 1 or self.path in _NOT_TRANSPOSED:
+            return self.slice_shape
+        rows, columns = self._matrix_shape
+        return columns, rows
+
+    def from_tensor(self, tensor: np.ndarray) -> np.ndarray:
+        """A Hugging Face tensor as our slice."""
+        if len(self.slice_shape) > 1 and self.path not in _NOT_TRANSPOSED:
+            tensor = tensor.T
+        return tensor.reshape(self.slice_shape)
+
+    def to_tensor(self, ours: np.ndarray) -> np.ndarray:
+        """Our slice as a Hugging Face tensor."""
+        if len(self.slice_shape) == 1 or self.path in _NOT_TRANSPOSED:
+            return ours
+        return ours.reshape(self._matrix_shape).T
+
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        # The residual stream is the first axis of what reads it and the last axis of what writes to it.
+        axes = self.spec.axes[1:] if self.is_stacked else self.spec.axes
+        size = int(np.prod(self.slice_shape))
+        rows = self.slice_shape[0] if axes[0] == "embed" else size // self.slice_shape[-1]
+        return rows, size // rows
+
+
+def leaves(config: ModelConfig) -> Iterator[Leaf]:
+    """All parameters of a model with the tensors they correspond to."""
+    for path, name in TENSOR_NAMES.items():
+        spec: Any = param_specs(config)
+        for key in path:
+            spec = spec[key]
+        names = tuple(name.format(layer=i) for i in range(config.num_layers)) if "{layer}" in name else (name,)
+        yield Leaf(path, spec, names)
+
+
+# config.json of a Hugging Face folder, and ours: the same facts under two names.
+_CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_context",
+    "rms_norm_eps": "rms_norm_eps",
+    "sliding_window": "sliding_window",
+}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
+    """Our architecture from a config.json. Raises UsageError for what this model does not compute."""
+    kind = tree.get("model_type")
+    if kind not in _ARCHITECTURES:
+        raise UsageError(f"{where}: model_type={kind!r} is not supported; allowed: {', '.join(_ARCHITECTURES)}")
+    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    theta = tree.get("rope_theta") or rope.get("rope_theta") or 10_000.0
+    for key, unsupported in (
+        ("tie_word_embeddings", bool(tree.get("tie_word_embeddings"))),
+        ("attention_bias", bool(tree.get("attention_bias"))),
+        ("mlp_bias", bool(tree.get("mlp_bias"))),
+        ("hidden_act", tree.get("hidden_act", "silu") != "silu"),
+        ("rope_parameters", rope.get("rope_type", rope.get("type", "default")) != "default"),
+    ):
+        if unsupported:
+            raise UsageError(f"{where}: {key}={tree.get(key)!r} is not supported: this model would compute something else")
+    ours = {our: tree[theirs] for theirs, our in _CONFIG_KEYS.items() if tree.get(theirs) is not None}
+    try:
+        ours.setdefault("num_kv_heads", ours["num_heads"])
+        ours.setdefault("head_dim", ours["hidden_size"] // ours["num_heads"])
+    except KeyError as error:
+        raise UsageError(f"{where} does not say the model's {error.args[0]}") from error
+    return validated(ModelConfig, {**ours, "rope_theta": theta}, where)
+
+
+def model_config_to_hf(config: ModelConfig, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
+    """A config.json that transformers and serving engines read."""
+    kind = "llama" if config.sliding_window is None else "mistral"
+    shape = {theirs: getattr(config, ours) for theirs, ours in _CONFIG_KEYS.items()}
+    if kind == "llama":
+        del shape["sliding_window"]
+    return {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        **shape,
+        "rope_theta": config.rope_theta,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }

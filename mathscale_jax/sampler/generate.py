@@ -1,0 +1,107 @@
+"""The sampler: prompts in, all samples of one problem after another out."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from data_pipeline.settings import UsageError
+from mathscale_jax import model
+from mathscale_jax.config import ComputeSettings, ModelConfig
+from mathscale_jax.sampler import decode
+from mathscale_jax.sampler.draw import Draws, SamplingSettings
+
+# Prompts are padded to a multiple of this, so that a data set needs few compilations.
+PROMPT_MULTIPLE = 64
+# Decode steps between two looks of the host at the rows.
+STEPS_PER_CHUNK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A problem's prompt as token ids, BOS first. The id keys the random draws."""
+
+    problem_id: str
+    tokens: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemSamples:
+    """All samples of one problem, in order of their ids. `tokens[i]` ends with EOS where `finish_reasons[i]` is "eos"."""
+
+    problem_id: str
+    tokens: list[Int[np.ndarray, " length"]]
+    finish_reasons: list[Literal["eos", "length"]]
+
+
+class Sampler:
+    """Draws samples from a model.
+
+    `params` may have any dtype and sharding; they are cast to `dtype` once. A problem is decoded in the same way
+    whoever asks for it and whatever other problems are asked for, so its samples are reproducible by
+    (weights, prompt, settings) on the same kind of device.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: model.Params,
+        *,
+        eos_id: int,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    ):
+        self.config, self.eos_id = config, eos_id
+        self.compute = ComputeSettings(dtype=dtype, remat="none")
+        self.params = jax.jit(model.cast, static_argnums=1)(params, dtype)
+
+    def check(self, prompt: Prompt, settings: SamplingSettings) -> None:
+        """Raises UsageError where prompt and response do not fit the model's context."""
+        longest = len(prompt.tokens) + settings.max_tokens
+        if not len(prompt.tokens) or longest > self.config.max_context:
+            raise UsageError(
+                f"problem {prompt.problem_id!r}: a prompt of {len(prompt.tokens)} tokens and max_tokens={settings.max_tokens} "
+                f"make {longest}; the model's max_context is {self.config.max_context}"
+            )
+
+    def sample(self, prompts: Iterable[Prompt], settings: SamplingSettings) -> Iterator[ProblemSamples]:
+        """Yields the samples of each prompt, in the order of the prompts. Raises UsageError as `check` does."""
+        for prompt in prompts:
+            self.check(prompt, settings)
+            yield self._sample_problem(prompt, settings)
+
+    def _sample_problem(self, prompt: Prompt, settings: SamplingSettings) -> ProblemSamples:
+        padded_length = -(-len(prompt.tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        padded = np.zeros(padded_length, np.int32)
+        padded[: len(prompt.tokens)] = prompt.tokens
+        prefix = decode.prefill(self.config, self.compute, self.params, padded, np.int32(len(prompt.tokens)))
+        state = decode.start(self.config, prefix, settings.num_samples, settings.max_tokens)
+        problem_key = Draws(settings.seed).problem_key(prompt.problem_id)
+        sample_ids = jnp.arange(settings.num_samples)
+        while int(state.position) < settings.max_tokens and not bool(state.finished.all()):
+            state = decode.decode_chunk(
+                self.config,
+                self.compute,
+                self.params,
+                prefix,
+                state,
+                problem_key,
+                sample_ids,
+                num_steps=STEPS_PER_CHUNK,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                eos_id=self.eos_id,
+            )
+        return self._collect(prompt, np.asarray(state.tokens), int(state.position))
+
+    def _collect(self, prompt: Prompt, tokens: Int[np.ndarray, "rows response"], written: int) -> ProblemSamples:
+        rows: list[Int[np.ndarray, " length"]] = []
+        reasons: list[Literal["eos", "length"]] = []
+        for row in tokens[:, :written]:
+            ends = np.flatnonzero(row == self.eos_id)
+            rows.append(row[: ends[0] + 1] if len(ends) else row)
+            reasons.append("eos" if len(ends) else "length")
+        return ProblemSamples(prompt.problem_id, rows, reasons)
