@@ -87,14 +87,15 @@ def decode_chunk(
     state: DecodeState,
     problem_key: jax.Array,
     sample_ids: Int[Array, " rows"],
+    limit: Int[Array, ""],
     *,
     num_steps: int,
     temperature: float,
     top_p: float,
     eos_id: int,
 ) -> DecodeState:
-    """At most `num_steps` more tokens in every row; fewer where all rows have written EOS before."""
-    last_position = jnp.minimum(state.position + num_steps, state.tokens.shape[1])
+    """At most `num_steps` more tokens in every row, and no more than `limit` in all; fewer where all wrote EOS."""
+    last_position = jnp.minimum(state.position + num_steps, limit)
 
     def running(state: DecodeState) -> Array:
         return (state.position < last_position) & ~jnp.all(state.finished)

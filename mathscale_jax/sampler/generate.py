@@ -11,9 +11,12 @@ from jaxtyping import Int
 
 from data_pipeline.settings import UsageError
 from mathscale_jax import model
-from mathscale_jax.config import ComputeSettings, ModelConfig
+from mathscale_jax.checkpoint import Checkpoint
+from mathscale_jax.config import ComputeSettings, MeshSettings, ModelConfig
+from mathscale_jax.mesh import make_mesh
 from mathscale_jax.sampler import decode
 from mathscale_jax.sampler.draw import Draws, SamplingSettings
+from mathscale_jax.step import param_shardings
 
 # Prompts are padded to a multiple of this, so that a data set needs few compilations.
 PROMPT_MULTIPLE = 64
@@ -58,22 +61,32 @@ class Sampler:
         self.compute = ComputeSettings(dtype=dtype, remat="none")
         self.params = jax.jit(model.cast, static_argnums=1)(params, dtype)
 
-    def check(self, prompt: Prompt, settings: SamplingSettings) -> None:
-        """Raises UsageError where prompt and response do not fit the model's context."""
-        longest = len(prompt.tokens) + settings.max_tokens
-        if not len(prompt.tokens) or longest > self.config.max_context:
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> "Sampler":
+        """A sampler with the weights of a checkpoint, split over all devices."""
+        config = checkpoint.meta.model
+        shardings = param_shardings(config, make_mesh(MeshSettings()))
+        return cls(config, checkpoint.restore_params(shardings, dtype), eos_id=checkpoint.tokenizer.eos_id, dtype=dtype)
+
+    def room(self, prompt: Prompt, settings: SamplingSettings) -> int:
+        """Tokens a response to `prompt` may have: `max_tokens`, or what the model's context leaves.
+
+        Raises UsageError where it leaves nothing, or the prompt is empty.
+        """
+        left = self.config.max_context - len(prompt.tokens)
+        if not prompt.tokens or left < 1:
             raise UsageError(
-                f"problem {prompt.problem_id!r}: a prompt of {len(prompt.tokens)} tokens and max_tokens={settings.max_tokens} "
-                f"make {longest}; the model's max_context is {self.config.max_context}"
+                f"problem {prompt.problem_id!r}: a prompt of {len(prompt.tokens)} tokens; the model's context of "
+                f"{self.config.max_context} takes 1 to {self.config.max_context - 1}"
             )
+        return min(settings.max_tokens, left)
 
     def sample(self, prompts: Iterable[Prompt], settings: SamplingSettings) -> Iterator[ProblemSamples]:
-        """Yields the samples of each prompt, in the order of the prompts. Raises UsageError as `check` does."""
+        """Yields the samples of each prompt, in the order of the prompts. Raises UsageError as `room` does."""
         for prompt in prompts:
-            self.check(prompt, settings)
-            yield self._sample_problem(prompt, settings)
+            yield self._sample_problem(prompt, settings, self.room(prompt, settings))
 
-    def _sample_problem(self, prompt: Prompt, settings: SamplingSettings) -> ProblemSamples:
+    def _sample_problem(self, prompt: Prompt, settings: SamplingSettings, room: int) -> ProblemSamples:
         padded_length = -(-len(prompt.tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
         padded = np.zeros(padded_length, np.int32)
         padded[: len(prompt.tokens)] = prompt.tokens
@@ -81,7 +94,7 @@ class Sampler:
         state = decode.start(self.config, prefix, settings.num_samples, settings.max_tokens)
         problem_key = Draws(settings.seed).problem_key(prompt.problem_id)
         sample_ids = jnp.arange(settings.num_samples)
-        while int(state.position) < settings.max_tokens and not bool(state.finished.all()):
+        while int(state.position) < room and not bool(state.finished.all()):
             state = decode.decode_chunk(
                 self.config,
                 self.compute,
@@ -90,6 +103,7 @@ class Sampler:
                 state,
                 problem_key,
                 sample_ids,
+                np.int32(room),
                 num_steps=STEPS_PER_CHUNK,
                 temperature=settings.temperature,
                 top_p=settings.top_p,

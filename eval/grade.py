@@ -1,0 +1,99 @@
+"""From samples to grades and metrics.json. Model text is compared, never evaluated."""
+
+import time
+from typing import Any
+
+from etils import epath
+
+from data_pipeline.answers import GRADER_VERSION, canonical_number, extract_number, numbers_equal
+from data_pipeline.cli import RunError, logger
+from data_pipeline.files import write_json, write_json_lines
+from data_pipeline.progress import progress
+from data_pipeline.tasks import get_task
+from eval.files import parts, read_problems, read_run, read_samples
+from eval.metrics import answer_classes, compute_metrics
+
+
+def is_correct(response: str, gold: str, kind: str = "number") -> bool:
+    """Whether the final answer of `response` equals `gold`. `kind` is "number".
+
+    Raises ValueError for another kind, or where `gold` is no answer of its kind.
+    """
+    if kind != "number":
+        raise ValueError(f"kind={kind!r} is not gradable; allowed: number")
+    extracted = extract_number(response)
+    return extracted.answer is not None and numbers_equal(extracted.answer, gold)
+
+
+def grade(folder: epath.Path) -> epath.Path:
+    """Grades every sample of an eval folder, anew, and writes metrics.json; returns its path.
+
+    Only problems that have all their samples count; where any is missing, `complete` says so.
+    Raises RunError where no problem is complete.
+    """
+    run = read_run(folder)
+    problems = {problem["problem_id"]: problem for problem in read_problems(folder)}
+    kind = get_task(run["task"]).kind
+    graded: dict[str, list[dict[str, Any]]] = {}
+    (folder / "grades").mkdir(exist_ok=True)
+    for part in progress(parts(folder, "samples"), "grading", "problems"):
+        rows = [_grade_sample(row, problems[row["problem_id"]]["answer"], kind) for row in read_samples(part, set(problems))]
+        write_json_lines(folder / "grades" / part.name, [{k: row[k] for k in _GRADE_KEYS} for row in rows])
+        for row in rows:
+            graded.setdefault(row["problem_id"], []).append(row)
+    metrics = _metrics(run, problems, graded)
+    write_json(folder / "metrics.json", metrics)
+    logger.info("%s", _summary(metrics))
+    return folder / "metrics.json"
+
+
+_GRADE_KEYS = ("problem_id", "sample_id", "answer", "rule", "correct", "seconds")
+
+
+def _grade_sample(sample: dict[str, Any], gold: str, kind: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    extracted = extract_number(sample["text"])
+    correct = is_correct(sample["text"], gold, kind)
+    return {
+        **sample,
+        "answer": extracted.answer,
+        "rule": extracted.rule,
+        "correct": correct,
+        "seconds": round(time.perf_counter() - started, 6),
+    }
+
+
+def _metrics(
+    run: dict[str, Any], problems: dict[str, dict[str, Any]], graded: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    num_samples = run["num_samples"]
+    whole = [pid for pid in problems if len(graded.get(pid, [])) == num_samples]
+    if not whole:
+        raise RunError(f"no problem has all its {num_samples} samples yet: run `python -m eval sample` to the end")
+    complete: Any = True
+    if len(whole) < len(problems):
+        missing = sum(num_samples - len(graded.get(pid, [])) for pid in problems)
+        complete = {"problems without all samples": len(problems) - len(whole), "missing samples": missing}
+    rows = [sorted(graded[pid], key=lambda row: row["sample_id"]) for pid in whole]
+    measured = compute_metrics(
+        correct=[[row["correct"] for row in of] for of in rows],
+        classes=[answer_classes([canonical_number(row["answer"]) for row in of]).tolist() for of in rows],
+        finish_reasons=[[row["finish_reason"] for row in of] for of in rows],
+        groups={
+            group: [problems[pid][field] for pid in whole]
+            for group, field in (("level", "level"), ("subject", "subject"), ("steps", "num_steps"))
+        },
+        complete=complete,
+    )
+    told = {key: run[key] for key in ("task", "split", "temperature", "top_p", "seed", "checkpoint")}
+    return {**told, "grader_version": GRADER_VERSION, **measured}
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    n = str(metrics["num_samples"])
+    passed, ratio = metrics["pass_at"][n], metrics["pass_ratio"][n]
+    unfinished = "" if metrics["complete"] is True else f"; INCOMPLETE: {metrics['complete']}"
+    return (
+        f"{metrics['num_problems']} problems: PassRatio@{n} {100 * ratio['value']:.1f} %, "
+        f"Pass@{n} {100 * passed['value']:.1f} %, maj@{n} {100 * metrics['maj_at'][n]['value']:.1f} %{unfinished}"
+    )
