@@ -1,8 +1,9 @@
 """Prefill and the decode loop on the device.
 
 One problem at a time: its prompt's keys and values [layers, prompt, kv_heads, head_dim] are shared by its rows,
-each row has a cache of its own for the response [layers, rows, response, kv_heads, head_dim]. A step reads both
-caches and adds to the second; attention is one softmax over the scores of prompt, response so far, and itself.
+each row has a cache of its own for the response [layers, rows, kv_heads, response, head_dim], whose length grows
+in few sizes with what is written. A step reads both caches and adds to the second; attention is one softmax over
+the scores of prompt, response so far, and itself.
 """
 
 import dataclasses
@@ -39,8 +40,8 @@ class DecodeState:
     tokens: Int[Array, "rows response"]
     logits: Float[Array, "rows vocab"]
     finished: Bool[Array, " rows"]
-    key: Float[Array, "layers rows response kv_heads head_dim"]
-    value: Float[Array, "layers rows response kv_heads head_dim"]
+    key: Float[Array, "layers rows kv_heads response head_dim"]
+    value: Float[Array, "layers rows kv_heads response head_dim"]
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
@@ -65,16 +66,30 @@ def prefill(
     return Prefix(key, value, length, logits)
 
 
-def start(config: ModelConfig, prefix: Prefix, num_rows: int, max_tokens: int) -> DecodeState:
-    """The state before the first token: every row has the prompt's logits."""
-    cache_shape = (config.num_layers, num_rows, max_tokens, config.num_kv_heads, config.head_dim)
+@partial(jax.jit, static_argnames=("config", "num_rows", "capacity"))
+def start(config: ModelConfig, prefix: Prefix, num_rows: int, capacity: int) -> DecodeState:
+    """The state before the first token: every row has the prompt's logits, and room for `capacity` tokens."""
+    cache_shape = (config.num_layers, num_rows, config.num_kv_heads, capacity, config.head_dim)
     return DecodeState(
         position=jnp.zeros((), jnp.int32),
-        tokens=jnp.zeros((num_rows, max_tokens), jnp.int32),
+        tokens=jnp.zeros((num_rows, capacity), jnp.int32),
         logits=jnp.broadcast_to(prefix.last_logits, (num_rows, *prefix.last_logits.shape)),
         finished=jnp.zeros(num_rows, bool),
         key=jnp.zeros(cache_shape, prefix.key.dtype),
         value=jnp.zeros(cache_shape, prefix.value.dtype),
+    )
+
+
+@partial(jax.jit, static_argnames="capacity")
+def grow(state: DecodeState, capacity: int) -> DecodeState:
+    """The same state with room for `capacity` tokens."""
+    more = capacity - state.tokens.shape[1]
+    in_cache = ((0, 0), (0, 0), (0, 0), (0, more), (0, 0))
+    return dataclasses.replace(
+        state,
+        tokens=jnp.pad(state.tokens, ((0, 0), (0, more))),
+        key=jnp.pad(state.key, in_cache),
+        value=jnp.pad(state.value, in_cache),
     )
 
 
@@ -94,7 +109,10 @@ def decode_chunk(
     top_p: float,
     eos_id: int,
 ) -> DecodeState:
-    """At most `num_steps` more tokens in every row, and no more than `limit` in all; fewer where all wrote EOS."""
+    """At most `num_steps` more tokens in every row, and no more than `limit` in all; fewer where all wrote EOS.
+
+    The state must have room for them.
+    """
     last_position = jnp.minimum(state.position + num_steps, limit)
 
     def running(state: DecodeState) -> Array:
@@ -106,7 +124,7 @@ def decode_chunk(
         drawn = next_tokens(state.logits, uniform, temperature, top_p)
         drawn = jnp.where(state.finished, eos_id, drawn)
         logits, key, value = _forward(config, compute, params, prefix, state, drawn)
-        at_cache = (0, 0, state.position, 0, 0)
+        at_cache = (0, 0, 0, state.position, 0)
         return DecodeState(
             position=state.position + 1,
             tokens=jax.lax.dynamic_update_slice(state.tokens, drawn[:, None], (0, state.position)),
@@ -128,11 +146,11 @@ def _forward(
     state: DecodeState,
     tokens: Int[Array, " rows"],
 ) -> tuple[Array, Array, Array]:
-    """Next logits [rows, vocab], and the new keys and values [layers, rows, 1, kv_heads, head_dim]."""
+    """Next logits [rows, vocab], and the new keys and values [layers, rows, kv_heads, 1, head_dim]."""
     absolute = prefix.length + state.position
     positions = jnp.full((tokens.shape[0], 1), absolute)
     prompt_positions = jnp.arange(prefix.key.shape[1])
-    response_positions = jnp.arange(state.key.shape[2])
+    response_positions = jnp.arange(state.key.shape[3])
     sees_prompt = prompt_positions < prefix.length
     sees_response = response_positions < state.position
     if config.sliding_window is not None:
@@ -146,7 +164,7 @@ def _forward(
         dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
         # One product for all rows against the shared prompt; one per row against its own response.
         to_prompt = dot("rkgd,pkd->rkgp", grouped, prompt_key)
-        to_response = dot("rkgd,rskd->rkgs", grouped, response_key)
+        to_response = dot("rkgd,rksd->rkgs", grouped, response_key)
         to_itself = dot("rkgd,rkd->rkg", grouped, key[:, 0])[..., None]
         lowest = jnp.finfo(jnp.float32).min
         scores = jnp.concatenate(
@@ -154,11 +172,11 @@ def _forward(
         )
         weights = jax.nn.softmax(scores * head_dim**-0.5, axis=-1).astype(value.dtype)
         on_prompt, on_response, on_itself = jnp.split(
-            weights, [prompt_key.shape[0], prompt_key.shape[0] + response_key.shape[1]], axis=-1
+            weights, [prompt_key.shape[0], prompt_key.shape[0] + response_key.shape[2]], axis=-1
         )
         attended = (
             jnp.einsum("rkgp,pkd->rkgd", on_prompt, prompt_value)
-            + jnp.einsum("rkgs,rskd->rkgd", on_response, response_value)
+            + jnp.einsum("rkgs,rksd->rkgd", on_response, response_value)
             + on_itself * value[:, 0, :, None]
         )
         return attended.reshape(query.shape), (key, value)
@@ -166,4 +184,4 @@ def _forward(
     caches = (prefix.key, prefix.value, state.key, state.value)
     hidden, (key, value) = model.bind(config, params)(tokens[:, None], positions, attend_caches, caches, compute=compute)
     logits = jnp.einsum("re,ev->rv", hidden[:, 0], params["output"], preferred_element_type=jnp.float32)
-    return logits, key, value
+    return logits, key.swapaxes(2, 3), value.swapaxes(2, 3)

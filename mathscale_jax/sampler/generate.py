@@ -91,10 +91,14 @@ class Sampler:
         padded = np.zeros(padded_length, np.int32)
         padded[: len(prompt.tokens)] = prompt.tokens
         prefix = decode.prefill(self.config, self.compute, self.params, padded, np.int32(len(prompt.tokens)))
-        state = decode.start(self.config, prefix, settings.num_samples, settings.max_tokens)
+        capacity = STEPS_PER_CHUNK
+        state = decode.start(self.config, prefix, settings.num_samples, capacity)
         problem_key = Draws(settings.seed).problem_key(prompt.problem_id)
         sample_ids = jnp.arange(settings.num_samples)
         while int(state.position) < room and not bool(state.finished.all()):
+            if int(state.position) + STEPS_PER_CHUNK > capacity:
+                capacity *= 2  # few sizes, so few compilations; a step reads at most twice what is written
+                state = decode.grow(state, capacity)
             state = decode.decode_chunk(
                 self.config,
                 self.compute,
