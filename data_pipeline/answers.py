@@ -10,14 +10,14 @@ GRADER_VERSION = "number-1"
 # A longer digit string is no answer to a word problem, and bounds the work spent on a hostile one.
 MAX_NUMBER_LENGTH = 50
 
-# An optional minus that is no subtraction, an optional $, digits with or without thousands separators, and an
-# optional denominator: "-$1,234.50", "3/4", ".5". In "10-5" the minus belongs to no number.
-_FIND_NUMBER = re.compile(
-    r"((?<![\w.,)])[-−])?\$?\s?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(/\d+)?", re.ASCII
-)
-_PLAIN = re.compile(r"-?\d*\.?\d+", re.ASCII)
-_ANSWER_LINE = re.compile(r"the (?:final )?answer is\s*:?([^\n]*)", re.IGNORECASE)
-_HASH_LINE = re.compile(r"####([^\n]*)")
+# Digits with or without thousands separators: "1234", "1,234.50", ".5".
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+# An optional minus that is no subtraction, an optional $, digits, and an optional denominator: "-$1,234.50" or
+# "3/4". In "10-5", "10 - 5" and a list item "- 5" the minus belongs to no number.
+_FIND_NUMBER = re.compile(rf"((?<![\w.,)])[-−](?!\s))?\$?\s?({_DIGITS})(/\d+)?", re.ASCII)
+_NUMBER = re.compile(rf"\$?\s?(-?)\s?\$?\s?({_DIGITS})(?:\s?/\s?(\d+))?\s?%?\.?", re.ASCII)
+_ANSWER_MARK = re.compile(r"the (?:final )?answer is\s*:?", re.IGNORECASE)
+_HASH_MARK = re.compile(r"####")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,11 @@ def extract_number(response: str) -> Extracted:
     last "#### …" (rule "hash_line"), the last number of the text (rule "last_number"). In a marked line the
     first number after a last "=" counts, so "The answer is: 3 + 4 = 7 apples." gives 7.
     """
-    for rule, pattern in (("answer_line", _ANSWER_LINE), ("hash_line", _HASH_LINE)):
-        marked = pattern.findall(response)
-        if marked:
-            numbers = _numbers_in(marked[-1].rpartition("=")[2])
+    for rule, pattern in (("answer_line", _ANSWER_MARK), ("hash_line", _HASH_MARK)):
+        ends = [mark.end() for mark in pattern.finditer(response)]
+        if ends:
+            line = response[ends[-1] :].partition("\n")[0]
+            numbers = _numbers_in(line.rpartition("=")[2])
             if numbers:
                 return Extracted(numbers[0], rule)
     numbers = _numbers_in(response)
@@ -47,18 +48,15 @@ def extract_number(response: str) -> Extracted:
 
 def parse_number(text: str) -> Fraction | None:
     """The exact value of "72", "-1,234.5", "$18", "3/4", "50%" (as 50) or "7."; None for anything else."""
-    text = text.strip().replace("−", "-").replace("$", "").replace(",", "").replace(" ", "")
-    text = text.removesuffix("%").removesuffix(".")
-    if not text or len(text) > MAX_NUMBER_LENGTH:
+    text = text.strip().replace("−", "-")
+    match = _NUMBER.fullmatch(text) if len(text) <= MAX_NUMBER_LENGTH else None
+    if match is None:
         return None
-    numerator, slash, denominator = text.partition("/")
-    if not _PLAIN.fullmatch(numerator):
-        return None
-    if not slash:
-        return Fraction(numerator)
-    if not (denominator.isascii() and denominator.isdigit() and int(denominator)):
-        return None
-    return Fraction(numerator) / int(denominator)
+    sign, digits, denominator = match.groups()
+    value = Fraction(sign + digits.replace(",", ""))
+    if denominator is None:
+        return value
+    return value / int(denominator) if int(denominator) else None
 
 
 def canonical_number(text: str | None) -> str | None:

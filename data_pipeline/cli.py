@@ -58,7 +58,8 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.exit_code is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+        if self.exit_code is None:  # the first request says how the run ended
+            self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
         logger.warning("asked to stop: finishing what is under way (Ctrl-C again stops at once)")
 
 
@@ -117,7 +118,9 @@ def is_disk_full(error: BaseException | None) -> bool:
     """True where `error`, or one that caused it, says that a disk, a quota or a file size limit is reached."""
     # Orbax and TensorStore report the system's error as text inside errors of their own.
     texts = ("No space left on device", "Disk quota exceeded", "File too large", "RESOURCE_EXHAUSTED: Error writing")
-    while error is not None:
+    seen: set[int] = set()  # an error may be its own cause
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if any(text in str(error) for text in texts):

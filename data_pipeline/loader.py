@@ -134,6 +134,8 @@ class Batches:
         return self.num_steps
 
     def __getitem__(self, step: int) -> Batch:
+        if not 0 <= step < self.num_steps:  # also what ends `for batch in batches`
+            raise IndexError(f"step {step} of {self.num_steps}")
         shape = (len(self._mine), self._settings.context)
         batch = Batch(
             tokens=np.zeros(shape, np.int32),

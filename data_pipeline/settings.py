@@ -49,9 +49,11 @@ def read_yaml(path: str) -> dict[str, Any]:
         if not packaged.is_file():
             raise UsageError(f"config file {path!r} does not exist")
         file = packaged
+    if file.is_dir():
+        raise UsageError(f"config file {path!r} is a folder, not a file")
     try:
         tree = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-13-45 is a plain ValueError
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UsageError(f"{path} must hold a mapping of settings, not {type(tree).__name__}")
@@ -73,15 +75,17 @@ def to_yaml(settings: Settings) -> str:
 
 
 def describe(settings: type[Settings], prefix: str = "") -> Iterable[str]:
-    """Lines for `--help`: every key of `settings` with its default and description."""
-    for name, field in settings.model_fields.items():
-        nested = nested_settings(field.annotation)
-        if nested is not None and not field.is_required() and field.default is not None:
-            yield f"\n{prefix}{name}:  {field.description or ''}"
-            yield from describe(nested, f"{prefix}{name}.")
-        else:
-            default = "required" if field.is_required() else f"default: {field.default}"
+    """Lines for `--help`: every key of `settings` with its default and description, groups after single keys."""
+    fields = settings.model_fields.items()
+    for name, field in fields:
+        if nested_settings(field.annotation) is None:
+            default = "required" if field.is_required() else f"default: {_plain(field.default)}"
             yield f"  {prefix}{name} ({default})\n      {field.description or ''}"
+    for name, field in fields:
+        nested = nested_settings(field.annotation)
+        if nested is not None:
+            yield f"\n{prefix}{name}: {field.description or ''}"
+            yield from describe(nested, f"{prefix}{name}.{_index(field.annotation)}")
 
 
 def nested_settings(annotation: Any) -> type[Settings] | None:
@@ -102,13 +106,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UsageError(f"override {override!r} must look like key=value, for example optimizer.learning_rate=1e-5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"override {override!r}: the value is not valid YAML") from error
     *parents, leaf = key.split(".")
     node: Any = tree
     for i, parent in enumerate([*parents, leaf]):
         if isinstance(node, list):  # data.sources.0.path=...
-            if not (parent.isdigit() and int(parent) < len(node)):
+            if not (parent.isdecimal() and int(parent) < len(node)):
                 raise UsageError(f"override {override!r}: {'.'.join(parents[:i])} has entries 0 to {len(node) - 1}")
             parent = int(parent)  # type: ignore[assignment]
         elif not isinstance(node, dict):
@@ -125,8 +129,11 @@ def _explain(settings: type[Settings], item: Any) -> str:
     location = [part for part in item["loc"] if not (isinstance(part, str) and part in ("function-before",))]
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, list(_all_keys(settings)), n=1, cutoff=0.4)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        in_first_entry = ".".join("0" if isinstance(part, int) else str(part) for part in location)
+        nearest = difflib.get_close_matches(in_first_entry, list(_all_keys(settings)), n=1, cutoff=0.4)
+        entries = iter([str(part) for part in location if isinstance(part, int)])
+        parts = (next(entries, part) if part == "0" else part for part in "".join(nearest).split("."))
+        hint = f"; did you mean {'.'.join(parts)}?" if nearest else ""
         return f"unknown key {key}{hint}"
     if item["type"] == "missing":
         return f"{key} is required"
@@ -142,8 +149,17 @@ def _all_keys(settings: type[Settings], prefix: str = "") -> Iterable[str]:
         yield prefix + name
         nested = nested_settings(field.annotation)
         if nested is not None:
-            infix = "0." if typing.get_origin(field.annotation) is tuple else ""
-            yield from _all_keys(nested, f"{prefix}{name}.{infix}")
+            yield from _all_keys(nested, f"{prefix}{name}.{_index(field.annotation)}")
+
+
+def _index(annotation: Any) -> str:
+    """In the dotted key of a list of settings, the place of the first entry."""
+    return "0." if typing.get_origin(annotation) is tuple else ""
+
+
+def _plain(default: Any) -> str:
+    """A default as YAML writes it."""
+    return "null" if default is None else str(default)
 
 
 def require_file(path: str | Path, what: str) -> epath.Path:
@@ -151,4 +167,6 @@ def require_file(path: str | Path, what: str) -> epath.Path:
     file = epath.Path(path)
     if not file.exists():
         raise UsageError(f"{what} {str(path)!r} does not exist")
+    if file.is_dir():
+        raise UsageError(f"{what} {str(path)!r} is a folder, not a file")
     return file

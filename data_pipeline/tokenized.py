@@ -40,7 +40,8 @@ class TokenizedRows:
         """The rows with these indices, in this order."""
         lengths = np.diff(self.offsets)[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        tokens = np.concatenate([self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows])
+        kept = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows]
+        tokens = np.concatenate([self.tokens[:0], *kept])  # the empty piece: no row may be kept
         return TokenizedRows(tokens, offsets, self.prompt_lengths[rows])
 
 
@@ -61,7 +62,7 @@ def tokenize_cached(
         try:
             with np.load(path) as arrays:
                 return TokenizedRows(arrays["tokens"], arrays["offsets"], arrays["prompt_lengths"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except Exception as error:  # a damaged zip file raises a dozen kinds, depending on the byte
             logger.warning("token cache %s is damaged (%s): tokenising again", path, error)
     rows = tokenize(progress(problems, "tokenising", "rows"), tokenizer, template)
     path.parent.mkdir(parents=True, exist_ok=True)

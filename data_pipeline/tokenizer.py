@@ -24,6 +24,7 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        self.unk_id: int = self._processor.unk_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError("the SentencePiece model has no BOS or no EOS piece; LLaMA models need both")
 
@@ -40,6 +41,10 @@ class Tokenizer:
     def sha256(self) -> str:
         """Identifies the tokenizer."""
         return hashlib.sha256(self.model).hexdigest()
+
+    def piece(self, token_id: int) -> str:
+        """The text of one piece, such as "<s>" for BOS."""
+        return self._processor.id_to_piece(token_id)
 
     def encode_prompt(self, text: str) -> list[int]:
         """BOS and the pieces of a prompt."""

@@ -10,8 +10,9 @@ ITEMS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"
 GAINS = ("buys {n} more", "finds {n} more", "gets {n} from {friend}", "wins {n} more")
 LOSSES = ("gives {n} to {friend}", "loses {n}", "sells {n}", "puts {n} in a box")
 MULTIPLES = (("doubles", 2), ("triples", 3))
+MAX_START, MAX_CHANGE = 20, 12
 # Small enough that a model of a third of a million weights learns the arithmetic from a few hundred examples.
-MAX_VALUE = 60
+MAX_VALUE = 40
 
 
 def generate_problems(count: int, seed: int, min_steps: int = 2, max_steps: int = 4) -> Iterator[Problem]:
@@ -28,11 +29,11 @@ def generate_problems(count: int, seed: int, min_steps: int = 2, max_steps: int 
 def _generate(rng: random.Random, num_steps: int, index: int) -> Problem:
     name, friend = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
-    value = rng.randint(2, 30)
+    value = rng.randint(2, MAX_START)
     sentences = [f"{name} has {value} {item}."]
     steps: list[str] = []
     while len(steps) < num_steps:
-        n = rng.randint(2, 20)
+        n = rng.randint(2, MAX_CHANGE)
         event = rng.choice(("gain", "gain", "loss", "loss", "multiple"))
         if event == "multiple":
             verb, n = rng.choice(MULTIPLES)
@@ -43,8 +44,7 @@ def _generate(rng: random.Random, num_steps: int, index: int) -> Problem:
             phrase, sign, result = rng.choice(LOSSES).format(n=n, friend=friend), "-", value - n
         if not 0 < result <= MAX_VALUE:
             continue
-        opening = "Then" if steps else "First"
-        sentences.append(f"{opening} {name} {phrase}.")
+        sentences.append(f"{name} {phrase}.")
         steps.append(f"{value} {sign} {n} = {result}")
         value = result
     sentences.append(f"How many {item} does {name} have now?")

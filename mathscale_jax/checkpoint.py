@@ -10,6 +10,7 @@ A step appears under its number only when all of it is on disk.
 
 import dataclasses
 import hashlib
+import sys
 from typing import Any
 
 import jax
@@ -187,6 +188,7 @@ class Checkpoint:
         except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
             if is_disk_full(error):
                 raise
+            sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
             raise RunError(
                 f"checkpoint {self.name} is damaged or incomplete and cannot be read: "
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
@@ -221,9 +223,19 @@ def _absolute(path: epath.Path) -> epath.Path:
     return path if "://" in str(path) else path.absolute()
 
 
+def _without_closed_loops(hook: Any) -> Any:
+    """`hook`, but silent about the other reads of a failed restore, which find Orbax's event loop closed."""
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return filtered
+
+
 def steps_in(directory: epath.Path) -> list[int]:
     """The finished steps in a folder, oldest first; none where there is no folder."""
-    if not directory.exists():
+    if not directory.is_dir():
         return []
     names = [child.name for child in directory.iterdir()]
     return sorted(int(name) for name in names if name.isdigit() and (directory / name / "meta").exists())

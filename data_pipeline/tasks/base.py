@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_jsonl(path: str, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
         if path.endswith(".gz"):
             data = gzip.decompress(data)
         text = data.decode("utf-8")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} is not a whole gzip file: {error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from error

@@ -1,12 +1,15 @@
 """GSM8K (Cobbe et al. 2021, MIT licence): 7,473 training and 1,319 test problems, answers are numbers.
 
 Read from TensorFlow Datasets, or from a file in the public layout (`question`, `answer` with a last line
-`#### 72`). A step is a non-blank line before `####`.
+`#### 72`). A step is a non-blank line before `####`. Ids are made from the question, as TensorFlow Datasets
+shuffles the rows: a problem has the same id, and so the same random draws, whatever it was read from.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 
+from data_pipeline.answers import parse_number
 from data_pipeline.settings import UsageError
 from data_pipeline.tasks.base import Problem, Task, count_lines, read_jsonl, text_field
 
@@ -15,23 +18,27 @@ SPLITS = ("train", "test")
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
-def parse_row(question: str, answer: str, problem_id: str) -> Problem:
-    """A problem from a public row. Raises ValueError where the `####` line is missing."""
+def parse_row(question: str, answer: str, split: str) -> Problem:
+    """A problem from a public row. Raises ValueError where the `####` line is missing or holds no number."""
     solution, mark, final = answer.rpartition("####")
     if not mark or not final.strip():
         raise ValueError("the answer has no last line of the form '#### 72'")
     solution = CALCULATOR_MARK.sub("", solution).strip()
     gold = final.strip().replace(",", "")
-    return Problem(problem_id, question.strip(), solution, gold, num_steps=count_lines(solution))
+    if parse_number(gold) is None:
+        raise ValueError(f"the answer after '####' must be a number, got {gold!r}")
+    question = question.strip()
+    problem_id = f"gsm8k/{split}/{hashlib.sha256(question.encode()).hexdigest()[:12]}"
+    return Problem(problem_id, question, solution, gold, num_steps=count_lines(solution))
 
 
 def _read(split: str, source: str | None) -> Iterator[Problem]:
     if split not in SPLITS:
         raise UsageError(f"split={split!r}: gsm8k has {' and '.join(SPLITS)}")
     rows = _from_tfds(split) if source is None else _from_file(source)
-    for index, (where, question, answer) in enumerate(rows):
+    for where, question, answer in rows:
         try:
-            yield parse_row(question, answer, f"gsm8k/{split}/{index}")
+            yield parse_row(question, answer, split)
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from error
 

@@ -21,7 +21,7 @@ def _read(split: str, source: str | None) -> Iterator[Problem]:
         if parse_number(answer) is None:
             raise UsageError(f"{where}: 'answer' must be a number such as 72, 3.5 or 1/2, got {answer!r}")
         yield Problem(
-            id=str(row.get("id", f"{split}/{number - 1}")),
+            id=f"{split}/{number - 1}" if row.get("id") is None else str(row["id"]),
             question=text_field(row, "question", where),
             solution=solution,
             answer=answer,

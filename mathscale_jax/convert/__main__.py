@@ -18,7 +18,7 @@ from data_pipeline.progress import progress
 from data_pipeline.settings import UsageError
 from data_pipeline.templates import DEFAULT_TEMPLATE, load_template
 from data_pipeline.tokenizer import Tokenizer
-from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, Writer, check_vocabulary, open_checkpoint, steps_in
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, Meta, Writer, check_vocabulary, open_checkpoint, steps_in
 from mathscale_jax.config import CheckpointSettings, MeshSettings
 from mathscale_jax.convert.hf import HfFolder, SafetensorsWriter, import_params
 from mathscale_jax.convert.mapping import leaves, model_config_to_hf
@@ -70,16 +70,26 @@ def export_hf(source: str, destination: str, *, step: int | None, dtype: str | N
             for name, ours in zip(leaf.tensors, values if leaf.is_stacked else [values], strict=True):
                 writer.write(name, leaf.to_tensor(ours))
         writer.close()
-        tokenizer = checkpoint.tokenizer
-        write_json(partial / "config.json", model_config_to_hf(config, tokenizer.bos_id, tokenizer.eos_id, dtype))
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        write_json(partial / "generation_config.json", ids)
-        (partial / TOKENIZER_FILE).write_bytes(tokenizer.model)
+        _write_companions(partial, checkpoint, dtype)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     logger.info("exported %s to %s", checkpoint.name, destination)
+
+
+def _write_companions(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
+    """Everything beside the weights that transformers reads."""
+    tokenizer = checkpoint.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    write_json(folder / "config.json", {**model_config_to_hf(checkpoint.meta.model, dtype), **ids})
+    write_json(folder / "generation_config.json", ids)
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    pieces = {name: tokenizer.piece(token_id) for name, token_id in names.items()}
+    # A prompt begins with BOS, as it does in training and in our own sampler.
+    rules = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
+    write_json(folder / "tokenizer_config.json", {**rules, **pieces})
 
 
 def _main(argv: Sequence[str] | None) -> None:

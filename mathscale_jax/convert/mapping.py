@@ -135,8 +135,8 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
     return validated(ModelConfig, {**ours, "rope_theta": theta}, where)
 
 
-def model_config_to_hf(config: ModelConfig, bos_id: int, eos_id: int, dtype: str) -> dict[str, Any]:
-    """A config.json that transformers and serving engines read."""
+def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """What a config.json says of the architecture, in the words that transformers and serving engines read."""
     kind = "llama" if config.sliding_window is None else "mistral"
     shape = {theirs: getattr(config, ours) for theirs, ours in _CONFIG_KEYS.items()}
     if kind == "llama":
@@ -150,8 +150,6 @@ def model_config_to_hf(config: ModelConfig, bos_id: int, eos_id: int, dtype: str
         "tie_word_embeddings": False,
         "attention_bias": False,
         "mlp_bias": False,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
         "dtype": dtype,
         "torch_dtype": dtype,
     }

@@ -1,0 +1,66 @@
+# make demo    the whole loop on this machine's CPU, from nothing to a report
+# make test    the test suite
+# Both set themselves up in .venv, from constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+SOURCES := mathscale_jax data_pipeline eval configs tests setup.py
+
+.PHONY: demo test parity lint format types constraints clean
+
+demo: $(VENV)/.core
+	$(BIN)/python -m data_pipeline prepare demo --out $(DEMO)/data
+	$(BIN)/python -m mathscale_jax.train --config configs/demo.yaml
+	$(BIN)/python -m eval run --checkpoint $(DEMO)/train --task demo --source $(DEMO)/data/test.jsonl \
+	    --out $(DEMO)/eval --dtype float32 --max-tokens 96
+	@echo
+	@echo "Done. Open $(CURDIR)/$(DEMO)/eval/report.html in a browser."
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -n 2 -m "not torch"
+
+# Live comparison with transformers, and the whole loop on a checkpoint that transformers wrote.
+parity: $(VENV)/.torch
+	$(BIN)/pytest -m torch
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+	    { rm -rf $(VENV); echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.core: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.core $@
+
+$(VENV)/.torch: $(VENV)/.dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,torch]'
+	@touch $@
+
+# Pins every extra for Python 3.11 and newer. Run after changing a dependency in pyproject.toml.
+constraints: $(VENV)/.dev
+	$(BIN)/pip install -q uv
+	{ echo "# Pins for every extra, on Python 3.11 and newer. Made by: make constraints"; \
+	  $(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate -q; \
+	} > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

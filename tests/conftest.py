@@ -1,0 +1,28 @@
+"""Eight fake CPU devices for every test, and the fixtures that more than one file uses."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported anywhere.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder with the public data sets; the project carries none of them."""
+    folder = os.environ.get("MATHSCALE_TEST_DATA")
+    if folder is None:
+        message = "MATHSCALE_TEST_DATA is not set: it names a folder with GSM8K and a 32,000-piece tokenizer"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Small checkpoints that transformers wrote, with its logits (see tests/golden/make.py)."""
+    return Path(__file__).parent / "golden"

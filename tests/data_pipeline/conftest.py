@@ -1,0 +1,65 @@
+"""What several tests of the data pipeline share: a small tokenizer, the public rows, files of rows."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.tasks import Problem, read_problems
+from data_pipeline.templates import Template
+from data_pipeline.tokenized import TokenizedRows, tokenize
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> Tokenizer:
+    names = ("Ann", "Ben", "Cleo")
+    texts = [f"Problem: {n} has {i} pens.\nSolution: {i} + 1 = {i + 1}" for n in names for i in range(30)]
+    return train_tokenizer(texts, vocab_size=310)
+
+
+@pytest.fixture(scope="session")
+def large_tokenizer(test_data: Path) -> Tokenizer:
+    return Tokenizer.load(str(test_data / "mistral_v1_tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def gsm8k_train(test_data: Path) -> list[Problem]:
+    return read_problems("gsm8k", "train", str(test_data / "gsm8k_train.jsonl.gz"))
+
+
+@pytest.fixture(scope="session")
+def gsm8k_test(test_data: Path) -> list[Problem]:
+    return read_problems("gsm8k", "test", str(test_data / "gsm8k_test.jsonl.gz"))
+
+
+@pytest.fixture(scope="session")
+def gsm8k_rows(gsm8k_train: list[Problem], large_tokenizer: Tokenizer) -> TokenizedRows:
+    return tokenize(gsm8k_train, large_tokenizer, Template())
+
+
+@pytest.fixture
+def logging_left_as_it_was() -> Iterator[None]:
+    """For commands, which set up logging: pytest's own handlers stay out of it and come back."""
+    root, absl, own = logging.getLogger(), logging.getLogger("absl"), logging.getLogger("mathscale")
+    handlers, levels = root.handlers, [(log, log.level) for log in (root, absl, own)]
+    root.handlers = []
+    yield
+    root.handlers = handlers
+    for log, level in levels:
+        log.setLevel(level)
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows, each a mapping or a line as it is, and gives the path."""
+
+    def write(*rows: Any, name: str = "rows.jsonl") -> str:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write

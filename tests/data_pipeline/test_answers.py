@@ -1,0 +1,220 @@
+"""Extraction and equality of number answers, by hand, against hostile text, and over all of GSM8K."""
+
+import gzip
+import json
+import time
+from fractions import Fraction
+
+import pytest
+
+from data_pipeline.answers import canonical_number, extract_number, numbers_equal, parse_number
+from data_pipeline.templates import Template
+
+ANSWER, HASH, LAST = "answer_line", "hash_line", "last_number"
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "rule"),
+    [
+        # The rules, in their order.
+        ("24 + 48 = 72\nThe answer is: 72.", "72", ANSWER),
+        ("the final answer is 72", "72", ANSWER),
+        ("THE ANSWER IS: 72", "72", ANSWER),
+        ("The answer is:\n72", "72", LAST),  # the marked line holds no number
+        ("24 + 48 = 70\n#### 72", "72", HASH),
+        ("#### 71\nThe answer is: 72", "72", ANSWER),
+        ("The answer is: 72\n#### 71", "72", ANSWER),
+        ("She has 24, he has 48, so 72 in all.", "72", LAST),
+        ("The answer is: unknown.\n#### 72", "72", HASH),
+        ("72 it is.\nThe answer is: unknown.", "72", LAST),
+        # The last marked line wins.
+        ("The answer is: 5.\nWait.\nThe answer is: 6.", "6", ANSWER),
+        ("The answer is: 5. No, the answer is: 6.", "6", ANSWER),
+        ("#### 5\n#### 6", "6", HASH),
+        ("The answer is: 6.\nThen 99 more lines.", "6", ANSWER),
+        # In a marked line: the first number after a last "=".
+        ("The answer is: 3 + 4 = 7 apples.", "7", ANSWER),
+        ("The answer is: 2 * 2 = 4 = 4 of 9.", "4", ANSWER),
+        ("The answer is: 72 apples in 3 boxes.", "72", ANSWER),
+        ("#### 5 * 2 = 10", "10", HASH),
+        # Spellings of a number.
+        ("The answer is: $18.", "18", ANSWER),
+        ("The answer is: $ 18.", "18", ANSWER),
+        ("The answer is: \\$18.50", "18.50", ANSWER),
+        ("The answer is: $1,234.50", "1,234.50", ANSWER),
+        ("The answer is: 1,234,567.", "1,234,567", ANSWER),
+        ("The answer is: -5.", "-5", ANSWER),
+        ("The answer is: -$5.", "-5", ANSWER),
+        ("The answer is: \u22125.", "-5", ANSWER),
+        ("The answer is: (-5)", "-5", ANSWER),
+        ("x=-5", "-5", LAST),
+        ("The answer is: 3/4 of it.", "3/4", ANSWER),
+        ("The answer is: -1/2", "-1/2", ANSWER),
+        ("The answer is: 0.125", "0.125", ANSWER),
+        ("The answer is: .5", ".5", ANSWER),
+        ("The answer is: 25%.", "25", ANSWER),
+        ("The answer is: **72**", "72", ANSWER),
+        ("The answer is: $\\boxed{72}$.", "72", ANSWER),
+        ("It costs 72.", "72", LAST),
+        # Digits beside letters and other digits.
+        ("The answer is: 72apples", "72", ANSWER),
+        ("The answer is: 5km", "5", ANSWER),
+        ("one, 2, 1,2345", "2345", LAST),
+        # A minus that subtracts, lists or joins belongs to no number.
+        ("10-5", "5", LAST),
+        ("so 10 - 5", "5", LAST),
+        ("(3+4)-5", "5", LAST),
+        ("In all:\n- 72 apples", "72", LAST),
+        ("between 5\u201310", "10", LAST),
+        # Nothing.
+        ("", None, None),
+        ("I do not know.", None, None),
+        ("The answer is: none. ####", None, None),
+        ("5/0", None, None),
+        ("-$,./%", None, None),
+        ("\u0663\u0664 \u00b2 \u216b \uff17", None, None),
+    ],
+)
+def test_the_answer_and_its_rule(response, answer, rule):
+    extracted = extract_number(response)
+    assert (extracted.answer, extracted.rule) == (answer, rule)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("72", 72),
+        (" 72 \n", 72),
+        ("7.", 7),
+        ("007", 7),
+        ("-1,234.5", Fraction(-2469, 2)),
+        ("\u22123", -3),
+        ("$18", 18),
+        ("-$18", -18),
+        ("$-18", -18),
+        ("3/4", Fraction(3, 4)),
+        ("1.5/2", Fraction(3, 4)),
+        ("0.1", Fraction(1, 10)),
+        (".5", Fraction(1, 2)),
+        ("50%", 50),
+        ("9" * 50, 10**50 - 1),
+    ],
+)
+def test_a_number_has_its_exact_value(text, value):
+    assert parse_number(text) == value
+
+
+NO_NUMBERS = [
+    "",
+    " ",
+    "-",
+    ".",
+    "$",
+    "%",
+    "/2",
+    "1/",
+    "1/0",
+    "1/-2",
+    "1/2/3",
+    "1 1/2",
+    "12 34",
+    "1,5",
+    "1,23",
+]
+NO_NUMBERS += ["1$2", "--5", "1e5", "1_000", "0x10", "nan", "inf", "x", "7 apples", "1..2", "1.2.3", "9" * 51]
+NO_NUMBERS += ["\u0663", "\u00b2", "\uff17"]  # digits to Python's str.isdigit, none to a maths problem
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS)
+def test_what_is_no_number_has_no_value(text):
+    assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "equal"),
+    [
+        ("72", "72", True),
+        ("72.0", "72", True),
+        ("72.0001", "72", False),
+        ("71.99999999", "72", False),
+        ("1,234", "1234", True),
+        ("$1,234.00", "1234", True),
+        ("144/2", "72", True),
+        ("-72", "72", False),
+        ("0", "-0", True),
+        ("100000000000000000001", "100000000000000000000", False),  # equal as floats
+        ("0.5", "1/2", True),
+        ("1/2", "0.5", True),
+        ("0.333", "1/3", True),  # off by exactly 1e-3
+        ("0.3329", "1/3", False),
+        ("0.3337", "1/3", False),
+        ("2.5025", "2.5", True),
+        ("2.50251", "2.5", False),
+        ("-0.5", "0.5", False),
+        ("-0.5", "-1/2", True),
+        ("no number", "72", False),
+        ("", "72", False),
+    ],
+)
+def test_integers_are_equal_exactly_and_others_to_a_thousandth(answer, gold, equal):
+    assert numbers_equal(answer, gold) is equal
+
+
+@pytest.mark.parametrize("gold", ["", "seven", "1 1/2", "1/0"])
+def test_a_gold_answer_that_is_no_number_is_an_error(gold):
+    with pytest.raises(ValueError, match=r"the gold answer .* is not a number"):
+        numbers_equal("72", gold)
+
+
+def test_equal_numbers_share_a_vote_and_others_do_not():
+    assert len({canonical_number(text) for text in ("1200", "1,200.0", "$1200", "2400/2", "1200.")}) == 1
+    assert len({canonical_number(text) for text in ("1200", "-1200", "1200.5", "0.12", "120")}) == 5
+    assert canonical_number("0.5") == canonical_number("1/2")
+    assert canonical_number(None) is None and canonical_number("many") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "7" * 10**6,
+        "The answer is: " + "7" * 10**6,
+        "0." + "7" * 10**6,
+        "1/" + "7" * 10**6,
+        "$-,." * 10**5,
+        "1," * 10**5,
+        "1,234" * 10**5,
+        "1" + ",234" * 10**5 + "5",
+        "-" * 10**6,
+        "the answer is" * 10**5,
+        "the answer is" + "\n" * 10**6,
+        "the answer is" + " = " * 10**5,
+        "####" * 10**5,
+        "=" * 10**6,
+        "(" * 10**5 + "1" + ")" * 10**5,
+        "{[" * 10**5,
+        "\u0663" * 10**6,
+        "\u00b2/" * 10**5,
+        "\u2212" * 10**6,
+        "\x00" * 10**6,
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_hostile_text_is_answered_within_a_second(text):
+    started = time.process_time()
+    answer = extract_number(text).answer
+    numbers_equal(text, "72")
+    canonical_number(text)
+    assert time.process_time() - started < 1
+    assert answer is None or len(answer) <= 50
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_each_gsm8k_solution_is_graded_equal_to_its_own_gold(split, test_data, request):
+    with gzip.open(test_data / f"gsm8k_{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+        public = [json.loads(line)["answer"].split("#### ")[1].replace(",", "") for line in file]
+    wrong = []
+    for problem, gold in zip(request.getfixturevalue(f"gsm8k_{split}"), public, strict=True):
+        extracted = extract_number(Template().render_response(problem.solution, problem.answer))
+        if extracted.rule != ANSWER or not numbers_equal(extracted.answer, gold):
+            wrong.append((problem.id, extracted, gold))
+    assert wrong == []

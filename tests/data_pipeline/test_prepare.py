@@ -1,0 +1,77 @@
+"""The command `python -m data_pipeline`, and what the package may import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import data_pipeline
+from data_pipeline.__main__ import main
+from data_pipeline.tasks import read_problems
+from data_pipeline.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("logging_left_as_it_was")
+
+NAMES = ["test.jsonl", "tokenizer.model", "train.jsonl"]
+
+
+def exit_code(*argv):
+    with pytest.raises(SystemExit) as caught:
+        main(["prepare", "demo", *argv])
+    return caught.value.code
+
+
+def test_prepare_demo_writes_rows_that_can_be_read_and_a_tokenizer(tmp_path, capsys):
+    out = tmp_path / "new" / "data"
+    assert exit_code("--out", str(out), "--num-train", "60", "--num-test", "20", "--vocab-size", "360") == 0
+    assert (
+        "wrote 60 training and 20 held-out problems and a tokenizer of 360 pieces" in capsys.readouterr().err
+    )
+    assert sorted(path.name for path in out.iterdir()) == NAMES
+    train, test = (read_problems("demo", name, str(out / f"{name}.jsonl")) for name in ("train", "test"))
+    assert (len(train), len(test)) == (60, 20)
+    assert not {p.question for p in train} & {p.question for p in test}
+    assert not {p.id for p in train} & {p.id for p in test}
+    assert Tokenizer.load(str(out / "tokenizer.model")).vocab_size == 360
+
+
+def test_prepare_demo_writes_the_same_bytes_for_the_same_seed(tmp_path):
+    for out, seed in (("a", 3), ("b", 3), ("c", 4)):
+        arguments = ("--num-train", "60", "--num-test", "5", "--vocab-size", "360", "--seed", str(seed))
+        assert exit_code("--out", str(tmp_path / out), *arguments) == 0
+    for name in NAMES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (tmp_path / "a" / "train.jsonl").read_bytes() != (tmp_path / "c" / "train.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "--out"),
+        (("--out", "x", "--num-train", "0"), "num_train='0': Input should be greater than 0"),
+        (("--out", "x", "--num-train", "many"), "num_train='many'"),
+        (("--out", "x", "--vocab-size", "5"), "vocab_size='5'"),
+        (("--out", "x", "--num-train", "2", "--vocab-size", "9999"), "no tokenizer of 9999 pieces"),
+        (("--out", "x", "--colour", "red"), "--colour"),
+    ],
+)
+def test_a_usage_error_ends_with_exit_code_2_and_names_the_flag(
+    tmp_path, monkeypatch, capsys, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(*arguments) == 2
+    err = capsys.readouterr().err
+    assert said in err and "Traceback" not in err
+
+
+def test_the_data_pipeline_imports_neither_jax_nor_the_packages_above_it():
+    folder = Path(data_pipeline.__file__).parent
+    imported = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+    assert {"data_pipeline", "numpy"} <= imported
+    assert not imported & {"jax", "jaxlib", "flax", "optax", "orbax", "mathscale_jax", "eval"}

@@ -1,0 +1,148 @@
+"""Rows are tokenised once, and a cache never gives anything else than tokenising would."""
+
+import dataclasses
+import logging
+import os
+
+import numpy as np
+import pytest
+
+import data_pipeline.tokenized
+from data_pipeline.tasks import Problem
+from data_pipeline.templates import Template
+from data_pipeline.tokenized import TokenizedRows, default_cache_dir, tokenize, tokenize_cached
+from data_pipeline.tokenizer import train_tokenizer
+
+PROBLEMS = [Problem("a", "Ann has 3 pens.", "3 + 1 = 4", "4"), Problem("b", "Ben?", "2", "2")]
+
+
+def assert_same(actual, expected):
+    for field in dataclasses.fields(TokenizedRows):
+        got, wanted = getattr(actual, field.name), getattr(expected, field.name)
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.fixture
+def count_tokenizing(monkeypatch):
+    """Counts how often rows are really tokenised."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return tokenize(*arguments)
+
+    monkeypatch.setattr(data_pipeline.tokenized, "tokenize", counted)
+    return calls
+
+
+def test_a_row_is_bos_prompt_response_eos(small_tokenizer):
+    rows = tokenize(PROBLEMS, small_tokenizer, Template())
+    assert len(rows) == 2
+    for i, (prompt, response) in enumerate(
+        [
+            ("Problem: Ann has 3 pens.\nSolution:", "3 + 1 = 4\nThe answer is: 4."),
+            ("Problem: Ben?\nSolution:", "2\nThe answer is: 2."),
+        ]
+    ):
+        row = rows.tokens[rows.offsets[i] : rows.offsets[i + 1]].tolist()
+        length = rows.prompt_lengths[i]
+        assert row[0] == small_tokenizer.bos_id and row[-1] == small_tokenizer.eos_id
+        assert small_tokenizer.decode(row[:length]) == prompt
+        assert small_tokenizer.decode(row[length:]) == response
+        assert rows.input_lengths[i] == len(row) - 1
+
+
+def test_the_second_time_the_same_arrays_come_from_the_cache(tmp_path, small_tokenizer, count_tokenizing):
+    first = tokenize_cached(PROBLEMS, small_tokenizer, Template(), tmp_path)
+    second = tokenize_cached(list(PROBLEMS), small_tokenizer, Template(), tmp_path)
+    assert len(count_tokenizing) == 1
+    assert_same(first, tokenize(PROBLEMS, small_tokenizer, Template()))
+    assert_same(second, first)
+
+
+def test_what_does_not_reach_the_tokens_does_not_miss_the_cache(tmp_path, small_tokenizer, count_tokenizing):
+    tokenize_cached(PROBLEMS, small_tokenizer, Template(), tmp_path)
+    renamed = [dataclasses.replace(problem, id=problem.id + "x", level="5") for problem in PROBLEMS]
+    tokenize_cached(renamed, small_tokenizer, Template(), tmp_path)
+    assert len(count_tokenizing) == 1
+
+
+def test_another_text_order_template_or_tokenizer_misses_the_cache(
+    tmp_path, small_tokenizer, count_tokenizing
+):
+    other_tokenizer = train_tokenizer(["Ann has 3 pens. Ben has 4 books."] * 9, 280)
+    first, second = PROBLEMS
+    requests = [
+        (PROBLEMS, small_tokenizer, Template()),
+        ([second, first], small_tokenizer, Template()),
+        ([first], small_tokenizer, Template()),
+        ([dataclasses.replace(first, question="Ann has 5 pens."), second], small_tokenizer, Template()),
+        ([dataclasses.replace(first, solution="3 + 1 = 5"), second], small_tokenizer, Template()),
+        ([dataclasses.replace(first, answer="5"), second], small_tokenizer, Template()),
+        (PROBLEMS, other_tokenizer, Template()),
+        (PROBLEMS, small_tokenizer, Template(prompt="{question}")),
+        (PROBLEMS, small_tokenizer, Template(response="{answer}")),
+    ]
+    for times in (1, 1):  # the second round comes from the cache
+        for problems, tokenizer, template in requests:
+            cached = tokenize_cached(problems, tokenizer, template, tmp_path)
+            assert_same(cached, tokenize(problems, tokenizer, template))
+        assert len(count_tokenizing) == times * len(requests)
+    assert len(list((tmp_path / "tokens").iterdir())) == len(requests)
+
+
+def test_texts_that_only_join_alike_are_told_apart(tmp_path, small_tokenizer, count_tokenizing):
+    for question, solution in (("Ann has", "3 pens"), ("Ann has3", " pens"), ("Ann", " has3 pens")):
+        tokenize_cached([Problem("a", question, solution, "1")], small_tokenizer, Template(), tmp_path)
+    assert len(count_tokenizing) == 3
+
+
+def test_a_cache_file_damaged_anywhere_is_passed_over(tmp_path, small_tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # hundreds of files that nobody keeps
+    caplog.set_level(logging.ERROR, logger="mathscale")
+    expected = tokenize_cached(PROBLEMS, small_tokenizer, Template(), tmp_path)
+    (path,) = (tmp_path / "tokens").iterdir()
+    whole = path.read_bytes()
+    damaged = [whole[:cut] for cut in range(0, len(whole), 23)]
+    damaged += [
+        whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1 :]
+        for i in range(0, len(whole), 5)
+        for flip in (1, 255)
+    ]
+    for content in [*damaged, b"", b"\x93NUMPY", b"not a cache"]:
+        path.write_bytes(content)
+        assert_same(tokenize_cached(PROBLEMS, small_tokenizer, Template(), tmp_path), expected)
+
+
+def test_a_damaged_cache_file_is_named_and_mended(tmp_path, small_tokenizer, caplog, count_tokenizing):
+    tokenize_cached(PROBLEMS, small_tokenizer, Template(), tmp_path)
+    (path,) = (tmp_path / "tokens").iterdir()
+    path.write_bytes(path.read_bytes()[:-40])
+    tokenize_cached(PROBLEMS, small_tokenizer, Template(), tmp_path)
+    assert f"token cache {path} is damaged" in caplog.text
+    tokenize_cached(PROBLEMS, small_tokenizer, Template(), tmp_path)
+    assert len(count_tokenizing) == 2
+
+
+def test_selected_rows_are_those_rows_in_that_order():
+    rows = TokenizedRows(
+        tokens=np.array([1, 2, 3, 4, 5, 6, 7, 8, 9], np.int32),
+        offsets=np.array([0, 2, 5, 9]),
+        prompt_lengths=np.array([1, 2, 3], np.int32),
+    )
+    assert rows.input_lengths.tolist() == [1, 2, 3]
+    selected = rows.select(np.array([2, 0]))
+    assert selected.tokens.tolist() == [6, 7, 8, 9, 1, 2]
+    assert selected.offsets.tolist() == [0, 4, 6]
+    assert selected.prompt_lengths.tolist() == [3, 1]
+    none = rows.select(np.array([], np.int64))
+    assert len(none) == 0 and none.offsets.tolist() == [0] and none.tokens.tolist() == []
+
+
+def test_the_cache_is_where_the_user_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "mathscale_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(default_cache_dir()) == "/home/someone/.cache/mathscale_jax"

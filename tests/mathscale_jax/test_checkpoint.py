@@ -1,0 +1,102 @@
+"""What a checkpoint keeps, on which mesh it can be read, and how damage shows."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from data_pipeline.cli import RunError
+from data_pipeline.settings import UsageError
+from data_pipeline.templates import Template
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from mathscale_jax import model
+from mathscale_jax.checkpoint import Meta, Writer, fingerprint, open_checkpoint
+from mathscale_jax.config import CheckpointSettings, MeshSettings, ModelConfig
+from mathscale_jax.mesh import make_mesh
+from mathscale_jax.step import param_shardings
+
+CONFIG = ModelConfig.model_validate({"preset": "demo", "vocab_size": 320, "num_layers": 2, "hidden_size": 32, "head_dim": 8})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["words and numbers 0123456789 for a few merges", "words again"], vocab_size=320)
+
+
+@pytest.fixture
+def params() -> model.Params:
+    return jax.jit(lambda: model.init(CONFIG, 0))()
+
+
+@pytest.fixture
+def saved(tmp_path: Path, params: model.Params, tokenizer: Tokenizer) -> Path:
+    template = Template(prompt="Q: {question}\nA:")
+    with Writer(epath.Path(tmp_path), CheckpointSettings(keep=2), tokenizer) as writer:
+        for step in (1, 2, 3):
+            writer.save(step, params, Meta(CONFIG, template, tokenizer.sha256, "random weights"))
+    return tmp_path
+
+
+def test_weights_template_tokenizer_and_architecture_come_back(saved: Path, params: model.Params, tokenizer: Tokenizer) -> None:
+    checkpoint = open_checkpoint(str(saved))
+    assert checkpoint.step == 3
+    assert checkpoint.meta.model == CONFIG
+    assert checkpoint.meta.template.prompt == "Q: {question}\nA:"
+    assert checkpoint.tokenizer.model == tokenizer.model
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(checkpoint.restore_params()), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_only_the_newest_steps_are_kept(saved: Path) -> None:
+    assert open_checkpoint(str(saved), step=2).step == 2
+    with pytest.raises(UsageError, match="no step 1; it has 2, 3"):
+        open_checkpoint(str(saved), step=1)
+
+
+def test_weights_are_restored_onto_any_mesh(saved: Path, params: model.Params) -> None:
+    shardings = param_shardings(CONFIG, make_mesh(MeshSettings(fsdp=4, tensor=2)))
+    restored = open_checkpoint(str(saved)).restore_params(shardings)
+    up = restored["blocks"]["mlp"]["up"]
+    assert up.sharding == shardings["blocks"]["mlp"]["up"] and len(up.addressable_shards) == 8
+    np.testing.assert_array_equal(up, params["blocks"]["mlp"]["up"])
+
+
+def test_one_leaf_can_be_read_alone(saved: Path, params: model.Params) -> None:
+    leaf = open_checkpoint(str(saved)).restore_leaf(("blocks", "attention", "key"))
+    np.testing.assert_array_equal(leaf, params["blocks"]["attention"]["key"])
+
+
+def test_the_fingerprint_is_the_same_on_any_mesh_and_changes_with_one_bit(params: model.Params) -> None:
+    digest = fingerprint(params)
+    shardings = param_shardings(CONFIG, make_mesh(MeshSettings(fsdp=4, tensor=2)))
+    assert fingerprint(jax.device_put(params, shardings)) == digest
+    key = params["blocks"]["attention"]["key"]
+    bits = jax.lax.bitcast_convert_type(key, jnp.uint32).at[1, 2, 3, 4].add(1)
+    params["blocks"]["attention"]["key"] = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    assert fingerprint(params) != digest
+    swapped = key.at[0, 0, 0, 0].set(key[0, 0, 0, 1]).at[0, 0, 0, 1].set(key[0, 0, 0, 0])
+    params["blocks"]["attention"]["key"] = swapped
+    assert fingerprint(params) != digest
+
+
+def test_another_tokenizer_beside_the_weights_is_refused(saved: Path) -> None:
+    (saved / "tokenizer.model").write_bytes(train_tokenizer(["other text of other words"], vocab_size=300).model)
+    with pytest.raises(UsageError, match="is not the tokenizer"):
+        open_checkpoint(str(saved))
+
+
+def test_a_step_without_all_its_files_is_damaged(saved: Path) -> None:
+    for file in (saved / "3" / "params").rglob("*"):
+        if file.is_file() and file.stat().st_size > 10_000:
+            file.unlink()
+    with pytest.raises(RunError, match="step 3 is damaged or incomplete"):
+        open_checkpoint(str(saved)).restore_params()
+
+
+def test_an_unfinished_step_is_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "7.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds no finished step"):
+        open_checkpoint(str(tmp_path))

@@ -1,0 +1,184 @@
+"""Hugging Face folders come in and go out bit for bit; what is wrong with one is said in one message."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from data_pipeline.settings import UsageError
+from data_pipeline.tokenizer import train_tokenizer
+from mathscale_jax.checkpoint import open_checkpoint
+from mathscale_jax.convert import hf
+from mathscale_jax.convert.__main__ import export_hf, import_hf
+from mathscale_jax.convert.hf import HfFolder
+from mathscale_jax.convert.mapping import model_config_from_hf
+
+TEXTS = ["a small corpus of words, digits 0123456789 and signs + - * / = ( )", "enough of it for some merges of letters"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    file.write_bytes(train_tokenizer(TEXTS, vocab_size=320).model)
+    return file
+
+
+@pytest.fixture(params=["llama_gqa", "mistral_window"])
+def source(request: pytest.FixtureRequest, golden: Path, tokenizer_file: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    shutil.copytree(golden / request.param, folder)
+    shutil.copy(tokenizer_file, folder)
+    return folder
+
+
+def convert(source: Path, destination: Path, dtype: str | None = None) -> None:
+    import_hf(str(source), str(destination), tokenizer=None, template="default", dtype=dtype)
+
+
+def test_import_then_export_gives_back_every_tensor_bit_for_bit(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "checkpoint")
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"), step=None, dtype=None)
+    before = safetensors.numpy.load_file(source / "model.safetensors")
+    after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype == "bfloat16"
+        assert np.array_equal(tensor.view(np.uint16), after[name].view(np.uint16)), name
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+
+
+def test_the_exported_config_says_what_the_source_said(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "checkpoint")
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"), step=None, dtype=None)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert model_config_from_hf(before, "") == model_config_from_hf(after, "")
+    for key in ("model_type", "architectures", "vocab_size", "num_key_value_heads", "rms_norm_eps", "head_dim", "dtype"):
+        assert before[key] == after[key], key
+    assert before.get("sliding_window") == after.get("sliding_window")
+
+
+def test_several_shards_are_read_and_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "MAX_SHARD_BYTES", 50_000)
+    convert(source, tmp_path / "checkpoint")
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "sharded"), step=None, dtype=None)
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(safetensors.numpy.load_file(source / "model.safetensors"))
+    convert(tmp_path / "sharded", tmp_path / "again")
+    for ours, theirs in zip(*(_leaves(tmp_path / name) for name in ("checkpoint", "again")), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def _leaves(path: Path) -> list[np.ndarray]:
+    import jax
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(open_checkpoint(str(path)).restore_params())]
+
+
+def test_dtype_is_kept_or_changed_as_asked(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "kept")
+    convert(source, tmp_path / "wide", dtype="float32")
+    assert open_checkpoint(str(tmp_path / "kept")).stored_dtype() == "bfloat16"
+    assert open_checkpoint(str(tmp_path / "wide")).stored_dtype() == "float32"
+
+
+def test_a_destination_that_holds_something_is_refused(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match="already holds a checkpoint"):
+        convert(source, tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match="exists: choose another folder"):
+        export_hf(str(tmp_path / "checkpoint"), str(source), step=None, dtype=None)
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _lose_shard(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+
+
+def _change_tensors(folder: Path, change: object) -> None:
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)  # type: ignore[operator]
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+def _lose_tensor(folder: Path) -> None:
+    _change_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def _add_tensor(folder: Path) -> None:
+    _change_tensors(folder, lambda tensors: tensors.update(bias=np.zeros(3, np.float32)))
+
+
+def _change_shape(folder: Path) -> None:
+    _change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((319, 48), np.float32)}))
+
+
+def _change_config(**change: object) -> object:
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+
+    return apply
+
+
+def _other_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(TEXTS, vocab_size=310).model)
+
+
+def _no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (_truncate, "model.safetensors is truncated or damaged"),
+        (_lose_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
+        (_lose_shard, "model-00001-of-00002.safetensors, which model.safetensors.index.json names, is missing"),
+        (_lose_tensor, "1 tensors of the model are missing, first model.layers.1.mlp.up_proj.weight"),
+        (_add_tensor, "1 tensors are not of this model, first bias"),
+        (_change_shape, r"lm_head.weight has shape \(319, 48\), config.json makes it \(320, 48\)"),
+        (_change_config(model_type="gpt2"), "model_type='gpt2' is not supported"),
+        (_change_config(tie_word_embeddings=True), "tie_word_embeddings=True is not supported"),
+        (_change_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}), "rope_parameters"),
+        (_change_config(num_key_value_heads=4), "num_heads=6 must be a multiple of num_kv_heads=4"),
+        (_other_vocabulary, "310 pieces but the model's vocab_size is 320"),
+        (_no_tokenizer, "tokenizer .* does not exist"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(source: Path, tmp_path: Path, damage: object, told: str) -> None:
+    damage(source)  # type: ignore[operator]
+    with pytest.raises(UsageError, match=told):
+        convert(source, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_weights_are_read_from_the_layer_they_belong_to(golden: Path) -> None:
+    tensors = safetensors.numpy.load_file(golden / "llama_gqa" / "model.safetensors")
+    with HfFolder(str(golden / "llama_gqa")) as folder:
+        params = hf.import_params(folder, _on_one_device(folder), "float32")
+    key = np.asarray(params["blocks"]["attention"]["key"])
+    theirs = tensors["model.layers.1.self_attn.k_proj.weight"].astype(np.float32)
+    # Head 1, dimension 3 of the second layer's key is row 1 * head_dim + 3 of its matrix.
+    np.testing.assert_array_equal(key[1, :, 1, 3], theirs[1 * 8 + 3])
+
+
+def _on_one_device(folder: HfFolder) -> object:
+    import jax
+
+    from mathscale_jax.config import MeshSettings
+    from mathscale_jax.mesh import make_mesh
+    from mathscale_jax.step import param_shardings
+
+    return param_shardings(folder.config, make_mesh(MeshSettings(data=1, fsdp=1), jax.devices()[:1]))

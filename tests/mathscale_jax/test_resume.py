@@ -1,0 +1,146 @@
+"""A run that is killed, stopped or damaged goes on exactly, or says why it does not."""
+
+import json
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from small_run import NUM_STEPS, command, environment, run, write_config
+
+TRAIN = "mathscale_jax.train"
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) as written: JSON holds every bit of them."""
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def steps(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "run" / "checkpoints").iterdir() if path.name.isdigit()}
+
+
+def start_and_wait_for_step(config: Path, step: int, *overrides: str, devices: int = 1) -> subprocess.Popen[str]:
+    """A training process that has just logged `step`."""
+    process = subprocess.Popen(
+        command(TRAIN, "--config", str(config), *overrides),
+        env=environment(devices),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = config.parent / "run" / "metrics.jsonl"
+    for _ in range(3000):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return process
+        if process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"step {step} was never logged: {process.communicate()[1]}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[tuple[int, float, float]]]:
+    """The losses of undisturbed runs on one device and on eight."""
+    found = {}
+    for devices in (1, 8):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        assert run(TRAIN, "--config", str(write_config(folder)), devices=devices).returncode == 0
+        found[devices] = losses(folder)
+        assert [step for step, _, _ in found[devices]] == list(range(1, NUM_STEPS + 1))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "killed_after"), [(1, 2), (1, 7), (8, 6)])
+def test_a_run_killed_with_sigkill_goes_on_with_bit_identical_losses(
+    undisturbed: dict, tmp_path: Path, devices: int, killed_after: int
+) -> None:
+    config = write_config(tmp_path, num_steps=NUM_STEPS)
+    process = start_and_wait_for_step(config, killed_after, devices=devices)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(losses(tmp_path)) < NUM_STEPS
+    again = run(TRAIN, "--config", str(config), devices=devices)
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path) == undisturbed[devices]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_step_and_the_run_goes_on(undisturbed: dict, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    process = start_and_wait_for_step(config, 2, "num_steps=4000", "checkpoint.every=4000")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said and "which is saved" in said
+    (saved,) = steps(tmp_path)
+    assert len(losses(tmp_path)) == int(saved)
+    more = int(saved) + 3
+    again = run(TRAIN, "--config", str(config), f"num_steps={more}")
+    assert again.returncode == 0, again.stderr
+    assert f"resuming {tmp_path / 'run' / 'checkpoints'} step {saved}" in again.stderr
+    assert [step for step, _, _ in losses(tmp_path)] == list(range(1, more + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_75_for_pre_empted(tmp_path: Path) -> None:
+    process = start_and_wait_for_step(write_config(tmp_path), 2, "num_steps=4000", "checkpoint.every=4000")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert len(steps(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_alone_and_a_changed_one_refused(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert run(TRAIN, "--config", str(config)).returncode == 0
+    before = losses(tmp_path)
+    assert steps(tmp_path) == {"4", "8", "12"}
+    done = run(TRAIN, "--config", str(config))
+    assert done.returncode == 0 and "nothing to do" in done.stderr
+    for override, told in [
+        ("optimizer.learning_rate=0.02", "optimizer.learning_rate: 0.01 -> 0.02"),
+        ("seed=1", "seed: 0 -> 1"),
+        ("data.layout=padded", "data.layout: 'packed' -> 'padded'"),
+    ]:
+        refused = run(TRAIN, "--config", str(config), override, "num_steps=16")
+        assert refused.returncode == 2 and told in refused.stderr and "init_from" in refused.stderr
+    rows = tmp_path / "data" / "train.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    refused = run(TRAIN, "--config", str(config), "num_steps=16")
+    assert refused.returncode == 2 and "not the ones the run began with" in refused.stderr
+    assert losses(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_saving_is_one_message_and_leaves_the_checkpoints_whole(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert run(TRAIN, "--config", str(config), "num_steps=4").returncode == 0
+
+    def no_large_files() -> None:  # the write fails as on a full disk, and needs no disk of its own
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    full = run(TRAIN, "--config", str(config), preexec_fn=no_large_files)
+    assert full.returncode == 1
+    assert "no room on disk" in full.stderr and "Traceback" not in full.stderr
+    assert steps(tmp_path) == {"4"}
+    again = run(TRAIN, "--config", str(config))
+    assert again.returncode == 0, again.stderr
+    assert steps(tmp_path) == {"4", "8", "12"}
+
+
+@pytest.mark.slow
+def test_a_truncated_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert run(TRAIN, "--config", str(config)).returncode == 0
+    for file in (tmp_path / "run" / "checkpoints" / "12" / "params").rglob("*"):
+        if file.is_file() and file.stat().st_size > 10_000:
+            file.write_bytes(file.read_bytes()[:5000])
+    refused = run(TRAIN, "--config", str(config), "num_steps=16")
+    assert refused.returncode == 1
+    assert "step 12 is damaged" in refused.stderr and "Traceback" not in refused.stderr

@@ -1,0 +1,60 @@
+"""What a user can get wrong is said in one message with exit code 2, before any step."""
+
+from pathlib import Path
+
+import pytest
+from small_run import run, write_config
+
+from data_pipeline.settings import UsageError, load_settings
+from mathscale_jax.config import TrainSettings
+from mathscale_jax.train import train
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optimizer.learnig_rate=1"], "unknown key optimizer.learnig_rate; did you mean optimizer.learning_rate?"),
+        (["optimizer.learning_rate=fast"], "optimizer.learning_rate='fast'"),
+        (["batch_size=0"], "batch_size=0"),
+        (["compute.dtype=float16"], "compute.dtype='float16'"),
+        (["num_epochs=2"], "num_steps or num_epochs"),
+        (["init_from=somewhere"], "give model (train from scratch) or init_from"),
+        (["data.context=100"], "compute.loss_chunk=256 must divide data.context=100"),
+        (["data.context=1024"], "data.context=1024 is longer than the model's max_context=512"),
+        (["accumulation_steps=3"], "multiple of accumulation_steps=3"),
+        (["mesh.data=3"], "does not divide the 8 cpu device(s)"),
+        (["mesh.tensor=8", "mesh.fsdp=1"], "heads dimension of 4 cannot be split over mesh axis tensor of 8"),
+        (["batch_size=4"], "cannot be split over mesh.data*mesh.fsdp=8"),
+        (["model.vocab_size=341"], "340 pieces but the model's vocab_size is 341"),
+        (["data.tokenizer=none.model"], "tokenizer 'none.model' does not exist"),
+        (["data.sources.0.path=none.jsonl"], "source file 'none.jsonl' does not exist"),
+        (["data.sources.0.path=EMPTY"], "the dataset is empty"),
+        (["data.overlong=refuse", "data.context=32", "compute.loss_chunk=32"], "longer than data.context=32"),
+        (["data.context=32", "compute.loss_chunk=32"], "no example is left that fits data.context=32"),
+        (["data.template=none.yaml"], "'none.yaml' does not exist"),
+        (["model=null", "init_from=EMPTY"], "holds no finished step"),
+        (["batch_size"], "must look like key=value"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, overrides: list[str], told: str) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    config = write_config(tmp_path)
+    with pytest.raises(UsageError) as refused:
+        train(load_settings(TrainSettings, str(config), [o.replace("EMPTY", str(empty)) for o in overrides]))
+    assert told in str(refused.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_command_prints_the_mistake_alone_and_exits_with_2(tmp_path: Path) -> None:
+    result = run("mathscale_jax.train", "--config", str(write_config(tmp_path)), "model.num_layer=3")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and "did you mean model.num_layers?" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_lists_every_key_with_its_default() -> None:
+    result = run("mathscale_jax.train", "--help")
+    assert result.returncode == 0
+    for text in ("optimizer.learning_rate (default: 2e-05)", "mesh.fsdp (default: -1)", "data.context (default: 2048)"):
+        assert text in result.stdout

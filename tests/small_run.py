@@ -1,0 +1,57 @@
+"""A training run of seconds, for tests that need a whole one: as a config file, a subprocess, or in this process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from data_pipeline.__main__ import DemoData, prepare_demo
+
+NUM_STEPS = 12
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    """Makes the data (once) and a config of `NUM_STEPS` steps in `folder`; `changes` replace top-level keys."""
+    data = folder / "data"
+    if not data.exists():
+        prepare_demo(DemoData(out=str(data), num_train=40, num_test=6, vocab_size=340))
+    config = {
+        "output_dir": str(folder / "run"),
+        "model": {"preset": "demo", "vocab_size": 340, "hidden_size": 32, "num_layers": 2, "head_dim": 8, "intermediate_size": 64},
+        "data": {
+            "sources": [{"task": "demo", "path": str(data / "train.jsonl")}],
+            "tokenizer": str(data / "tokenizer.model"),
+            "context": 256,
+            "cache_dir": str(folder / "cache"),
+        },
+        "compute": {"dtype": "float32", "remat": "none"},
+        "optimizer": {"learning_rate": 1e-2},
+        "batch_size": 8,
+        "num_steps": NUM_STEPS,
+        "log_every": 1,
+        "checkpoint": {"every": 4, "keep": 3},
+        **changes,
+    }
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command line of one of our programs."""
+    return [sys.executable, "-m", module, *arguments]
+
+
+def run(module: str, *arguments: str, devices: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs one of our programs to its end."""
+    return subprocess.run(
+        command(module, *arguments), env=environment(devices), capture_output=True, text=True, timeout=300, **options
+    )  # type: ignore[call-overload]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """The environment of a program that sees `devices` CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
