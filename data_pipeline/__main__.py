@@ -1,6 +1,8 @@
 """python -m data_pipeline: makes datasets.
 
     python -m data_pipeline prepare demo --out runs/demo/data
+
+writes train.jsonl, test.jsonl and tokenizer.model.
 """
 
 import argparse
@@ -23,9 +25,9 @@ class DemoData(Settings):
     """`prepare demo`: generated word problems and a tokenizer for them."""
 
     out: str = pydantic.Field(description="folder for train.jsonl, test.jsonl and tokenizer.model")
-    num_train: pydantic.PositiveInt = pydantic.Field(300, description="training problems")
+    num_train: pydantic.PositiveInt = pydantic.Field(500, description="training problems")
     num_test: pydantic.PositiveInt = pydantic.Field(60, description="held-out problems")
-    vocab_size: int = pydantic.Field(384, ge=300, description="pieces of the tokenizer")
+    vocab_size: int = pydantic.Field(512, ge=300, description="pieces of the tokenizer")
     seed: pydantic.NonNegativeInt = pydantic.Field(0, description="seed of the generator")
 
 

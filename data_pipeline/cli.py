@@ -27,7 +27,7 @@ class RunError(Exception):
     """The command was asked for properly and could not be carried out (exit code 1)."""
 
 
-class Stopped(Exception):  # noqa: N818 - a clean stop, not an error
+class Stopped(Exception):
     """The command was asked to stop and left everything in order; carries the exit code (75 or 130)."""
 
     def __init__(self, message: str, exit_code: int):
@@ -107,7 +107,7 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
         if not is_disk_full(error):
             raise
         _end(
-            f"error: no room on disk: {_first_line(error)}\nwhat was saved before is whole; "
+            f"error: no room on disk: {first_line(error)}\nwhat was saved before is whole; "
             "free some space and run the same command again",
             EXIT_FAILURE,
         )
@@ -117,7 +117,12 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
 def is_disk_full(error: BaseException | None) -> bool:
     """True where `error`, or one that caused it, says that a disk, a quota or a file size limit is reached."""
     # Orbax and TensorStore report the system's error as text inside errors of their own.
-    texts = ("No space left on device", "Disk quota exceeded", "File too large", "RESOURCE_EXHAUSTED: Error writing")
+    texts = (
+        "No space left on device",
+        "Disk quota exceeded",
+        "File too large",
+        "RESOURCE_EXHAUSTED: Error writing",
+    )
     seen: set[int] = set()  # an error may be its own cause
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -131,7 +136,8 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to a line; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 

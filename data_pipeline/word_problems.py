@@ -9,10 +9,9 @@ NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Ja
 ITEMS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 GAINS = ("buys {n} more", "finds {n} more", "gets {n} from {friend}", "wins {n} more")
 LOSSES = ("gives {n} to {friend}", "loses {n}", "sells {n}", "puts {n} in a box")
-MULTIPLES = (("doubles", 2), ("triples", 3))
-MAX_START, MAX_CHANGE = 20, 12
-# Small enough that a model of a third of a million weights learns the arithmetic from a few hundred examples.
-MAX_VALUE = 40
+# The arithmetic is small enough to be met in full within a few hundred examples, so that what is left to learn
+# for a model of half a million weights is reading the story and keeping the chain of steps.
+MAX_START, MAX_CHANGE, MAX_VALUE = 9, 9, 20
 
 
 def generate_problems(count: int, seed: int, min_steps: int = 2, max_steps: int = 4) -> Iterator[Problem]:
@@ -34,10 +33,9 @@ def _generate(rng: random.Random, num_steps: int, index: int) -> Problem:
     steps: list[str] = []
     while len(steps) < num_steps:
         n = rng.randint(2, MAX_CHANGE)
-        event = rng.choice(("gain", "gain", "loss", "loss", "multiple"))
-        if event == "multiple":
-            verb, n = rng.choice(MULTIPLES)
-            phrase, sign, result = f"{verb} the {item}", "*", value * n
+        event = rng.choice(("gain", "gain", "loss", "loss", "double"))
+        if event == "double":
+            phrase, sign, n, result = f"doubles the {item}", "*", 2, value * 2
         elif event == "gain":
             phrase, sign, result = rng.choice(GAINS).format(n=n, friend=friend), "+", value + n
         else:

@@ -1,10 +1,10 @@
 """The files of an eval folder: where they lie, and how they are read back.
 
-    run.json                    everything that determines the samples, and its hash
-    problems.jsonl              the problems with their gold answers, in order
-    samples/part-00000.jsonl    all samples of the first problem, written whole and never changed
-    grades/part-00000.jsonl     their grades
-    metrics.json, report.html
+run.json                    everything that determines the samples, and its hash
+problems.jsonl              the problems with their gold answers, in order
+samples/part-00000.jsonl    all samples of the first problem, written whole and never changed
+grades/part-00000.jsonl     their grades
+metrics.json, report.html
 """
 
 import json

@@ -37,7 +37,9 @@ def grade(folder: epath.Path) -> epath.Path:
     graded: dict[str, list[dict[str, Any]]] = {}
     (folder / "grades").mkdir(exist_ok=True)
     for part in progress(parts(folder, "samples"), "grading", "problems"):
-        rows = [_grade_sample(row, problems[row["problem_id"]]["answer"], kind) for row in read_samples(part, set(problems))]
+        rows = [
+            _grade_sample(row, problems[row["problem_id"]]["answer"], kind) for row in read_samples(part, set(problems))
+        ]
         write_json_lines(folder / "grades" / part.name, [{k: row[k] for k in _GRADE_KEYS} for row in rows])
         for row in rows:
             graded.setdefault(row["problem_id"], []).append(row)

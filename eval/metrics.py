@@ -82,8 +82,7 @@ def majority_at_k(
     _check_ks(ks, num_samples)
     if classes.min() < NO_ANSWER or classes.max() >= num_classes:
         raise ValueError(
-            f"classes must lie in -1..{num_classes - 1} (one verdict each), got "
-            f"{classes.min()}..{classes.max()}"
+            f"classes must lie in -1..{num_classes - 1} (one verdict each), got {classes.min()}..{classes.max()}"
         )
     scores = np.zeros(len(ks))
     if num_classes == 0:
@@ -220,9 +219,7 @@ def compute_metrics(
     return metrics
 
 
-def _group_metrics(
-    values: Float[np.ndarray, "problems columns"], num_samples: int, seed: int
-) -> dict[str, Any]:
+def _group_metrics(values: Float[np.ndarray, "problems columns"], num_samples: int, seed: int) -> dict[str, Any]:
     passed, ratio = _with_intervals(values[:, [num_samples - 1, num_samples]], seed)
     return {"num_problems": len(values), "pass_ratio": ratio, "pass_at": {str(num_samples): passed}}
 
@@ -264,9 +261,7 @@ def _common_sample_count(*arguments: Sequence[Sequence[Any]] | np.ndarray) -> in
     return num_samples
 
 
-def _checked_counts(
-    num_correct: Int[np.ndarray, "problems"], num_samples: int
-) -> Int[np.ndarray, "problems"]:
+def _checked_counts(num_correct: Int[np.ndarray, "problems"], num_samples: int) -> Int[np.ndarray, "problems"]:
     num_correct = np.asarray(num_correct)
     if num_samples < 1 or np.any(num_correct < 0) or np.any(num_correct > num_samples):
         raise ValueError(f"num_correct must lie in 0..num_samples = {num_samples} >= 1, got {num_correct}")

@@ -269,9 +269,7 @@ def _figure(
             label = names[name].removesuffix(" so far")
             for text, rise, size, weight in ((percent(ends[name]), 7, 12, "bold"), (label, -7, 9, "normal")):
                 look = {"size": size, "weight": weight, "color": light[name], "va": "center"}
-                axes.annotate(
-                    text, (1, height), (9, rise), ("axes fraction", "data"), "offset points", **look
-                )
+                axes.annotate(text, (1, height), (9, rise), ("axes fraction", "data"), "offset points", **look)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {})
     return buffer.getvalue()

@@ -70,7 +70,9 @@ def sample(settings: SampleSettings) -> epath.Path:
             num_tokens += sum(row["num_tokens"] for row in rows)
             bar.update(1, f"{num_tokens / (time.monotonic() - started):,.0f} useful tokens/s")
             if stop.exit_code is not None and index != todo[-1]:
-                raise Stopped(f"stopped after problem {index}, which is saved; the same command goes on", stop.exit_code)
+                raise Stopped(
+                    f"stopped after problem {index}, which is saved; the same command goes on", stop.exit_code
+                )
     return out
 
 
@@ -135,7 +137,9 @@ def _open_folder(out: epath.Path, run: dict[str, Any], problems: Sequence[Proble
         if before.get("hash") != run["hash"]:
             told = {"hash", "checkpoint", "lineage", "source", "made_with"}
             changes = [
-                f"{key}: {before.get(key)!r} -> {run[key]!r}" for key in run if key not in told and before.get(key) != run[key]
+                f"{key}: {before.get(key)!r} -> {run[key]!r}"
+                for key in run
+                if key not in told and before.get(key) != run[key]
             ]
             listed = "\n  ".join(changes)
             raise UsageError(f"{out} holds the samples of another run:\n  {listed}\nchoose another --out")

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from data_pipeline.cli import RunError, is_disk_full
+from data_pipeline.cli import RunError, first_line, is_disk_full
 from data_pipeline.files import write_atomically
 from data_pipeline.settings import UsageError, validated
 from data_pipeline.templates import Template
@@ -63,7 +63,8 @@ class Meta:
         """Raises UsageError where the metadata was written by a later version or is damaged."""
         if tree.get("format_version") != FORMAT_VERSION:
             raise UsageError(
-                f"checkpoint {where} has format version {tree.get('format_version')}, this program reads {FORMAT_VERSION}"
+                f"checkpoint {where} has format version {tree.get('format_version')}; "
+                f"this program reads {FORMAT_VERSION}"
             )
         return cls(
             model=validated(ModelConfig, tree["model"], where),
@@ -87,7 +88,10 @@ class Writer:
 
     def save(self, step: int, params: model.Params, meta: Meta, optimizer: optax.OptState | None = None) -> None:
         """Starts saving; returns when the arrays may be changed. An earlier save that failed raises here."""
-        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta.to_json())}
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardSave(params),
+            "meta": ocp.args.JsonSave(meta.to_json()),
+        }
         if optimizer is not None:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
         self._manager.save(step, args=ocp.args.Composite(**items))
@@ -169,7 +173,10 @@ class Checkpoint:
             one_device = SingleDeviceSharding(jax.local_devices()[0])
             shardings = jax.tree.map(lambda _: one_device, specs, is_leaf=is_spec)
         return jax.tree.map(
-            lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding), specs, shardings, is_leaf=is_spec
+            lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding),
+            specs,
+            shardings,
+            is_leaf=is_spec,
         )
 
     def _item(self, name: str) -> epath.Path:
@@ -191,7 +198,7 @@ class Checkpoint:
             sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
             raise RunError(
                 f"checkpoint {self.name} is damaged or incomplete and cannot be read: "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
+                f"{type(error).__name__}: {first_line(error)}"
             ) from error
 
 

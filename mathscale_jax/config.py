@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mistral-7b": _llama(4096, 14_336, 32, 32, 8, max_context=32_768, sliding_window=4096),
     "llemma-7b": _llama(4096, 11_008, 32, 32, vocab_size=32_016),
     "open-llama-3b": _llama(3200, 8640, 26, 32, max_context=2048, rms_norm_eps=1e-6),
-    "demo": _llama(96, 256, 3, 4, vocab_size=384, max_context=512),
+    "demo": _llama(96, 256, 3, 4, vocab_size=512, max_context=512),
 }
 
 
@@ -103,7 +103,7 @@ class ComputeSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW with warmup and cosine. Defaults beyond learning rate, schedule and warmup are ours: the paper says none."""
+    """AdamW with warmup and cosine. The paper gives learning rate, schedule and warmup; the other defaults are ours."""
 
     learning_rate: pydantic.PositiveFloat = pydantic.Field(2e-5, description="peak (paper: 2e-5, Mistral 2e-6)")
     warmup_fraction: float = pydantic.Field(0.04, ge=0, lt=1, description="share of the steps with linear warmup")
@@ -193,7 +193,9 @@ def changes_that_forbid_resume(before: TrainSettings, now: TrainSettings) -> lis
     def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):
             return {prefix: value}
-        return {k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else key).items()}
+        return {
+            k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else key).items()
+        }
 
     old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     return [

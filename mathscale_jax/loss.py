@@ -19,7 +19,7 @@ def summed_cross_entropy(
     `chunk` positions of every row have logits at a time, in the backward pass too, where they are computed
     again. Raises ValueError where `chunk` does not divide the length.
     """
-    batch, length, embed = hidden.shape
+    batch, length, _ = hidden.shape
     if length % chunk:
         raise ValueError(f"chunk={chunk} must divide the length {length}")
 

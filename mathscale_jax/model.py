@@ -7,7 +7,7 @@ The blocks are one stacked block whose arrays carry a leading layer axis, run by
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from mathscale_jax.attention import attend, attention_mask
 from mathscale_jax.config import ComputeSettings, ModelConfig
 from mathscale_jax.mesh import constrain
 
-Params = PyTree[jax.Array]
+# A nested dict of arrays, with the paths of `param_specs`.
+Params: TypeAlias = dict[str, Any]
 
 # (query, key, value, layer cache) -> (attended values, what the scan over layers stacks up for the caller)
 AttendFn = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -69,7 +70,11 @@ class Attention(nnx.Module):
         self.output = _matrix(rngs, (heads, head_dim, embed), ("heads", "head_dim", "embed"))
 
     def __call__(
-        self, x: Float[Array, "batch length embed"], positions: Int[Array, "batch length"], attend_fn: AttendFn, cache: Any
+        self,
+        x: Float[Array, "batch length embed"],
+        positions: Int[Array, "batch length"],
+        attend_fn: AttendFn,
+        cache: Any,
     ) -> tuple[Float[Array, "batch length embed"], Any]:
         query = rotate(jnp.einsum("ble,ehd->blhd", x, self.query[...]), positions, self.theta)
         key = rotate(jnp.einsum("ble,ehd->blhd", x, self.key[...]), positions, self.theta)
@@ -101,7 +106,11 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config, rngs)
 
     def __call__(
-        self, x: Float[Array, "batch length embed"], positions: Int[Array, "batch length"], attend_fn: AttendFn, cache: Any
+        self,
+        x: Float[Array, "batch length embed"],
+        positions: Int[Array, "batch length"],
+        attend_fn: AttendFn,
+        cache: Any,
     ) -> tuple[Float[Array, "batch length embed"], Any]:
         attended, stacked = self.attention(self.attention_norm(x), positions, attend_fn, cache)
         x = x + attended
@@ -145,7 +154,9 @@ class Llama(nnx.Module):
         # Looking up rows of a table split over fsdp would gather the whole batch; gather the table instead.
         table = constrain(self.embedding[...], "tensor", None)
         x = constrain(table[tokens], ("data", "fsdp"), None, None)
-        x, stacked = jax.lax.scan(rematerialised(run_block, compute.remat), x, (layers, caches), unroll=compute.scan_unroll)
+        x, stacked = jax.lax.scan(
+            rematerialised(run_block, compute.remat), x, (layers, caches), unroll=compute.scan_unroll
+        )
         return self.norm(x), stacked
 
 
@@ -224,7 +235,10 @@ def hidden_states(
 
 
 def logits(
-    config: ModelConfig, params: Params, tokens: Int[Array, "batch length"], compute: ComputeSettings | None = None
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    compute: ComputeSettings | None = None,
 ) -> Float[Array, "batch length vocab"]:
     """Float32 logits of whole sequences without padding: for short texts and for comparing implementations."""
     compute = compute or ComputeSettings(dtype="float32", remat="none")
@@ -232,5 +246,3 @@ def logits(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = hidden_states(config, params, tokens, positions, jnp.ones_like(tokens), compute)
     return jnp.einsum("ble,ev->blv", hidden, params["output"], preferred_element_type=jnp.float32)
-
-

@@ -23,9 +23,12 @@ Metrics = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes. `step` counts the finished steps: it is the position in the data as well."""
+    """What a step changes: arrays, or in a TrainState of the same structure their shardings.
 
-    step: jax.Array
+    `step` counts the finished steps, as an int32 scalar: it is the position in the data as well.
+    """
+
+    step: Any
     params: model.Params
     optimizer: optax.OptState
 
@@ -42,12 +45,16 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, specs, is_leaf=lambda x: isinstance(x, model.ParamSpec))
 
 
-def state_shardings(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, config: ModelConfig) -> TrainState:
+def state_shardings(
+    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, config: ModelConfig
+) -> TrainState:
     """A TrainState of shardings: moments lie as their parameters do, counters on every device."""
     replicated = NamedSharding(mesh, PartitionSpec())
     specs = model.param_specs(config)
     abstract = jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), specs, is_leaf=lambda x: isinstance(x, model.ParamSpec)
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32),
+        specs,
+        is_leaf=lambda x: isinstance(x, model.ParamSpec),
     )
     optimizer_shardings = optax.tree_map_params(
         optimizer,
@@ -85,9 +92,7 @@ def make_train_step(
 
     def nll(params: model.Params, part: DeviceBatch) -> jax.Array:
         narrow = model.cast(params, compute.dtype)
-        hidden = model.hidden_states(
-            config, narrow, part["tokens"], part["positions"], part["segment_ids"], compute
-        )
+        hidden = model.hidden_states(config, narrow, part["tokens"], part["positions"], part["segment_ids"], compute)
         return summed_cross_entropy(hidden, narrow["output"], part["targets"], part["loss_mask"], compute.loss_chunk)
 
     def nll_and_gradients(params: model.Params, part: DeviceBatch) -> tuple[jax.Array, Any]:

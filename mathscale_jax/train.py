@@ -7,15 +7,12 @@ The same command goes on where an earlier run of it stopped, however it stopped.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -31,7 +28,13 @@ from mathscale_jax.checkpoint import Checkpoint, Meta, Writer, check_vocabulary,
 from mathscale_jax.config import ModelConfig, TrainSettings, changes_that_forbid_resume
 from mathscale_jax.mesh import make_mesh
 from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
-from mathscale_jax.step import TrainState, init_state, make_train_step, param_shardings, state_shardings, to_devices
+from mathscale_jax.step import (
+    init_state,
+    make_train_step,
+    param_shardings,
+    state_shardings,
+    to_devices,
+)
 from mathscale_jax.telemetry import MetricsLog, Throughput
 
 
@@ -164,8 +167,9 @@ def _check_batch(settings: TrainSettings, mesh: Mesh) -> None:
     rows = settings.batch_size // settings.accumulation_steps
     if rows % parts:
         raise UsageError(
-            f"batch_size={settings.batch_size} / accumulation_steps={settings.accumulation_steps} = {rows} rows cannot be "
-            f"split over mesh.data*mesh.fsdp={parts} devices; make it a multiple of {parts * settings.accumulation_steps}"
+            f"batch_size={settings.batch_size} / accumulation_steps={settings.accumulation_steps} = {rows} rows "
+            f"cannot be split over mesh.data*mesh.fsdp={parts} devices; make batch_size a multiple of "
+            f"{parts * settings.accumulation_steps}"
         )
 
 

@@ -19,7 +19,14 @@ def write_config(folder: Path, **changes: object) -> Path:
         prepare_demo(DemoData(out=str(data), num_train=40, num_test=6, vocab_size=340))
     config = {
         "output_dir": str(folder / "run"),
-        "model": {"preset": "demo", "vocab_size": 340, "hidden_size": 32, "num_layers": 2, "head_dim": 8, "intermediate_size": 64},
+        "model": {
+            "preset": "demo",
+            "vocab_size": 340,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "head_dim": 8,
+            "intermediate_size": 64,
+        },
         "data": {
             "sources": [{"task": "demo", "path": str(data / "train.jsonl")}],
             "tokenizer": str(data / "tokenizer.model"),
@@ -47,7 +54,12 @@ def command(module: str, *arguments: str) -> list[str]:
 def run(module: str, *arguments: str, devices: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
     """Runs one of our programs to its end."""
     return subprocess.run(
-        command(module, *arguments), env=environment(devices), capture_output=True, text=True, timeout=300, **options
+        command(module, *arguments),
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
     )  # type: ignore[call-overload]
 
 

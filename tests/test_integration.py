@@ -61,9 +61,25 @@ def folder(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     succeed("mathscale_jax.train", "--config", str(folder / "config.yaml"))
-    test_rows = ["--task", "gsm8k", "--source", str(test_data / "gsm8k_test.jsonl.gz"), "--num-problems", str(NUM_PROBLEMS)]
+    test_rows = [
+        "--task",
+        "gsm8k",
+        "--source",
+        str(test_data / "gsm8k_test.jsonl.gz"),
+        "--num-problems",
+        str(NUM_PROBLEMS),
+    ]
     drawing = ["--num-samples", str(NUM_SAMPLES), "--max-tokens", "48", "--dtype", "float32"]
-    succeed("eval", "run", "--checkpoint", str(folder / "run"), *test_rows, *drawing, "--out", str(folder / "eval"))
+    succeed(
+        "eval",
+        "run",
+        "--checkpoint",
+        str(folder / "run"),
+        *test_rows,
+        *drawing,
+        "--out",
+        str(folder / "eval"),
+    )
     succeed("mathscale_jax.convert", "export", str(folder / "run"), str(folder / "exported"))
     return folder
 
@@ -78,7 +94,11 @@ def test_training_on_gsm8k_lowers_the_loss_from_that_of_a_uniform_guess(folder: 
 
 def test_256_samples_of_each_problem_are_drawn_and_graded(folder: Path, test_data: Path) -> None:
     metrics = json.loads((folder / "eval" / "metrics.json").read_text())
-    assert metrics["complete"] is True and metrics["num_problems"] == NUM_PROBLEMS and metrics["num_samples"] == NUM_SAMPLES
+    assert (
+        metrics["complete"] is True
+        and metrics["num_problems"] == NUM_PROBLEMS
+        and metrics["num_samples"] == NUM_SAMPLES
+    )
     assert set(metrics["pass_at"]) == {str(k) for k in range(1, NUM_SAMPLES + 1)}
     problems = read_problems("gsm8k", "test", str(test_data / "gsm8k_test.jsonl.gz"))[:NUM_PROBLEMS]
     for index, problem in enumerate(problems):
@@ -119,5 +139,8 @@ def test_the_exported_tokenizer_encodes_as_ours(folder: Path) -> None:
 
     theirs = transformers.LlamaTokenizer.from_pretrained(folder / "exported")
     ours = Tokenizer.load(folder / "exported" / "tokenizer.model")
-    for text in ("Problem: Ann has 12 books.\nSolution:", "Half of 3/4 is $\\frac{3}{8}$; 1,234.5 more.\nThe answer is: 7."):
+    for text in (
+        "Problem: Ann has 12 books.\nSolution:",
+        "Half of 3/4 is $\\frac{3}{8}$; 1,234.5 more.\nThe answer is: 7.",
+    ):
         assert ours.encode_prompt(text) == theirs(text)["input_ids"]

@@ -18,7 +18,12 @@ pytestmark = pytest.mark.torch
 
 VOCAB = 320
 SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8, max_position_embeddings=256
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    max_position_embeddings=256,
 )
 FAMILIES: dict[str, dict[str, Any]] = {
     "multi-head (LLaMA-2 7B)": {},
@@ -73,7 +78,12 @@ def test_greedy_decoding_gives_the_tokens_of_generate(pair: tuple[Any, Path]) ->
     settings = SamplingSettings(num_samples=1, temperature=0, max_tokens=60)
     for prompt, ours in zip(prompts, sampler.sample([Prompt(str(p), p) for p in prompts], settings), strict=True):
         generated = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=2, bos_token_id=1, pad_token_id=0
+            torch.tensor([prompt]),
+            max_new_tokens=60,
+            do_sample=False,
+            eos_token_id=2,
+            bos_token_id=1,
+            pad_token_id=0,
         )
         assert ours.tokens[0].tolist() == generated[0, len(prompt) :].tolist()
 

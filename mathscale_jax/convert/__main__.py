@@ -1,7 +1,7 @@
 """python -m mathscale_jax.convert: Hugging Face weights to a checkpoint, and back.
 
-    python -m mathscale_jax.convert import Llama-2-7b-hf checkpoints/llama2-7b
-    python -m mathscale_jax.convert export runs/gsm8k my-model-hf
+python -m mathscale_jax.convert import Llama-2-7b-hf checkpoints/llama2-7b
+python -m mathscale_jax.convert export runs/gsm8k my-model-hf
 """
 
 import argparse
@@ -18,7 +18,15 @@ from data_pipeline.progress import progress
 from data_pipeline.settings import UsageError
 from data_pipeline.templates import DEFAULT_TEMPLATE, load_template
 from data_pipeline.tokenizer import Tokenizer
-from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, Meta, Writer, check_vocabulary, open_checkpoint, steps_in
+from mathscale_jax.checkpoint import (
+    TOKENIZER_FILE,
+    Checkpoint,
+    Meta,
+    Writer,
+    check_vocabulary,
+    open_checkpoint,
+    steps_in,
+)
 from mathscale_jax.config import CheckpointSettings, MeshSettings
 from mathscale_jax.convert.hf import HfFolder, SafetensorsWriter, import_params
 from mathscale_jax.convert.mapping import leaves, model_config_to_hf
@@ -88,7 +96,12 @@ def _write_companions(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
     pieces = {name: tokenizer.piece(token_id) for name, token_id in names.items()}
     # A prompt begins with BOS, as it does in training and in our own sampler.
-    rules = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": False}
+    rules = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+    }
     write_json(folder / "tokenizer_config.json", {**rules, **pieces})
 
 
@@ -104,7 +117,10 @@ def _main(argv: Sequence[str] | None) -> None:
     importer.add_argument("destination", metavar="DST", help="new checkpoint folder")
     importer.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model (default: the one in SRC)")
     importer.add_argument(
-        "--template", default=DEFAULT_TEMPLATE, metavar="YAML", help="chat template saved with the weights (default: default)"
+        "--template",
+        default=DEFAULT_TEMPLATE,
+        metavar="YAML",
+        help="chat template saved with the weights (default: default)",
     )
     exporter = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
     exporter.add_argument("source", metavar="CKPT", help="checkpoint folder, or a training run's folder")
@@ -112,9 +128,17 @@ def _main(argv: Sequence[str] | None) -> None:
     exporter.add_argument("--step", type=int, metavar="N", help="step to export (default: the newest)")
     for sub in (importer, exporter):
         sub.add_argument("--dtype", choices=DTYPES, help="dtype of the weights written (default: as they are stored)")
-    arguments = vars(parser.parse_args(argv))
-    convert = {"import": import_hf, "export": export_hf}[arguments.pop("command")]
-    convert(arguments.pop("source"), arguments.pop("destination"), **arguments)
+    arguments = parser.parse_args(argv)
+    if arguments.command == "import":
+        import_hf(
+            arguments.source,
+            arguments.destination,
+            tokenizer=arguments.tokenizer,
+            template=arguments.template,
+            dtype=arguments.dtype,
+        )
+    else:
+        export_hf(arguments.source, arguments.destination, step=arguments.step, dtype=arguments.dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -72,7 +72,9 @@ class HfFolder:
             return sorted(set(_read_json(index)["weight_map"].values()))
         if (self.path / SINGLE_FILE).exists():
             return [SINGLE_FILE]
-        raise UsageError(f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give a folder with safetensors weights")
+        raise UsageError(
+            f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give a folder with safetensors weights"
+        )
 
     def _open(self, name: str) -> Any:
         file = self.path / name
@@ -123,7 +125,7 @@ class SafetensorsWriter:
         self._dtype = _numpy_dtype(dtype)
         self._arrays: dict[str, np.ndarray] = {}
         shards = list(_shards(shapes, self._dtype.itemsize))
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._create(directory / file, {name: shapes[name] for name in names}, _DTYPE_NAMES[dtype])
@@ -147,7 +149,11 @@ class SafetensorsWriter:
         offset = 0
         for name, shape in shapes.items():
             size = int(np.prod(shape)) * self._dtype.itemsize
-            header[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            header[name] = {
+                "dtype": dtype_name,
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
             offset += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes

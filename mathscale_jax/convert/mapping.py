@@ -125,7 +125,9 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
         ("rope_parameters", rope.get("rope_type", rope.get("type", "default")) != "default"),
     ):
         if unsupported:
-            raise UsageError(f"{where}: {key}={tree.get(key)!r} is not supported: this model would compute something else")
+            raise UsageError(
+                f"{where}: {key}={tree.get(key)!r} is not supported: this model would compute something else"
+            )
     ours = {our: tree[theirs] for theirs, our in _CONFIG_KEYS.items() if tree.get(theirs) is not None}
     try:
         ours.setdefault("num_kv_heads", ours["num_heads"])

@@ -93,7 +93,11 @@ def grow(state: DecodeState, capacity: int) -> DecodeState:
     )
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "num_steps", "temperature", "top_p", "eos_id"), donate_argnames="state")
+@partial(
+    jax.jit,
+    static_argnames=("config", "compute", "num_steps", "temperature", "top_p", "eos_id"),
+    donate_argnames="state",
+)
 def decode_chunk(
     config: ModelConfig,
     compute: ComputeSettings,
@@ -168,7 +172,12 @@ def _forward(
         to_itself = dot("rkgd,rkd->rkg", grouped, key[:, 0])[..., None]
         lowest = jnp.finfo(jnp.float32).min
         scores = jnp.concatenate(
-            [jnp.where(sees_prompt, to_prompt, lowest), jnp.where(sees_response, to_response, lowest), to_itself], axis=-1
+            [
+                jnp.where(sees_prompt, to_prompt, lowest),
+                jnp.where(sees_response, to_response, lowest),
+                to_itself,
+            ],
+            axis=-1,
         )
         weights = jax.nn.softmax(scores * head_dim**-0.5, axis=-1).astype(value.dtype)
         on_prompt, on_response, on_itself = jnp.split(
@@ -182,6 +191,8 @@ def _forward(
         return attended.reshape(query.shape), (key, value)
 
     caches = (prefix.key, prefix.value, state.key, state.value)
-    hidden, (key, value) = model.bind(config, params)(tokens[:, None], positions, attend_caches, caches, compute=compute)
+    hidden, (key, value) = model.bind(config, params)(
+        tokens[:, None], positions, attend_caches, caches, compute=compute
+    )
     logits = jnp.einsum("re,ev->rv", hidden[:, 0], params["output"], preferred_element_type=jnp.float32)
     return logits, key.swapaxes(2, 3), value.swapaxes(2, 3)

@@ -34,7 +34,10 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class ProblemSamples:
-    """All samples of one problem, in order of their ids. `tokens[i]` ends with EOS where `finish_reasons[i]` is "eos"."""
+    """All samples of one problem, in order of their ids.
+
+    `tokens[i]` ends with EOS where `finish_reasons[i]` is "eos".
+    """
 
     problem_id: str
     tokens: list[Int[np.ndarray, " length"]]
@@ -66,7 +69,12 @@ class Sampler:
         """A sampler with the weights of a checkpoint, split over all devices."""
         config = checkpoint.meta.model
         shardings = param_shardings(config, make_mesh(MeshSettings()))
-        return cls(config, checkpoint.restore_params(shardings, dtype), eos_id=checkpoint.tokenizer.eos_id, dtype=dtype)
+        return cls(
+            config,
+            checkpoint.restore_params(shardings, dtype),
+            eos_id=checkpoint.tokenizer.eos_id,
+            dtype=dtype,
+        )
 
     def room(self, prompt: Prompt, settings: SamplingSettings) -> int:
         """Tokens a response to `prompt` may have: `max_tokens`, or what the model's context leaves.

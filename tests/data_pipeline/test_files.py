@@ -126,7 +126,5 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, log_lines):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert list(progress([1, 2, 3], "tokenising", "rows")) == [1, 2, 3]
-    assert (
-        "\r" in terminal.getvalue() and "tokenising" in terminal.getvalue() and "3/3" in terminal.getvalue()
-    )
+    assert "\r" in terminal.getvalue() and "tokenising" in terminal.getvalue() and "3/3" in terminal.getvalue()
     assert log_lines() == []

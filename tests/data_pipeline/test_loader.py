@@ -37,9 +37,7 @@ def settings(**changes):
     return DataSettings(**({"sources": [{"task": "jsonl", "path": "-"}], "context": 16} | changes))
 
 
-def make_batches(
-    rows, batch_size=4, seed=0, num_epochs=1, rows_of_process=slice(None), num_steps=None, **changes
-):
+def make_batches(rows, batch_size=4, seed=0, num_epochs=1, rows_of_process=slice(None), num_steps=None, **changes):
     return Batches(
         rows,
         settings(**changes),

@@ -15,9 +15,7 @@ def length_sets():
     rng = np.random.default_rng(0)
     sets = [[64], [1], [64] * 5, [1] * 200, [33] * 9, [32] * 9, list(range(1, 65)), [63, 1, 62, 2, 61, 3]]
     sets += [[54, 52, 10, 9, 3]]  # two full bins, but three where the emptiest bin is taken first
-    sets += [
-        rng.integers(1, high, rng.integers(1, 120)).tolist() for high in (5, 20, 33, 65) for _ in range(8)
-    ]
+    sets += [rng.integers(1, high, rng.integers(1, 120)).tolist() for high in (5, 20, 33, 65) for _ in range(8)]
     return sets
 
 
@@ -86,9 +84,7 @@ def test_bins_are_within_the_proven_bound_of_the_optimum():
         assert fewest <= len(pack(lengths, CONTEXT, 0, 0)) <= math.floor((11 * fewest + 6) / 9)
 
 
-@pytest.mark.parametrize(
-    "plan_of", [lambda s, e: pack(np.full(60, 9), CONTEXT, s, e), lambda s, e: pad(60, s, e)]
-)
+@pytest.mark.parametrize("plan_of", [lambda s, e: pack(np.full(60, 9), CONTEXT, s, e), lambda s, e: pad(60, s, e)])
 def test_a_plan_is_a_function_of_its_arguments_and_another_epoch_or_seed_differs(plan_of):
     plan = members(plan_of(5, 2))
     np.random.default_rng().random()

@@ -24,9 +24,7 @@ def exit_code(*argv):
 def test_prepare_demo_writes_rows_that_can_be_read_and_a_tokenizer(tmp_path, capsys):
     out = tmp_path / "new" / "data"
     assert exit_code("--out", str(out), "--num-train", "60", "--num-test", "20", "--vocab-size", "360") == 0
-    assert (
-        "wrote 60 training and 20 held-out problems and a tokenizer of 360 pieces" in capsys.readouterr().err
-    )
+    assert "wrote 60 training and 20 held-out problems and a tokenizer of 360 pieces" in capsys.readouterr().err
     assert sorted(path.name for path in out.iterdir()) == NAMES
     train, test = (read_problems("demo", name, str(out / f"{name}.jsonl")) for name in ("train", "test"))
     assert (len(train), len(test)) == (60, 20)
@@ -55,9 +53,7 @@ def test_prepare_demo_writes_the_same_bytes_for_the_same_seed(tmp_path):
         (("--out", "x", "--colour", "red"), "--colour"),
     ],
 )
-def test_a_usage_error_ends_with_exit_code_2_and_names_the_flag(
-    tmp_path, monkeypatch, capsys, arguments, said
-):
+def test_a_usage_error_ends_with_exit_code_2_and_names_the_flag(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     assert exit_code(*arguments) == 2
     err = capsys.readouterr().err

@@ -203,9 +203,7 @@ def test_resolved_settings_survive_being_written_and_read_back(load):
     )
     assert run.entries[0].name == "1e5" and run.entries[1].name == "null"
     assert load(to_yaml(run)) == run
-    data = DataSettings(
-        sources=({"task": "demo", "path": "a"}, {"task": "gsm8k"}), context=77, layout="padded"
-    )
+    data = DataSettings(sources=({"task": "demo", "path": "a"}, {"task": "gsm8k"}), context=77, layout="padded")
     assert load(to_yaml(data), settings=DataSettings) == data
 
 

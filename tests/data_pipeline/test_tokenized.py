@@ -68,9 +68,7 @@ def test_what_does_not_reach_the_tokens_does_not_miss_the_cache(tmp_path, small_
     assert len(count_tokenizing) == 1
 
 
-def test_another_text_order_template_or_tokenizer_misses_the_cache(
-    tmp_path, small_tokenizer, count_tokenizing
-):
+def test_another_text_order_template_or_tokenizer_misses_the_cache(tmp_path, small_tokenizer, count_tokenizing):
     other_tokenizer = train_tokenizer(["Ann has 3 pens. Ben has 4 books."] * 9, 280)
     first, second = PROBLEMS
     requests = [
@@ -106,9 +104,7 @@ def test_a_cache_file_damaged_anywhere_is_passed_over(tmp_path, small_tokenizer,
     whole = path.read_bytes()
     damaged = [whole[:cut] for cut in range(0, len(whole), 23)]
     damaged += [
-        whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1 :]
-        for i in range(0, len(whole), 5)
-        for flip in (1, 255)
+        whole[:i] + bytes([whole[i] ^ flip]) + whole[i + 1 :] for i in range(0, len(whole), 5) for flip in (1, 255)
     ]
     for content in [*damaged, b"", b"\x93NUMPY", b"not a cache"]:
         path.write_bytes(content)

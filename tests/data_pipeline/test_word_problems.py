@@ -30,9 +30,7 @@ def steps_of(problem):
 def numbers_told(question):
     """The numbers of the question in order, a verb such as "doubles" as its factor."""
     words = re.findall(r"\d+|[a-z]+", question)
-    return [
-        int(word) if word.isdigit() else FACTORS[word] for word in words if word.isdigit() or word in FACTORS
-    ]
+    return [int(word) if word.isdigit() else FACTORS[word] for word in words if word.isdigit() or word in FACTORS]
 
 
 def test_the_arithmetic_of_each_step_is_right(problems):
@@ -79,12 +77,7 @@ def test_steps_are_counted_and_within_bounds(problems):
 
 
 def test_questions_and_ids_are_unique(problems):
-    assert (
-        len({problem.question for problem in problems})
-        == len({p.id for p in problems})
-        == len(problems)
-        == 2000
-    )
+    assert len({problem.question for problem in problems}) == len({p.id for p in problems}) == len(problems) == 2000
 
 
 def test_short_questions_which_are_drawn_twice_now_and_then_are_unique_too():

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from etils import epath
 from small_run import command, environment, run, write_config
 
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
-from etils import epath
-
 from eval.grade import grade, is_correct
 from eval.report import write_report
 from eval.sample import SampleSettings, sample
@@ -71,10 +70,21 @@ def test_every_problem_has_one_part_file_with_all_its_samples(folder: epath.Path
 
 
 @pytest.mark.slow
-def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(trained: Path, sampled: Path, tmp_path: Path) -> None:
+def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
+    trained: Path, sampled: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "killed"
     arguments = ["sample", "--checkpoint", str(trained / "run"), "--task", "demo", "--dtype", "float32"]
-    arguments += ["--source", str(trained / "data" / "test.jsonl"), "--out", str(out), "--num-samples", "8", "--max-tokens", "24"]
+    arguments += [
+        "--source",
+        str(trained / "data" / "test.jsonl"),
+        "--out",
+        str(out),
+        "--num-samples",
+        "8",
+        "--max-tokens",
+        "24",
+    ]
     undisturbed = tmp_path / "undisturbed"
     whole = [str(undisturbed) if a == str(out) else a for a in arguments]
     assert run("eval", *whole).returncode == 0
@@ -96,7 +106,9 @@ def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(tra
         assert (out / "samples" / name).stat().st_mtime_ns == written  # nothing was drawn twice
 
 
-@pytest.mark.parametrize("change", [{"temperature": 1.0}, {"seed": 1}, {"num_samples": 9}, {"num_problems": 3}, {"max_tokens": 20}])
+@pytest.mark.parametrize(
+    "change", [{"temperature": 1.0}, {"seed": 1}, {"num_samples": 9}, {"num_problems": 3}, {"max_tokens": 20}]
+)
 def test_a_folder_of_other_samples_is_refused(trained: Path, folder: epath.Path, change: dict[str, Any]) -> None:
     (key,) = change
     with pytest.raises(UsageError, match=rf"another run:\n  {key}: .* -> "):
@@ -145,7 +157,9 @@ def test_metrics_are_those_of_the_texts(folder: epath.Path) -> None:
     # Two equal right answers beat six different wrong ones; one right among seven wrong shares an eightfold tie.
     assert metrics["maj_at"]["8"]["value"] == pytest.approx((1 / 8 + 1 + 1 + 1) / 6)
     assert metrics["complete"] is True and metrics["grader_version"]
-    assert {(g["answer"] is not None, g["rule"]) for g in read(folder, "grades/part-00003.jsonl")} == {(True, "answer_line")}
+    assert {(g["answer"] is not None, g["rule"]) for g in read(folder, "grades/part-00003.jsonl")} == {
+        (True, "answer_line")
+    }
 
 
 def test_missing_samples_are_said_and_do_not_count(folder: epath.Path) -> None:
@@ -160,10 +174,15 @@ def test_missing_samples_are_said_and_do_not_count(folder: epath.Path) -> None:
     assert "Pass@8" not in write_report(folder).read_text()
 
 
-def test_duplicates_and_unknown_problems_are_named_and_left_out(folder: epath.Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicates_and_unknown_problems_are_named_and_left_out(
+    folder: epath.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rewrite_texts(folder, [8, 0, 0, 0, 0, 0])
     part = folder / "samples" / "part-00001.jsonl"
-    again = {**read(folder, "samples/part-00001.jsonl")[0], "text": "The answer is: " + read(folder, "problems.jsonl")[1]["answer"]}
+    again = {
+        **read(folder, "samples/part-00001.jsonl")[0],
+        "text": "The answer is: " + read(folder, "problems.jsonl")[1]["answer"],
+    }
     stranger = {**again, "problem_id": "stranger"}
     part.write_text(part.read_text() + json.dumps(again) + "\n" + json.dumps(stranger) + "\n")
     metrics = json.loads(grade(folder).read_text())

@@ -146,9 +146,7 @@ def test_groups_hold_their_own_problems_and_are_empty_where_no_problem_has_the_f
 
 
 def test_a_sample_count_that_is_no_power_of_two_gets_its_own_majority_entry():
-    metrics = compute_metrics(
-        correct=[[True] * 6], classes=[[0] * 6], finish_reasons=[["eos"] * 6], groups={}
-    )
+    metrics = compute_metrics(correct=[[True] * 6], classes=[[0] * 6], finish_reasons=[["eos"] * 6], groups={})
     assert list(metrics["maj_at"]) == ["1", "2", "4", "6"]
 
 

@@ -49,9 +49,7 @@ def write_eval(folder, answers, *, finished=None, question="What is 6 times 7?",
         for sample_id, answer in enumerate(row):
             key = {"problem_id": problem_id, "sample_id": sample_id}
             samples.append({**key, "text": text.format(answer), "num_tokens": 5, "finish_reason": "eos"})
-            grades.append(
-                {**key, "answer": answer, "rule": "integer", "correct": answer == "42", "seconds": 0.0}
-            )
+            grades.append({**key, "answer": answer, "rule": "integer", "correct": answer == "42", "seconds": 0.0})
     gold = {"question": question, "answer": "42", "solution": "6 * 7 = 42", "level": None, "subject": None}
     write_lines(folder / "problems.jsonl", [{"problem_id": i, "num_steps": 1} | gold for i in ids])
     write_lines(folder / "samples" / "part-00000.jsonl", samples)
@@ -124,9 +122,7 @@ def test_the_page_needs_no_network_and_no_script(tmp_path):
 def test_the_numbers_on_the_page_are_those_computed_by_hand(tmp_path):
     # c = 2, 0, 4 of 4: PassRatio 6/12, Pass@4 2/3; the vote gets the first and the third right.
     words = plain(Page(write_report(write_eval(tmp_path, MIXED)).read_text()).words)
-    assert (
-        "answers right in 50 % of its samples, yet for 67 % of the problems" not in words
-    )  # 17 points of 50
+    assert "answers right in 50 % of its samples, yet for 67 % of the problems" not in words  # 17 points of 50
     assert "answers right in 50 % of its samples, and for 67 % of the problems" in words
     assert "for 33 % of the problems no sample is right" in words
     assert "PassRatio@4 50.0 %" in words and "maj@4 66.7 %" in words and "Pass@4 66.7 %" in words
@@ -148,9 +144,7 @@ def test_figures_are_written_beside_the_page_and_themed_within_it(tmp_path):
 def test_the_same_folder_gives_the_same_page(tmp_path):
     write_eval(tmp_path, MIXED)
     names = ("report.html", "pass_at_k.svg", "pass_at_k.png")
-    first, second = (
-        [(write_report(tmp_path).parent / name).read_bytes() for name in names] for _ in range(2)
-    )
+    first, second = ([(write_report(tmp_path).parent / name).read_bytes() for name in names] for _ in range(2))
     assert first == second
 
 
@@ -197,18 +191,13 @@ def test_problems_go_from_hardest_to_easiest_and_can_be_filtered_by_the_keyboard
     page = Page(write_report(write_eval(tmp_path, MIXED)).read_text())
     order = [a["class"].split()[1] for tag, a in page.tags if tag == "details" and "problem" in a["class"]]
     assert order == ["never", "sometimes", "always"]
-    radios = [
-        attributes["id"] for tag, attributes in page.tags if tag == "input" and attributes["type"] == "radio"
-    ]
+    radios = [attributes["id"] for tag, attributes in page.tags if tag == "input" and attributes["type"] == "radio"]
     assert radios == ["show-all", "show-never", "show-sometimes", "show-always"]
 
 
 def test_many_problems_are_cut_to_200_and_the_page_says_so(tmp_path):
     page = Page(write_report(write_eval(tmp_path, [["42"]] * 150 + [["1"]] * 150)).read_text())
-    assert (
-        sum("problem" in attributes.get("class", "") for tag, attributes in page.tags if tag == "details")
-        == 200
-    )
+    assert sum("problem" in attributes.get("class", "") for tag, attributes in page.tags if tag == "details") == 200
     assert "200 of 300 problems" in page.words
 
 

@@ -13,7 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 HERE = Path(__file__).parent
 SHAPE = dict(
-    vocab_size=320, hidden_size=48, intermediate_size=128, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2
+    vocab_size=320,
+    hidden_size=48,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
 )
 
 
@@ -29,11 +34,21 @@ def make(name: str, model: transformers.PreTrainedModel, length: int) -> None:
     with torch.no_grad():
         narrow = model(tokens).logits.numpy()
         wide = model.double()(tokens).logits.numpy()
-    np.savez(HERE / name / "golden.npz", tokens=tokens.numpy(), logits=wide, float32_error=np.abs(narrow - wide).max())
+    np.savez(
+        HERE / name / "golden.npz",
+        tokens=tokens.numpy(),
+        logits=wide,
+        float32_error=np.abs(narrow - wide).max(),
+    )
     print(name, "largest logit", np.abs(wide).max(), "float32 error", np.abs(narrow - wide).max())
 
 
 if __name__ == "__main__":
     make("llama_gqa", LlamaForCausalLM(LlamaConfig(**SHAPE, rms_norm_eps=1e-5)).eval(), length=40)
-    window = MistralConfig(**SHAPE, rms_norm_eps=1e-5, sliding_window=16, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    window = MistralConfig(
+        **SHAPE,
+        rms_norm_eps=1e-5,
+        sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    )
     make("mistral_window", MistralForCausalLM(window).eval(), length=40)

@@ -18,7 +18,9 @@ from mathscale_jax.config import CheckpointSettings, MeshSettings, ModelConfig
 from mathscale_jax.mesh import make_mesh
 from mathscale_jax.step import param_shardings
 
-CONFIG = ModelConfig.model_validate({"preset": "demo", "vocab_size": 320, "num_layers": 2, "hidden_size": 32, "head_dim": 8})
+CONFIG = ModelConfig.model_validate(
+    {"preset": "demo", "vocab_size": 320, "num_layers": 2, "hidden_size": 32, "head_dim": 8}
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,9 @@ def saved(tmp_path: Path, params: model.Params, tokenizer: Tokenizer) -> Path:
     return tmp_path
 
 
-def test_weights_template_tokenizer_and_architecture_come_back(saved: Path, params: model.Params, tokenizer: Tokenizer) -> None:
+def test_weights_template_tokenizer_and_architecture_come_back(
+    saved: Path, params: model.Params, tokenizer: Tokenizer
+) -> None:
     checkpoint = open_checkpoint(str(saved))
     assert checkpoint.step == 3
     assert checkpoint.meta.model == CONFIG

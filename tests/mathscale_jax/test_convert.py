@@ -16,7 +16,10 @@ from mathscale_jax.convert.__main__ import export_hf, import_hf
 from mathscale_jax.convert.hf import HfFolder
 from mathscale_jax.convert.mapping import model_config_from_hf
 
-TEXTS = ["a small corpus of words, digits 0123456789 and signs + - * / = ( )", "enough of it for some merges of letters"]
+TEXTS = [
+    "a small corpus of words, digits 0123456789 and signs + - * / = ( )",
+    "enough of it for some merges of letters",
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,15 @@ def test_the_exported_config_says_what_the_source_said(source: Path, tmp_path: P
     export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"), step=None, dtype=None)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
     assert model_config_from_hf(before, "") == model_config_from_hf(after, "")
-    for key in ("model_type", "architectures", "vocab_size", "num_key_value_heads", "rms_norm_eps", "head_dim", "dtype"):
+    for key in (
+        "model_type",
+        "architectures",
+        "vocab_size",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "head_dim",
+        "dtype",
+    ):
         assert before[key] == after[key], key
     assert before.get("sliding_window") == after.get("sliding_window")
 
@@ -103,7 +114,9 @@ def _lose_weights(folder: Path) -> None:
 
 
 def _lose_shard(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
+    )
 
 
 def _change_tensors(folder: Path, change: object) -> None:
@@ -145,7 +158,10 @@ def _no_tokenizer(folder: Path) -> None:
     [
         (_truncate, "model.safetensors is truncated or damaged"),
         (_lose_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
-        (_lose_shard, "model-00001-of-00002.safetensors, which model.safetensors.index.json names, is missing"),
+        (
+            _lose_shard,
+            "model-00001-of-00002.safetensors, which model.safetensors.index.json names, is missing",
+        ),
         (_lose_tensor, "1 tensors of the model are missing, first model.layers.1.mlp.up_proj.weight"),
         (_add_tensor, "1 tensors are not of this model, first bias"),
         (_change_shape, r"lm_head.weight has shape \(319, 48\), config.json makes it \(320, 48\)"),

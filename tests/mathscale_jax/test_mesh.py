@@ -37,12 +37,16 @@ def test_impossible_sizes_are_refused(settings: dict) -> None:
 
 def test_a_dimension_that_cannot_be_split_is_named() -> None:
     config = ModelConfig.model_validate({**PRESETS["demo"], "num_heads": 4, "num_kv_heads": 2})
-    with pytest.raises(UsageError, match=r"key: its kv_heads dimension of 2 cannot be split over mesh axis tensor of 4"):
+    with pytest.raises(
+        UsageError, match=r"key: its kv_heads dimension of 2 cannot be split over mesh axis tensor of 4"
+    ):
         param_shardings(config, make_mesh(MeshSettings(fsdp=2, tensor=4)))
 
 
 def test_matrices_are_split_over_fsdp_and_tensor_and_norms_are_not() -> None:
-    shardings = param_shardings(ModelConfig.model_validate({"preset": "demo"}), make_mesh(MeshSettings(fsdp=4, tensor=2)))
+    shardings = param_shardings(
+        ModelConfig.model_validate({"preset": "demo"}), make_mesh(MeshSettings(fsdp=4, tensor=2))
+    )
     assert shardings["blocks"]["mlp"]["up"].spec == PartitionSpec(None, "fsdp", "tensor")
     assert shardings["blocks"]["attention"]["output"].spec == PartitionSpec(None, "tensor", None, "fsdp")
     assert shardings["embedding"].spec == PartitionSpec("tensor", "fsdp")

@@ -9,10 +9,9 @@ import pytest
 
 from data_pipeline.settings import UsageError, validated
 from mathscale_jax import model
-from mathscale_jax.config import PRESETS, ComputeSettings, ModelConfig
+from mathscale_jax.config import PRESETS, ComputeSettings, MeshSettings, ModelConfig
 from mathscale_jax.convert.hf import HfFolder, import_params
 from mathscale_jax.mesh import make_mesh
-from mathscale_jax.config import MeshSettings
 from mathscale_jax.step import param_shardings
 
 TINY = ModelConfig(
@@ -103,7 +102,13 @@ def test_bfloat16_is_close_to_float32(params: model.Params) -> None:
 # Parameter counts from the models' publications (LLaMA-2: 6.74, 13.02 and 68.98 billion; Mistral 7.24).
 @pytest.mark.parametrize(
     ("preset", "billions"),
-    [("llama2-7b", 6.738), ("llama2-13b", 13.016), ("llama2-70b", 68.977), ("mistral-7b", 7.242), ("open-llama-3b", 3.426)],
+    [
+        ("llama2-7b", 6.738),
+        ("llama2-13b", 13.016),
+        ("llama2-70b", 68.977),
+        ("mistral-7b", 7.242),
+        ("open-llama-3b", 3.426),
+    ],
 )
 def test_presets_have_the_published_number_of_parameters(preset: str, billions: float) -> None:
     config = ModelConfig.model_validate({"preset": preset})

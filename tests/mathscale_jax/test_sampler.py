@@ -59,7 +59,9 @@ def assert_follows(tokens: np.ndarray, probabilities: np.ndarray) -> None:
     assert chi_square < freedom + CHI_SQUARE_DEVIATIONS * max(2 * freedom, 1) ** 0.5
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 1.0), (1.0, 0.8), (0.7, 0.95), (1.0, 0.01)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 1.0), (1.0, 0.8), (0.7, 0.95), (1.0, 0.01)]
+)
 def test_a_hundred_thousand_draws_follow_the_known_distribution(temperature: float, top_p: float) -> None:
     logits = np.random.default_rng(0).normal(size=12).astype(np.float32) * 1.5
     count = 100_000
@@ -101,7 +103,9 @@ def plain_greedy(config: ModelConfig, params: model.Params, prompt: list[int], c
 
 
 @pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["full", "window"])
-def test_greedy_decoding_equals_running_the_whole_text_again_for_every_token(config: ModelConfig, params: model.Params) -> None:
+def test_greedy_decoding_equals_running_the_whole_text_again_for_every_token(
+    config: ModelConfig, params: model.Params
+) -> None:
     settings = SamplingSettings(num_samples=1, temperature=0, max_tokens=70)
     sampler = Sampler(config, params, eos_id=EOS, dtype="float32")
     prompts = [[1, 5, 9, 4], [1, *range(3, 23)] * 3 + [1, 20]]  # the second is longer than one padding unit

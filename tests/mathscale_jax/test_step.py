@@ -39,7 +39,9 @@ def make_batches(rows: TokenizedRows, layout: str, batch_size: int, num_epochs: 
     return Batches(rows, settings, batch_size=batch_size, seed=0, num_epochs=num_epochs)
 
 
-def run(batches: list[Batch], mesh_settings: MeshSettings, accumulation: int = 1, dtype: str = "float32") -> dict[str, Any]:
+def run(
+    batches: list[Batch], mesh_settings: MeshSettings, accumulation: int = 1, dtype: str = "float32"
+) -> dict[str, Any]:
     """Losses of the steps, and the parameters after them."""
     mesh = make_mesh(mesh_settings)
     schedule = learning_rate_schedule(OptimizerSettings(learning_rate=1e-2), len(batches))
@@ -128,6 +130,6 @@ def test_weights_and_moments_lie_where_the_table_says() -> None:
 
 def test_bfloat16_compute_keeps_float32_weights_and_trains() -> None:
     batches = make_batches(make_rows(), "packed", 8, num_epochs=20)
-    result = run([batches[i] for i in range(30)], MeshSettings(), dtype="bfloat16")
+    result = run([batches[i] for i in range(len(batches))], MeshSettings(), dtype="bfloat16")
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(result["state"].params))
     assert result["losses"][-1] < result["losses"][0] - 0.5

@@ -13,7 +13,10 @@ from mathscale_jax.train import train
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["optimizer.learnig_rate=1"], "unknown key optimizer.learnig_rate; did you mean optimizer.learning_rate?"),
+        (
+            ["optimizer.learnig_rate=1"],
+            "unknown key optimizer.learnig_rate; did you mean optimizer.learning_rate?",
+        ),
         (["optimizer.learning_rate=fast"], "optimizer.learning_rate='fast'"),
         (["batch_size=0"], "batch_size=0"),
         (["compute.dtype=float16"], "compute.dtype='float16'"),
@@ -56,5 +59,9 @@ def test_the_command_prints_the_mistake_alone_and_exits_with_2(tmp_path: Path) -
 def test_help_lists_every_key_with_its_default() -> None:
     result = run("mathscale_jax.train", "--help")
     assert result.returncode == 0
-    for text in ("optimizer.learning_rate (default: 2e-05)", "mesh.fsdp (default: -1)", "data.context (default: 2048)"):
+    for text in (
+        "optimizer.learning_rate (default: 2e-05)",
+        "mesh.fsdp (default: -1)",
+        "data.context (default: 2048)",
+    ):
         assert text in result.stdout
