@@ -116,8 +116,12 @@ class Writer:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One saved step, opened for reading: its metadata and tokenizer; weights come with `restore_params`."""
+    """One saved step, opened for reading: its metadata and tokenizer; weights come with `restore_params`.
 
+    `path` is the folder as the user named it, `directory` where the steps lie.
+    """
+
+    path: str
     directory: epath.Path
     step: int
     meta: Meta
@@ -126,7 +130,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """How reports call it."""
-        return f"{self.directory} step {self.step}"
+        return f"{self.path} step {self.step}"
 
     def restore_params(self, shardings: Any = None, dtype: str = "float32") -> model.Params:
         """The weights in `dtype`, laid out by `shardings` (a dict like the parameters'), or all on one device."""
@@ -265,7 +269,7 @@ def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UsageError(f"checkpoint {path!r} has no step {step}; it has {', '.join(map(str, steps))}")
-    where = f"{directory} step {step}"
+    where = f"{path} step {step}"
     try:
         tree = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory / str(step) / "meta")
     except Exception as error:
@@ -274,7 +278,7 @@ def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
     if tokenizer.sha256 != meta.tokenizer_sha256:
         raise UsageError(f"{directory / TOKENIZER_FILE} is not the tokenizer that {where} was made with")
-    return Checkpoint(directory, step, meta, tokenizer)
+    return Checkpoint(path, directory, step, meta, tokenizer)
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, what: str) -> None:

@@ -3,6 +3,7 @@
 import collections
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -188,3 +189,23 @@ def test_an_unknown_split_of_gsm8k_names_the_known_ones(write_rows):
     assert "split='validation': gsm8k has train and test" in refusal(
         "gsm8k", write_rows(PUBLIC_ROW), split="validation"
     )
+
+
+@pytest.mark.slow
+def test_gsm8k_through_tensorflow_datasets_is_gsm8k_from_its_file(
+    test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TFDS's own builder, with its four downloads answered from the files at hand; it shuffles, so order differs."""
+    import tensorflow_datasets as tfds
+
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(gzip.decompress((test_data / f"gsm8k_{split}.jsonl.gz").read_bytes()))
+
+    def from_files(self: object, urls: dict[str, str]) -> dict[str, str]:
+        return {name: str(tmp_path / f"{name.removesuffix('_socratic')}.jsonl") for name in urls}
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", from_files)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+    through_tfds = read_problems("gsm8k", "test", None)
+    from_file = read_problems("gsm8k", "test", str(test_data / "gsm8k_test.jsonl.gz"))
+    assert sorted(through_tfds, key=lambda p: p.id) == sorted(from_file, key=lambda p: p.id)

@@ -82,7 +82,7 @@ def test_ctrl_c_saves_the_step_and_the_run_goes_on(undisturbed: dict, tmp_path: 
     more = int(saved) + 3
     again = run(TRAIN, "--config", str(config), f"num_steps={more}")
     assert again.returncode == 0, again.stderr
-    assert f"resuming {tmp_path / 'run' / 'checkpoints'} step {saved}" in again.stderr
+    assert f"resuming {tmp_path / 'run'} step {saved}" in again.stderr
     assert [step for step, _, _ in losses(tmp_path)] == list(range(1, more + 1))
 
 

@@ -9,6 +9,8 @@ from data_pipeline.settings import UsageError, load_settings
 from mathscale_jax.config import TrainSettings
 from mathscale_jax.train import train
 
+CONFIGS = sorted(path.name for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
@@ -65,3 +67,11 @@ def test_help_lists_every_key_with_its_default() -> None:
         "data.context (default: 2048)",
     ):
         assert text in result.stdout
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid_and_its_header_holds_its_command(name: str) -> None:
+    settings = load_settings(TrainSettings, str(Path(__file__).parents[2] / "configs" / name))
+    header = (Path(__file__).parents[2] / "configs" / name).read_text().partition("\n\n")[0]
+    assert f"python -m mathscale_jax.train --config configs/{name}" in header
+    assert settings.output_dir in header
