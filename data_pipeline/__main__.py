@@ -25,7 +25,7 @@ class DemoData(Settings):
     """`prepare demo`: generated word problems and a tokenizer for them."""
 
     out: str = pydantic.Field(description="folder for train.jsonl, test.jsonl and tokenizer.model")
-    num_train: pydantic.PositiveInt = pydantic.Field(500, description="training problems")
+    num_train: pydantic.PositiveInt = pydantic.Field(800, description="training problems")
     num_test: pydantic.PositiveInt = pydantic.Field(60, description="held-out problems")
     vocab_size: int = pydantic.Field(512, ge=300, description="pieces of the tokenizer")
     seed: pydantic.NonNegativeInt = pydantic.Field(0, description="seed of the generator")

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from data_pipeline.answers import GRADER_VERSION, canonical_number, extract_number, numbers_equal
+from data_pipeline.answers import GRADER_VERSION, Extracted, canonical_number, extract_number, numbers_equal
 from data_pipeline.cli import RunError, logger
 from data_pipeline.files import write_json, write_json_lines
 from data_pipeline.progress import progress
@@ -19,10 +19,14 @@ def is_correct(response: str, gold: str, kind: str = "number") -> bool:
 
     Raises ValueError for another kind, or where `gold` is no answer of its kind.
     """
+    return _judge(response, gold, kind)[1]
+
+
+def _judge(response: str, gold: str, kind: str) -> tuple[Extracted, bool]:
     if kind != "number":
         raise ValueError(f"kind={kind!r} is not gradable; allowed: number")
     extracted = extract_number(response)
-    return extracted.answer is not None and numbers_equal(extracted.answer, gold)
+    return extracted, extracted.answer is not None and numbers_equal(extracted.answer, gold)
 
 
 def grade(folder: epath.Path) -> epath.Path:
@@ -37,27 +41,24 @@ def grade(folder: epath.Path) -> epath.Path:
     graded: dict[str, list[dict[str, Any]]] = {}
     (folder / "grades").mkdir(exist_ok=True)
     for part in progress(parts(folder, "samples"), "grading", "problems"):
-        rows = [
-            _grade_sample(row, problems[row["problem_id"]]["answer"], kind) for row in read_samples(part, set(problems))
-        ]
-        write_json_lines(folder / "grades" / part.name, [{k: row[k] for k in _GRADE_KEYS} for row in rows])
-        for row in rows:
-            graded.setdefault(row["problem_id"], []).append(row)
+        rows = []
+        for sample in read_samples(part, set(problems)):
+            row = _grade_sample(sample, problems[sample["problem_id"]]["answer"], kind)
+            rows.append(row)
+            graded.setdefault(sample["problem_id"], []).append({**row, "finish_reason": sample["finish_reason"]})
+        write_json_lines(folder / "grades" / part.name, rows)
     metrics = _metrics(run, problems, graded)
     write_json(folder / "metrics.json", metrics)
     logger.info("%s", _summary(metrics))
     return folder / "metrics.json"
 
 
-_GRADE_KEYS = ("problem_id", "sample_id", "answer", "rule", "correct", "seconds")
-
-
 def _grade_sample(sample: dict[str, Any], gold: str, kind: str) -> dict[str, Any]:
     started = time.perf_counter()
-    extracted = extract_number(sample["text"])
-    correct = is_correct(sample["text"], gold, kind)
+    extracted, correct = _judge(sample["text"], gold, kind)
     return {
-        **sample,
+        "problem_id": sample["problem_id"],
+        "sample_id": sample["sample_id"],
         "answer": extracted.answer,
         "rule": extracted.rule,
         "correct": correct,

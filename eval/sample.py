@@ -40,8 +40,8 @@ class SampleSettings(SamplingSettings):
 def sample(settings: SampleSettings) -> epath.Path:
     """Draws what is not there yet; returns the eval folder.
 
-    Raises UsageError where the folder belongs to other samples, or every prompt is too long; Stopped where a
-    signal ended the job between two problems.
+    A prompt that fills the model's context is recorded as an error and does not stop the job. Raises UsageError
+    where the folder belongs to other samples; Stopped where a signal ended the job between two problems.
     """
     out = epath.Path(settings.out)
     problems = read_task(settings.task, settings.split, settings.source)[: settings.num_problems]
