@@ -39,19 +39,22 @@ types: $(VENV)/.dev
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV) || \
+	@$(PYTHON) -m venv $(VENV) || \
 	    { rm -rf $(VENV); echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 
 $(VENV)/.core: $(VENV)/bin/pip pyproject.toml constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e .
+	@echo "Installing into $(VENV) (once; a minute or two)"
+	@$(BIN)/pip install -q -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@echo "Installing the test tools into $(VENV) (once)"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.core $@
 
 $(VENV)/.torch: $(VENV)/.dev
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,torch]'
+	@echo "Installing torch and transformers into $(VENV) (once)"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev,torch]'
 	@touch $@
 
 # Pins every extra for Python 3.11 and newer. Run after changing a dependency in pyproject.toml.
