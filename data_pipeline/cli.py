@@ -91,8 +91,7 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     """Runs `command(argv)` and ends the process with the exit code that belongs to how it ended."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logger.setLevel(logging.INFO)
-    # Orbax logs, through absl and at length, every error that it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    _silence_echoes()
     try:
         command(argv)
     except UsageError as error:
@@ -104,14 +103,33 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     except KeyboardInterrupt:
         _end("stopped by Ctrl-C; what was finished is kept, run the same command to go on", EXIT_INTERRUPTED)
     except Exception as error:
-        if not is_disk_full(error):
-            raise
-        _end(
-            f"error: no room on disk: {first_line(error)}\nwhat was saved before is whole; "
-            "free some space and run the same command again",
-            EXIT_FAILURE,
-        )
+        if is_disk_full(error):
+            _end(
+                f"error: no room on disk: {first_line(error)}\nwhat was saved before is whole; "
+                "free some space and run the same command again",
+                EXIT_FAILURE,
+            )
+        if isinstance(error, OSError):  # a file or folder that cannot be read or written: the message names it
+            _end(f"error: {first_line(error)}", EXIT_FAILURE)
+        raise
     sys.exit(0)
+
+
+def _silence_echoes() -> None:
+    """Keeps an error of Orbax's, which it raises, from being printed many times over besides.
+
+    It logs it through absl, its unawaited futures through asyncio, and the reads and writes that end after its
+    event loop was closed through the hook for exceptions that nobody can catch.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def without_closed_loops(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = without_closed_loops
 
 
 def is_disk_full(error: BaseException | None) -> bool:

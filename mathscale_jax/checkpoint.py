@@ -10,7 +10,6 @@ A step appears under its number only when all of it is on disk.
 
 import dataclasses
 import hashlib
-import sys
 from typing import Any
 
 import jax
@@ -79,7 +78,11 @@ class Writer:
     """Saves steps into a folder, asynchronously; keeps the newest `settings.keep`."""
 
     def __init__(self, directory: epath.Path, settings: CheckpointSettings, tokenizer: Tokenizer):
-        options = ocp.CheckpointManagerOptions(max_to_keep=settings.keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=settings.keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # what a killed run left half-written
+        )
         directory = _absolute(directory)
         self._manager = ocp.CheckpointManager(directory, options=options)
         tokenizer_file = directory / TOKENIZER_FILE
@@ -199,7 +202,6 @@ class Checkpoint:
         except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
             if is_disk_full(error):
                 raise
-            sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
             raise RunError(
                 f"checkpoint {self.name} is damaged or incomplete and cannot be read: "
                 f"{type(error).__name__}: {first_line(error)}"
@@ -232,16 +234,6 @@ def fingerprint(params: model.Params) -> str:
 def _absolute(path: epath.Path) -> epath.Path:
     """Orbax takes no relative paths; the URL of an object store is absolute as it is."""
     return path if "://" in str(path) else path.absolute()
-
-
-def _without_closed_loops(hook: Any) -> Any:
-    """`hook`, but silent about the other reads of a failed restore, which find Orbax's event loop closed."""
-
-    def filtered(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    return filtered
 
 
 def steps_in(directory: epath.Path) -> list[int]:

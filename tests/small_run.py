@@ -9,7 +9,7 @@ import yaml
 
 from data_pipeline.__main__ import DemoData, prepare_demo
 
-NUM_STEPS = 12
+NUM_STEPS = 48  # enough that a test can still kill the process in mid-run
 
 
 def write_config(folder: Path, **changes: object) -> Path:
@@ -38,7 +38,7 @@ def write_config(folder: Path, **changes: object) -> Path:
         "batch_size": 8,
         "num_steps": NUM_STEPS,
         "log_every": 1,
-        "checkpoint": {"every": 4, "keep": 3},
+        "checkpoint": {"every": 16, "keep": 3},
         **changes,
     }
     file = folder / "config.yaml"
