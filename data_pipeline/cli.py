@@ -38,8 +38,8 @@ class Stopped(Exception):
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a request that a loop reads between two steps.
 
-    A second SIGINT ends the process at once: files are written whole and renamed, so nothing is damaged.
-    Use as a context manager around the loop.
+    A second SIGINT is a KeyboardInterrupt: files are written whole and renamed, so nothing is damaged, and a save
+    under way ends first. Use as a context manager around the loop.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class StopSignal:
             raise KeyboardInterrupt
         if self.exit_code is None:  # the first request says how the run ended
             self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
-        logger.warning("asked to stop: finishing what is under way (Ctrl-C again stops at once)")
+        logger.warning("asked to stop: finishing what is under way (Ctrl-C again does not wait)")
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
@@ -89,6 +89,11 @@ def from_flags(settings: type[SettingsT], arguments: argparse.Namespace) -> Sett
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs `command(argv)` and ends the process with the exit code that belongs to how it ended."""
+
+    def preempted(number: int, frame: FrameType | None) -> None:
+        raise Stopped("asked to stop; what was finished is kept, run the same command to go on", EXIT_PREEMPTED)
+
+    signal.signal(signal.SIGTERM, preempted)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logger.setLevel(logging.INFO)
     _silence_echoes()
@@ -107,6 +112,13 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
             _end(
                 f"error: no room on disk: {first_line(error)}\nwhat was saved before is whole; "
                 "free some space and run the same command again",
+                EXIT_FAILURE,
+            )
+        if "RESOURCE_EXHAUSTED: Out of memory" in str(error):
+            _end(
+                f"error: the device is out of memory: {first_line(error)}\nmake the work smaller: in training a lower "
+                "batch_size, more accumulation_steps, compute.remat=full, a smaller compute.loss_chunk or more devices "
+                "in mesh.fsdp; in sampling a lower --num-samples or --max-tokens",
                 EXIT_FAILURE,
             )
         if isinstance(error, OSError):  # a file or folder that cannot be read or written: the message names it

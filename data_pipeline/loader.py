@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from data_pipeline.packing import PackPlan, pack, pad
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import TASKS, read_problems
-from data_pipeline.templates import DEFAULT_TEMPLATE, Template
+from data_pipeline.templates import Template
 from data_pipeline.tokenized import TokenizedRows, tokenize_cached
 from data_pipeline.tokenizer import Tokenizer
 
@@ -44,7 +44,9 @@ class DataSettings(Settings):
     tokenizer: str | None = pydantic.Field(
         None, description="tokenizer.model file; null takes the one that came with init_from"
     )
-    template: str = pydantic.Field(DEFAULT_TEMPLATE, description="chat template: default, or a YAML file")
+    template: str | None = pydantic.Field(
+        None, description="chat template: default, or a YAML file; null takes the one that came with init_from"
+    )
     context: pydantic.PositiveInt = pydantic.Field(2048, description="tokens in a row of a batch")
     layout: Literal["packed", "padded"] = pydantic.Field(
         "packed", description="packed: several examples share a row; padded: one example a row"
@@ -177,8 +179,12 @@ class Batches:
             start += length
 
 
-def iterate(batches: Batches, start_step: int, prefetch: int) -> Iterator[Batch]:
-    """The batches from `start_step` to the end, made ahead by grain's threads."""
+def iterate(batches: Batches, start_step: int, prefetch: int) -> Generator[Batch, None, None]:
+    """The batches from `start_step` to the end, made ahead by grain's threads, which end when it is closed."""
     dataset = grain.MapDataset.source(batches)[start_step:]
     options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
-    return iter(dataset.to_iter_dataset(options))
+    iterator = iter(dataset.to_iter_dataset(options))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

@@ -31,7 +31,9 @@ class Template(Settings):
         ):
             try:
                 used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-            except ValueError as error:
+                if used <= allowed:
+                    text.format(question="", solution="", answer="")
+            except (ValueError, LookupError, AttributeError) as error:
                 raise ValueError(f"{key}: {error}; write {{{{ and }}}} for literal braces") from error
             if not used <= allowed or not needed <= used:
                 raise ValueError(f"{key} must use {sorted(needed)} and may use {sorted(allowed)}, got {sorted(used)}")
@@ -51,6 +53,6 @@ class Template(Settings):
         return hashlib.sha256(json.dumps([self.prompt, self.response]).encode()).hexdigest()
 
 
-def load_template(name: str) -> Template:
-    """`default`, or the path of a YAML file with `prompt` and `response`. Raises UsageError."""
-    return Template() if name == DEFAULT_TEMPLATE else validated(Template, read_yaml(name), where=name)
+def load_template(name: str | None) -> Template:
+    """`default` (or None), or the path of a YAML file with `prompt` and `response`. Raises UsageError."""
+    return Template() if name in (None, DEFAULT_TEMPLATE) else validated(Template, read_yaml(name), where=name)

@@ -1,6 +1,7 @@
 """Rows tokenised once: flat arrays of token ids, cached by the hash of everything that determines them."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -30,6 +31,14 @@ class TokenizedRows:
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Identifies the rows: their tokens, their order, and where each prompt ends."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.offsets, self.prompt_lengths):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     @property
     def input_lengths(self) -> Int[np.ndarray, " rows"]:
@@ -65,8 +74,11 @@ def tokenize_cached(
         except Exception as error:  # a damaged zip file raises a dozen kinds, depending on the byte
             logger.warning("token cache %s is damaged (%s): tokenising again", path, error)
     rows = tokenize(progress(problems, "tokenising", "rows"), tokenizer, template)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: np.savez(file, **dataclasses.asdict(rows)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: np.savez(file, **dataclasses.asdict(rows)))
+    except OSError as error:  # the cache saves time, nothing else
+        logger.warning("the tokens cannot be cached: %s", error)
     return rows
 
 

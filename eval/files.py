@@ -7,8 +7,9 @@ grades/part-00000.jsonl     their grades
 metrics.json, report.html
 """
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from etils import epath
@@ -30,33 +31,61 @@ def parts(folder: epath.Path, kind: str) -> list[epath.Path]:
 
 
 def read_run(folder: epath.Path) -> dict[str, Any]:
-    """run.json. Raises UsageError where the folder is no eval folder."""
+    """run.json. Raises UsageError where the folder is no eval folder, RunError where the file is damaged."""
     file = folder / "run.json"
     if not file.exists():
         raise UsageError(f"{folder} is not an eval folder (it has no run.json): `python -m eval sample` makes one")
-    return json.loads(file.read_text())
+    with damage_named(file, "sample into another folder"):
+        return json.loads(file.read_text())
 
 
 def read_problems(folder: epath.Path) -> list[dict[str, Any]]:
-    """problems.jsonl."""
-    return list(read_json_lines(folder / "problems.jsonl"))
+    """problems.jsonl. Raises RunError where it is damaged."""
+    file = folder / "problems.jsonl"
+    with damage_named(file, "sample into another folder"):
+        return [{**row, "answer": row["answer"], "problem_id": row["problem_id"]} for row in read_json_lines(file)]
 
 
-def read_samples(part: epath.Path, known: set[str]) -> Iterator[dict[str, Any]]:
+def read_metrics(folder: epath.Path) -> dict[str, Any]:
+    """metrics.json. Raises UsageError where nothing is graded yet, RunError where it is damaged."""
+    file = folder / "metrics.json"
+    if not file.exists():
+        raise UsageError(f"{folder} has no metrics.json yet: run `python -m eval grade {folder}` first")
+    with damage_named(file, "grade again"):
+        return json.loads(file.read_text())
+
+
+def read_grades(folder: epath.Path) -> Iterator[dict[str, Any]]:
+    """The rows of all grades. Raises RunError where a file is damaged."""
+    for part in parts(folder, "grades"):
+        with damage_named(part, "grade again"):
+            yield from list(read_json_lines(part))
+
+
+@contextlib.contextmanager
+def damage_named(file: epath.Path, advice: str) -> Iterator[None]:
+    """Turns what reading a damaged `file` raises into a RunError that names it and says what to do."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:  # UnicodeDecodeError is a ValueError
+        raise RunError(f"{file} is damaged ({type(error).__name__}: {error}): {advice}") from error
+
+
+def read_samples(part: epath.Path, known: Container[str]) -> list[dict[str, Any]]:
     """The samples of a part file, the first of each (problem_id, sample_id); what is odd is named and left out.
 
     Raises RunError where a line is no sample at all.
     """
-    seen: set[tuple[str, int]] = set()
-    try:
+    samples: dict[tuple[str, int], dict[str, Any]] = {}
+    with damage_named(part, "remove it and sample again"):
         for row in read_json_lines(part):
             key = (row["problem_id"], row["sample_id"])
+            if not all(isinstance(row[name], str) for name in ("text", "finish_reason")):
+                raise TypeError("text and finish_reason must be strings")
             if key[0] not in known:
                 logger.warning("%s: problem %r is not in problems.jsonl: left out", part, key[0])
-            elif key in seen:
+            elif key in samples:
                 logger.warning("%s: sample %d of %r occurs twice: the first counts", part, key[1], key[0])
             else:
-                seen.add(key)
-                yield row
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise RunError(f"{part} is damaged ({type(error).__name__}: {error}): remove it and sample again") from error
+                samples[key] = row
+    return list(samples.values())

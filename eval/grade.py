@@ -42,7 +42,7 @@ def grade(folder: epath.Path) -> epath.Path:
     (folder / "grades").mkdir(exist_ok=True)
     for part in progress(parts(folder, "samples"), "grading", "problems"):
         rows = []
-        for sample in read_samples(part, set(problems)):
+        for sample in read_samples(part, problems):
             row = _grade_sample(sample, problems[sample["problem_id"]]["answer"], kind)
             rows.append(row)
             graded.setdefault(sample["problem_id"], []).append({**row, "finish_reason": sample["finish_reason"]})

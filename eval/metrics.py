@@ -17,6 +17,7 @@ NO_ANSWER = -1  # the class of a sample from which no answer could be read
 # The standard error of one problem's maj@k is then at most 0.5 / sqrt(200) = 0.035, that of the mean over the
 # 1,319 problems of GSM8K's test set 0.001; all of those, 256 samples each, take about a second.
 NUM_PERMUTATIONS = 200
+NUM_RESAMPLES = 2000  # bootstrap; the ends of a 95 % interval then rest on 50 resamples each
 
 
 def pass_at_k(
@@ -118,7 +119,7 @@ def _vote_scores(
 
 
 def bootstrap_ci95(
-    values: Float[np.ndarray, "problems columns"], seed: int, num_resamples: int = 2000
+    values: Float[np.ndarray, "problems columns"], seed: int, num_resamples: int = NUM_RESAMPLES
 ) -> Float[np.ndarray, "columns 2"]:
     """95 % percentile bootstrap intervals [low, high] of the column means, resampling problems (Efron 1979).
 

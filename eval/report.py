@@ -5,14 +5,18 @@ template escapes every value, and a content security policy forbids the browser 
 """
 
 import collections
+import functools
 import io
-import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
+
+from data_pipeline.files import write_atomically
+from eval.files import parts, read_grades, read_metrics, read_problems, read_run, read_samples
+from eval.metrics import NUM_PERMUTATIONS, NUM_RESAMPLES
 
 MAX_PROBLEMS = 200  # in the browser of problems: keeps the page small, whatever the size of the test set
 MAX_PER_VERDICT = 2  # right, and wrong, samples shown for a problem
@@ -39,13 +43,14 @@ def write_report(eval_dir: epath.PathLike) -> epath.Path:
     curve to draw: then the page has no figure, and the two image files are not written.
 
     Raises:
-        FileNotFoundError: where run.json, metrics.json or problems.jsonl is missing; grade the folder first.
+        UsageError: where there are no metrics yet.
+        RunError: where a file is damaged.
     """
     import jinja2
     from markupsafe import Markup
 
     folder = epath.Path(eval_dir)
-    run, metrics = (json.loads((folder / name).read_text()) for name in ("run.json", "metrics.json"))
+    run, metrics = read_run(folder), read_metrics(folder)
     problems, num_graded = _browser_problems(folder)
     complete, n = metrics["complete"] is True, metrics["num_samples"]
     names = {"ratio": f"PassRatio@{n}", "vote": f"maj@{n}", "pass": f"Pass@{n}"}
@@ -53,8 +58,9 @@ def write_report(eval_dir: epath.PathLike) -> epath.Path:
         names = {"ratio": "Share right so far", "vote": "Vote so far", "pass": "Any right so far"}
     figures = {}
     if n > 1:
-        (folder / "pass_at_k.svg").write_bytes(_figure(metrics, names, "svg", width=7.6))
-        (folder / "pass_at_k.png").write_bytes(_figure(metrics, names, "png", width=7.6))
+        for kind in ("svg", "png"):
+            image = _figure(metrics, names, kind, width=7.6)
+            write_atomically(folder / f"pass_at_k.{kind}", functools.partial(_write, image))
         # A phone gets a figure of its own: the wide one, scaled down, would have letters of 7 pixels.
         for variant, width in (("wide", 7.6), ("narrow", 3.7)):
             svg = _figure(metrics, names, "svg", width=width, page_variant=variant)
@@ -76,13 +82,20 @@ def write_report(eval_dir: epath.PathLike) -> epath.Path:
         figures=figures,
         problems=problems,
         num_graded=num_graded,
+        num_permutations=NUM_PERMUTATIONS,
+        num_resamples=NUM_RESAMPLES,
         colours=COLOURS,
     )
     # A model can write what HTML and UTF-8 forbid (C0 controls, lone surrogates), and marks that turn letters
     # around, so that one reads what does not stand there (U+202A..202E, U+2066..2069).
     page = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", "\ufffd", page)
-    (folder / "report.html").write_bytes(page.encode("utf-8", errors="replace"))
+    content = page.encode("utf-8", errors="replace")
+    write_atomically(folder / "report.html", functools.partial(_write, content))
     return folder / "report.html"
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def headline(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, str]:
@@ -156,23 +169,17 @@ def _shorten(text: str) -> str:
     return f"{text[:HEAD_CHARS]}\n\n[… {dropped:,} characters left out …]\n\n{text[-TAIL_CHARS:]}"
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
-def _read_rows(*files: epath.Path) -> Iterator[dict[str, Any]]:
-    for file in sorted(files):
-        # Not splitlines, which also splits at U+2028: JSON allows it within a string.
-        yield from (json.loads(line) for line in file.read_text().split("\n") if line.strip())
+# ------------------------------------------------------------------------------------------------ problems
 
 
 def _browser_problems(folder: epath.Path) -> tuple[list[dict[str, Any]], int]:
     """Graded problems, hardest first, at most MAX_PROBLEMS of them at even steps; and how many there were."""
     grades: dict[str, dict[int, tuple[bool, str | None]]] = collections.defaultdict(dict)
-    for grade in _read_rows(*(folder / "grades").glob("part-*.jsonl")):
+    for grade in read_grades(folder):
         verdict = (grade["correct"], grade["answer"])
         grades[grade["problem_id"]].setdefault(grade["sample_id"], verdict)  # the first of duplicates wins
     problems = []
-    for problem in _read_rows(folder / "problems.jsonl"):
+    for problem in read_problems(folder):
         verdicts = grades.get(problem["problem_id"])
         if verdicts:
             right, total = sum(correct for correct, _ in verdicts.values()), len(verdicts)
@@ -183,10 +190,10 @@ def _browser_problems(folder: epath.Path) -> tuple[list[dict[str, Any]], int]:
     if num_graded > MAX_PROBLEMS:
         problems = [problems[i] for i in np.linspace(0, num_graded - 1, MAX_PROBLEMS).astype(int)]
     samples: dict[str, dict[int, dict[str, Any]]] = {problem["problem_id"]: {} for problem in problems}
-    for sample in _read_rows(*(folder / "samples").glob("part-*.jsonl")):
-        problem_id, sample_id = sample["problem_id"], sample["sample_id"]
-        if problem_id in samples and sample_id in grades[problem_id]:
-            samples[problem_id].setdefault(sample_id, sample)
+    for part in parts(folder, "samples"):
+        for sample in read_samples(part, grades):
+            if sample["problem_id"] in samples and sample["sample_id"] in grades[sample["problem_id"]]:
+                samples[sample["problem_id"]][sample["sample_id"]] = sample
     for problem in problems:
         problem["samples"] = _telling_samples(samples[problem["problem_id"]], grades[problem["problem_id"]])
     return problems, num_graded

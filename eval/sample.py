@@ -19,7 +19,7 @@ from data_pipeline.settings import UsageError
 from data_pipeline.tasks import TASKS, Problem
 from data_pipeline.tasks import read_problems as read_task
 from data_pipeline.tokenizer import Tokenizer
-from eval.files import part_name
+from eval.files import part_name, parts, read_run
 from mathscale_jax.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from mathscale_jax.sampler import ProblemSamples, Prompt, Sampler, SamplingSettings
 
@@ -115,16 +115,19 @@ def _run(
         "tokenizer_sha256": checkpoint.meta.tokenizer_sha256,
         "dtype": settings.dtype,
         **{name: getattr(settings, name) for name in SamplingSettings.model_fields},
+        # Other hardware, or another version of jax, may round otherwise and so draw other texts.
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
     }
     digest = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
-    made_with = {name: importlib.metadata.version(name) for name in ("mathscale-jax", "jax", "flax")}
+    versions = {name: importlib.metadata.version(name) for name in ("mathscale-jax", "jaxlib", "flax")}
     return {
         **determining,
         "hash": digest,
         "checkpoint": checkpoint.name,
         "lineage": checkpoint.meta.lineage,
         "source": settings.source,
-        "made_with": {**made_with, "device": jax.devices()[0].device_kind},
+        "made_with": versions,
     }
 
 
@@ -132,8 +135,10 @@ def _open_folder(out: epath.Path, run: dict[str, Any], problems: Sequence[Proble
     """Makes the folder, or checks that it belongs to the same samples."""
     (out / "samples").mkdir(parents=True, exist_ok=True)
     run_file = out / "run.json"
+    if not run_file.exists() and parts(out, "samples"):
+        raise UsageError(f"{out} holds samples but no run.json that says of what: choose another --out")
     if run_file.exists():
-        before = json.loads(run_file.read_text())
+        before = read_run(out)
         if before.get("hash") != run["hash"]:
             told = {"hash", "checkpoint", "lineage", "source", "made_with"}
             changes = [

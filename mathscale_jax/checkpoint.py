@@ -10,6 +10,7 @@ A step appears under its number only when all of it is on disk.
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,11 +84,12 @@ class Writer:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed run left half-written
         )
-        directory = _absolute(directory)
+        self._directory = directory = _absolute(directory)
         self._manager = ocp.CheckpointManager(directory, options=options)
-        tokenizer_file = directory / TOKENIZER_FILE
-        if jax.process_index() == 0 and not tokenizer_file.exists():
-            write_atomically(tokenizer_file, lambda file: file.write(tokenizer.model))
+        # Always anew: a run that died before its first save may have left the tokenizer of other settings.
+        if steps_in(directory) and open_checkpoint(str(directory)).tokenizer.sha256 != tokenizer.sha256:
+            raise UsageError(f"{directory} holds checkpoints of another tokenizer; choose another folder")
+        write_atomically(directory / TOKENIZER_FILE, lambda file: file.write(tokenizer.model))
 
     def save(self, step: int, params: model.Params, meta: Meta, optimizer: optax.OptState | None = None) -> None:
         """Starts saving; returns when the arrays may be changed. An earlier save that failed raises here."""
@@ -97,7 +99,12 @@ class Writer:
         }
         if optimizer is not None:
             items["optimizer"] = ocp.args.StandardSave(optimizer)
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        with jax.transfer_guard_device_to_host("allow"):
+            started = self._manager.save(step, args=ocp.args.Composite(**items))
+        if not started:  # Orbax declines a step that is not newer than every folder it takes for one
+            raise RunError(
+                f"step {step} was not saved: {self._directory} holds a folder of a later step; remove what is not yours"
+            )
 
     def check(self) -> None:
         """Raises what went wrong in a save that is under way."""
@@ -141,7 +148,7 @@ class Checkpoint:
 
     def restore_leaf(self, path: tuple[str, ...]) -> jax.Array:
         """One parameter in the dtype it is stored in, so that a whole model need not fit in memory."""
-        stored = self._handler(lambda c: c.metadata(self._item("params"))).item_metadata
+        stored = self._with_orbax(lambda c: c.metadata(self._item("params"))).item_metadata
         spec = stored
         for key in path:
             spec = spec[key]
@@ -151,14 +158,14 @@ class Checkpoint:
         restore_args = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=s.sharding, dtype=s.dtype), tree)
         args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
-            restored = self._explain(lambda: checkpointer.restore(self._item("params"), args=args))
+            restored = self._or_damaged(lambda: checkpointer.restore(self._item("params"), args=args))
         for key in path:
             restored = restored[key]
         return restored
 
     def stored_dtype(self) -> str:
         """The dtype that the weights are stored in."""
-        stored = self._handler(lambda c: c.metadata(self._item("params"))).item_metadata
+        stored = self._with_orbax(lambda c: c.metadata(self._item("params"))).item_metadata
         return str(stored["embedding"].dtype)
 
     def restore_state(self, shardings: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
@@ -189,22 +196,23 @@ class Checkpoint:
     def _item(self, name: str) -> epath.Path:
         return self.directory / str(self.step) / name
 
-    def _handler(self, read: Any) -> Any:
+    def _with_orbax(self, read: Callable[[ocp.StandardCheckpointer], Any]) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
-            return self._explain(lambda: read(checkpointer))
+            return self._or_damaged(lambda: read(checkpointer))
 
     def _restore(self, item: str, abstract: Any) -> Any:
-        return self._handler(lambda checkpointer: checkpointer.restore(self._item(item), abstract))
+        return self._with_orbax(lambda checkpointer: checkpointer.restore(self._item(item), abstract))
 
-    def _explain(self, read: Any) -> Any:
+    def _or_damaged(self, read: Callable[[], Any]) -> Any:
         try:
             return read()
         except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
-            if is_disk_full(error):
+            if is_disk_full(error) or "Out of memory" in str(error):
                 raise
             raise RunError(
                 f"checkpoint {self.name} is damaged or incomplete and cannot be read: "
-                f"{type(error).__name__}: {first_line(error)}"
+                f"{type(error).__name__}: {first_line(error)}\n"
+                f"remove {self.directory / str(self.step)} to go on from the step before it"
             ) from error
 
 
@@ -240,8 +248,8 @@ def steps_in(directory: epath.Path) -> list[int]:
     """The finished steps in a folder, oldest first; none where there is no folder."""
     if not directory.is_dir():
         return []
-    names = [child.name for child in directory.iterdir()]
-    return sorted(int(name) for name in names if name.isdigit() and (directory / name / "meta").exists())
+    # Orbax knows which steps are whole: on an object store, which has no rename, a marker says so.
+    return sorted(s for s in ocp.utils.checkpoint_steps(_absolute(directory)) if (directory / str(s) / "meta").exists())
 
 
 def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:

@@ -126,7 +126,7 @@ class TrainSettings(Settings):
     """A training run."""
 
     output_dir: str = pydantic.Field(description="folder for config.yaml, metrics.jsonl and checkpoints/")
-    seed: pydantic.NonNegativeInt = pydantic.Field(0, description="of initial weights and order of the data")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32, description="of initial weights and order of the data")
     model: ModelConfig | None = pydantic.Field(
         None, description="architecture: {preset: NAME} or its fields; null with init_from"
     )
@@ -170,15 +170,15 @@ class TrainSettings(Settings):
             )
 
 
-# Resuming a run may change these and nothing else: they alter neither the maths nor the data of a step.
-# More steps are allowed; they stretch the learning rate schedule from the restored step on.
+# Resuming a run may change these and nothing else: they alter neither the maths nor the data of a step, but for
+# num_steps, which stretches the learning rate schedule from the restored step on. num_epochs may not change: the
+# last batch of a run in epochs is filled up with empty rows, so going on from there would skip examples.
 MAY_CHANGE_ON_RESUME = (
     "output_dir",
     "mesh",
     "checkpoint",
     "log_every",
     "num_steps",
-    "num_epochs",
     "data.prefetch",
     "data.cache_dir",
     "compute.remat",

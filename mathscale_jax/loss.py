@@ -20,6 +20,7 @@ def summed_cross_entropy(
     again. Raises ValueError where `chunk` does not divide the length.
     """
     batch, length, _ = hidden.shape
+    output = constrain(output, None, "tensor")  # gathered over fsdp once, not for every chunk
     if length % chunk:
         raise ValueError(f"chunk={chunk} must divide the length {length}")
 

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data_pipeline.settings import UsageError
-from mathscale_jax.config import MeshSettings
+from mathscale_jax.config import MeshSettings, ModelConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -44,6 +44,13 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
             f"the sizes must be {len(devices)}, so each one of {divisors}; -1 in one axis takes what is left"
         )
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def largest_mesh(config: ModelConfig) -> Mesh:
+    """A mesh that splits the weights over as many of the devices as divide the residual stream."""
+    devices = jax.devices()
+    count = max(n for n in range(1, len(devices) + 1) if config.hidden_size % n == 0)
+    return make_mesh(MeshSettings(data=1, fsdp=count, tensor=1), devices[:count])
 
 
 def partition_spec(*logical_axes: str | None) -> PartitionSpec:

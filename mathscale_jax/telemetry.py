@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, tokens per second, MFU."""
 
 import json
+import math
 import time
 from typing import Any
 
@@ -40,7 +41,7 @@ class MetricsLog:
     def __init__(self, path: epath.Path, resumed_step: int):
         self._path, self._remote = path, "://" in str(path)
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        self._lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= resumed_step]
+        self._lines = [line for line in lines if _step_of(line) <= resumed_step]
         write_text(path, "".join(self._lines))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -54,6 +55,13 @@ class MetricsLog:
         """Makes everything written so far visible on an object store."""
         if self._remote:
             write_text(self._path, "".join(self._lines))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (json.JSONDecodeError, KeyError, TypeError):  # cut short when the run was killed, or not ours
+        return math.inf
 
 
 class Throughput:

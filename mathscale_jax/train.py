@@ -7,7 +7,8 @@ The same command goes on where an earlier run of it stopped, however it stopped.
 """
 
 import argparse
-import hashlib
+import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from data_pipeline.loader import Batches, iterate, load_rows
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError, describe, load_settings, to_yaml, validated
 from data_pipeline.templates import load_template
+from data_pipeline.tokenized import TokenizedRows
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import model
 from mathscale_jax.checkpoint import Checkpoint, Meta, Writer, check_vocabulary, open_checkpoint, steps_in
@@ -47,19 +49,23 @@ def train(settings: TrainSettings) -> None:
     output_dir = epath.Path(settings.output_dir)
     checkpoint_dir = output_dir / "checkpoints"
 
-    # ---- what there is: devices, weights to start from, tokenizer -------------------------------------------
+    # ---- where the run stands: resume, or start from weights, or from scratch -------------------------------
+    _check_folder(output_dir)
     mesh = make_mesh(settings.mesh)
     _check_batch(settings, mesh)
-    base = None if settings.init_from is None else open_checkpoint(settings.init_from)
-    config = settings.model or _model_of(base, settings)
-    tokenizer = _tokenizer(settings, base)
+    saved = open_checkpoint(settings.output_dir) if steps_in(checkpoint_dir) else None
+    base = open_checkpoint(settings.init_from) if settings.init_from is not None and saved is None else None
+    given = saved or base
+
+    # ---- what the model is: architecture, tokenizer, chat template ------------------------------------------
+    config = settings.model or _model_of(given, settings)
+    tokenizer = _tokenizer(settings, given)
     check_vocabulary(tokenizer, config, f"data.tokenizer {settings.data.tokenizer or '(from init_from)'}")
-    template = load_template(settings.data.template)
+    template = load_template(settings.data.template) if settings.data.template or not given else given.meta.template
     shardings = param_shardings(config, mesh)
 
     # ---- input pipeline -------------------------------------------------------------------------------------
     rows = load_rows(settings.data, tokenizer, template)
-    rows_per_process = settings.batch_size // jax.process_count()
     batches = Batches(
         rows,
         settings.data,
@@ -67,7 +73,6 @@ def train(settings: TrainSettings) -> None:
         seed=settings.seed,
         num_steps=settings.num_steps,
         num_epochs=settings.num_epochs,
-        rows_of_process=slice(rows_per_process * jax.process_index(), rows_per_process * (jax.process_index() + 1)),
     )
     logger.info(
         "%d examples in %d rows of %d tokens, %.1f %% filled; %d steps of %d rows are %.2f epochs",
@@ -79,36 +84,33 @@ def train(settings: TrainSettings) -> None:
         settings.batch_size,
         len(batches) * settings.batch_size / batches.bins_per_epoch,
     )
-    rows_sha256 = hashlib.sha256(rows.tokens.tobytes() + rows.offsets.tobytes()).hexdigest()
-    training = {"settings": settings.model_dump(mode="json"), "rows_sha256": rows_sha256}
 
-    # ---- where the run stands: resume, or start from weights, or from scratch -------------------------------
+    # ---- state ----------------------------------------------------------------------------------------------
     schedule = learning_rate_schedule(settings.optimizer, len(batches))
     optimizer = make_optimizer(settings.optimizer, schedule)
     all_shardings = state_shardings(shardings, optimizer, mesh, config)
-    saved = open_checkpoint(settings.output_dir) if steps_in(checkpoint_dir) else None
     if saved is not None:
-        _check_resume(saved, settings, rows_sha256)
-        logger.info("resuming %s", saved.name)
-        state = saved.restore_state(all_shardings, optimizer)
-        if saved.step >= len(batches):
-            logger.info("all %d steps are done: nothing to do", len(batches))
+        _check_resume(saved, settings, rows, len(batches))
+        if saved.step == len(batches):
+            logger.info("all %d steps are done: nothing to do", saved.step)
             return
+        logger.info("resuming %s", saved.name)
+        state, first_step = saved.restore_state(all_shardings, optimizer), saved.step
+        assert saved.meta.training is not None
+        origin = saved.meta.training["origin"]
     elif base is not None:
         logger.info("starting from the weights of %s (%s)", base.name, base.meta.lineage)
-        state = init_state(base.restore_params(shardings), optimizer, all_shardings)
+        state, first_step = init_state(base.restore_params(shardings), optimizer, all_shardings), 0
+        origin = base.meta.lineage
     else:
         logger.info("starting from random weights")
         params = jax.jit(lambda: model.init(config, settings.seed), out_shardings=shardings)()
-        state = init_state(params, optimizer, all_shardings)
-    first_step = 0 if saved is None else saved.step
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        write_text(output_dir / "config.yaml", to_yaml(settings))
+        state, first_step = init_state(params, optimizer, all_shardings), 0
+        origin = "random weights"
+    training = {"settings": settings.model_dump(mode="json"), "rows_sha256": rows.sha256, "origin": origin}
+    meta = Meta(config, template, tokenizer.sha256, lineage=origin, training=training)
+    write_text(output_dir / "config.yaml", to_yaml(settings))
     metrics_log = MetricsLog(output_dir / "metrics.jsonl", first_step)
-    lineage = f"trained {len(batches)} steps from {'random weights' if base is None else base.meta.lineage}"
-    meta = Meta(config, template, tokenizer.sha256, lineage, training)
 
     # ---- loop -----------------------------------------------------------------------------------------------
     step_fn = make_train_step(
@@ -121,11 +123,11 @@ def train(settings: TrainSettings) -> None:
         jax.devices()[0].platform,
         dict(mesh.shape),
     )
-    host_batches = iterate(batches, first_step, settings.data.prefetch)
     throughput = Throughput(config, settings.data.context)
     positions = settings.batch_size * settings.data.context
     with (
         StopSignal() as stop,
+        contextlib.closing(iterate(batches, first_step, settings.data.prefetch)) as host_batches,
         Writer(checkpoint_dir, settings.checkpoint, tokenizer) as writer,
         Progress(len(batches), "training", "steps", done=first_step) as bar,
         jax.set_mesh(mesh),
@@ -135,8 +137,12 @@ def train(settings: TrainSettings) -> None:
 
         def finish(step: int, device_metrics: dict[str, jax.Array]) -> None:
             values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
-            if not math.isfinite(values["loss"]):
-                raise RunError(f"the loss of step {step} is {values['loss']}; lower optimizer.learning_rate")
+            if not math.isfinite(values["loss"] + values["grad_norm"]):
+                raise RunError(
+                    f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; it is not saved. "
+                    "Lower optimizer.learning_rate in another output_dir, from the beginning or from the last "
+                    f"step saved (init_from={settings.output_dir})"
+                )
             throughput.add(values["tokens"], positions)
             bar.update(1, f"loss {values['loss']:.3f}")
             if step % settings.log_every == 0 or step == len(batches):
@@ -151,14 +157,16 @@ def train(settings: TrainSettings) -> None:
             if pending is not None:
                 finish(*pending)
             pending = (step, device_metrics)
-            if step % settings.checkpoint.every == 0 or step == len(batches) or stop.exit_code is not None:
+            exit_code = stop.exit_code  # read once: a signal may come at any time
+            if step % settings.checkpoint.every == 0 or step == len(batches) or exit_code is not None:
                 finish(*pending)
                 pending = None
-                writer.save(step, state.params, meta, state.optimizer)
+                lineage = f"trained {step} steps from {origin}"
+                writer.save(step, state.params, dataclasses.replace(meta, lineage=lineage), state.optimizer)
                 metrics_log.flush()
-            if stop.exit_code is not None and step < len(batches):
+            if exit_code is not None and step < len(batches):
                 writer.close()
-                raise Stopped(f"stopped after step {step}, which is saved; the same command goes on", stop.exit_code)
+                raise Stopped(f"stopped after step {step}, which is saved; the same command goes on", exit_code)
     logger.info("done: checkpoint step %d in %s", len(batches), checkpoint_dir)
 
 
@@ -173,33 +181,49 @@ def _check_batch(settings: TrainSettings, mesh: Mesh) -> None:
         )
 
 
-def _model_of(base: Checkpoint | None, settings: TrainSettings) -> ModelConfig:
-    assert base is not None  # TrainSettings has either model or init_from
+def _check_folder(output_dir: epath.Path) -> None:
+    if steps_in(output_dir):
+        raise UsageError(f"output_dir={output_dir} holds an imported checkpoint; choose another folder for the run")
     try:
-        settings.check_context(base.meta.model)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output_dir={output_dir} cannot be made: {error.strerror or error}") from error
+
+
+def _model_of(given: Checkpoint | None, settings: TrainSettings) -> ModelConfig:
+    assert given is not None  # TrainSettings has either model or init_from
+    try:
+        settings.check_context(given.meta.model)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return base.meta.model
+    return given.meta.model
 
 
-def _tokenizer(settings: TrainSettings, base: Checkpoint | None) -> Tokenizer:
-    if settings.data.tokenizer is not None:
-        return Tokenizer.load(settings.data.tokenizer)
-    assert base is not None
-    return base.tokenizer
+def _tokenizer(settings: TrainSettings, given: Checkpoint | None) -> Tokenizer:
+    if settings.data.tokenizer is None:
+        assert given is not None  # without init_from, TrainSettings requires data.tokenizer
+        return given.tokenizer
+    tokenizer = Tokenizer.load(settings.data.tokenizer)
+    if given is not None and tokenizer.sha256 != given.tokenizer.sha256:
+        raise UsageError(
+            f"data.tokenizer={settings.data.tokenizer} is not the tokenizer that {given.name} was made with; "
+            "leave it out to use that one"
+        )
+    return tokenizer
 
 
-def _check_resume(saved: Checkpoint, settings: TrainSettings, rows_sha256: str) -> None:
-    if saved.meta.training is None:
-        raise UsageError(f"{saved.directory} holds imported weights, not a training run; choose another output_dir")
+def _check_resume(saved: Checkpoint, settings: TrainSettings, rows: TokenizedRows, num_steps: int) -> None:
+    assert saved.meta.training is not None  # `_check_folder` has refused imported weights
     before = validated(TrainSettings, saved.meta.training["settings"], saved.name)
     changes = changes_that_forbid_resume(before, settings)
-    if saved.meta.training["rows_sha256"] != rows_sha256 and not changes:
+    if saved.meta.training["rows_sha256"] != rows.sha256 and not changes:
         changes = ["data: the tokenised examples are not the ones the run began with"]
+    if saved.step > num_steps:
+        changes.append(f"num_steps: {num_steps} are fewer than the {saved.step} that are done")
     if changes:
         listed = "\n  ".join(changes)
         raise UsageError(
-            f"{saved.directory} holds a run with other settings:\n  {listed}\n"
+            f"{saved.path} holds a run with other settings:\n  {listed}\n"
             "choose another output_dir, or start from its weights with init_from"
         )
 

@@ -16,7 +16,7 @@ def write_config(folder: Path, **changes: object) -> Path:
     """Makes the data (once) and a config of `NUM_STEPS` steps in `folder`; `changes` replace top-level keys."""
     data = folder / "data"
     if not data.exists():
-        prepare_demo(DemoData(out=str(data), num_train=40, num_test=6, vocab_size=340))
+        prepare_demo(DemoData(out=str(data), num_train=40, num_test=20, vocab_size=340))
     config = {
         "output_dir": str(folder / "run"),
         "model": {

@@ -66,6 +66,10 @@ def text_field(row: dict[str, Any], key: str, where: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{where}: {key!r} must be a non-empty text, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair
+        raise UsageError(f"{where}: {key!r} holds a character that is no Unicode text: {error.reason}") from error
     return value.strip()
 
 

@@ -27,10 +27,10 @@ from mathscale_jax.checkpoint import (
     open_checkpoint,
     steps_in,
 )
-from mathscale_jax.config import CheckpointSettings, MeshSettings
+from mathscale_jax.config import CheckpointSettings
 from mathscale_jax.convert.hf import HfFolder, SafetensorsWriter, import_params
 from mathscale_jax.convert.mapping import leaves, model_config_to_hf
-from mathscale_jax.mesh import make_mesh
+from mathscale_jax.mesh import largest_mesh
 from mathscale_jax.step import param_shardings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,13 +39,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 def import_hf(source: str, destination: str, *, tokenizer: str | None, template: str, dtype: str | None) -> None:
     """Writes the weights of a Hugging Face folder as step 0 of a checkpoint. Raises UsageError."""
     out = epath.Path(destination)
+    _check_local(source)
+    if (out / "checkpoints").exists():
+        raise UsageError(f"{destination} is the folder of a training run: choose another one")
     if steps_in(out):
         raise UsageError(f"{destination} already holds a checkpoint: choose another folder, or remove it")
     chat_template = load_template(template)
     with HfFolder(source) as folder:
         pieces = Tokenizer.load(tokenizer or folder.path / TOKENIZER_FILE)
         check_vocabulary(pieces, folder.config, f"tokenizer {tokenizer or folder.path / TOKENIZER_FILE}")
-        shardings = param_shardings(folder.config, make_mesh(MeshSettings()))
+        shardings = param_shardings(folder.config, largest_mesh(folder.config))
         params = import_params(folder, shardings, dtype or folder.dtype)
         meta = Meta(folder.config, chat_template, pieces.sha256, lineage=f"imported from {folder.path.name}")
     out.mkdir(parents=True, exist_ok=True)
@@ -60,6 +63,7 @@ def export_hf(source: str, destination: str, *, step: int | None, dtype: str | N
     The folder is made under a temporary name beside `destination` and renamed when it is whole.
     Raises UsageError where the destination exists or the checkpoint does not.
     """
+    _check_local(destination)
     out = Path(destination)
     if out.exists():
         raise UsageError(f"{destination} exists: choose another folder, or remove it")
@@ -84,6 +88,11 @@ def export_hf(source: str, destination: str, *, step: int | None, dtype: str | N
         shutil.rmtree(partial, ignore_errors=True)
         raise
     logger.info("exported %s to %s", checkpoint.name, destination)
+
+
+def _check_local(path: str) -> None:
+    if "://" in path:
+        raise UsageError(f"{path}: Hugging Face folders are read and written on a local disk; copy it from or to there")
 
 
 def _write_companions(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:

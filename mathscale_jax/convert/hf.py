@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors read slice by slice, written tensor by tensor. One stacked leaf at a time."""
+"""Hugging Face folders: safetensors read and written tensor by tensor, one stacked leaf at a time."""
 
 import json
 import struct
@@ -53,8 +53,13 @@ class HfFolder:
 
     @property
     def dtype(self) -> str:
-        """The dtype the weights are stored in: that of the embedding table."""
-        name = self._where["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()
+        """The dtype the weights are stored in. Raises UsageError where they have several, or one we do not know."""
+        names = {
+            file.get_slice(name).get_dtype() for name, file in self._where.items() if not name.endswith(_IGNORED_SUFFIX)
+        }
+        if len(names) > 1:
+            raise UsageError(f"{self.path}: weights of several dtypes ({', '.join(sorted(names))}): give --dtype")
+        (name,) = names
         if name not in _DTYPES:
             raise UsageError(f"{self.path}: weights of dtype {name} are not supported; allowed: {', '.join(_DTYPES)}")
         return _DTYPES[name]
@@ -69,7 +74,10 @@ class HfFolder:
     def _file_names(self) -> Sequence[str]:
         index = self.path / INDEX_FILE
         if index.exists():
-            return sorted(set(_read_json(index)["weight_map"].values()))
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UsageError(f"{index} has no weight_map: download it again")
+            return sorted(set(weight_map.values()))
         if (self.path / SINGLE_FILE).exists():
             return [SINGLE_FILE]
         raise UsageError(
@@ -207,4 +215,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold a JSON object, not {type(tree).__name__}")
     return tree

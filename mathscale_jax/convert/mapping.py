@@ -107,6 +107,8 @@ _CONFIG_KEYS = {
     "rms_norm_eps": "rms_norm_eps",
     "sliding_window": "sliding_window",
 }
+# What a config.json must say: transformers' defaults for these changed between versions.
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_context", "rms_norm_eps")
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
@@ -115,26 +117,35 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
     kind = tree.get("model_type")
     if kind not in _ARCHITECTURES:
         raise UsageError(f"{where}: model_type={kind!r} is not supported; allowed: {', '.join(_ARCHITECTURES)}")
-    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    theta = tree.get("rope_theta") or rope.get("rope_theta") or 10_000.0
+    rope_key = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
+    rope = tree.get(rope_key) or {}
+    if not isinstance(rope, dict):
+        raise UsageError(f"{where}: {rope_key}={rope!r} must be a mapping")
     for key, unsupported in (
         ("tie_word_embeddings", bool(tree.get("tie_word_embeddings"))),
         ("attention_bias", bool(tree.get("attention_bias"))),
         ("mlp_bias", bool(tree.get("mlp_bias"))),
         ("hidden_act", tree.get("hidden_act", "silu") != "silu"),
-        ("rope_parameters", rope.get("rope_type", rope.get("type", "default")) != "default"),
+        ("partial_rotary_factor", tree.get("partial_rotary_factor", 1) != 1),
+        (rope_key, rope.get("rope_type", rope.get("type", "default")) != "default"),
     ):
         if unsupported:
             raise UsageError(
                 f"{where}: {key}={tree.get(key)!r} is not supported: this model would compute something else"
             )
     ours = {our: tree[theirs] for theirs, our in _CONFIG_KEYS.items() if tree.get(theirs) is not None}
-    try:
-        ours.setdefault("num_kv_heads", ours["num_heads"])
-        ours.setdefault("head_dim", ours["hidden_size"] // ours["num_heads"])
-    except KeyError as error:
-        raise UsageError(f"{where} does not say the model's {error.args[0]}") from error
-    return validated(ModelConfig, {**ours, "rope_theta": theta}, where)
+    missing = [theirs for theirs, our in _CONFIG_KEYS.items() if our in _REQUIRED and our not in ours]
+    if missing:
+        raise UsageError(f"{where} does not say the model's {', '.join(missing)}")
+    if kind == "llama":
+        ours.pop("sliding_window", None)  # transformers' LLaMA has no window, whatever its config says
+    elif "sliding_window" not in tree:
+        raise UsageError(f"{where} does not say the model's sliding_window (null for none)")
+    ours["rope_theta"] = tree.get("rope_theta") or rope.get("rope_theta") or 10_000.0
+    ours.setdefault("num_kv_heads", ours["num_heads"])
+    if "head_dim" not in ours and all(isinstance(ours[k], int) and ours[k] > 0 for k in ("hidden_size", "num_heads")):
+        ours["head_dim"] = ours["hidden_size"] // ours["num_heads"]
+    return validated(ModelConfig, ours, where)
 
 
 def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:

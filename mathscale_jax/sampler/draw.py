@@ -11,18 +11,25 @@ from jaxtyping import Array, Float, Int
 
 from data_pipeline.settings import Settings
 
+# Logits divided by less than this overflow float32's exponent, or are greedy in all but name.
+MIN_TEMPERATURE = 0.01
+
 
 class SamplingSettings(Settings):
     """How samples are drawn."""
 
     num_samples: pydantic.PositiveInt = pydantic.Field(256, description="samples per problem")
-    temperature: pydantic.NonNegativeFloat = pydantic.Field(0.7, description="0: greedy, one sample a problem")
+    temperature: float = pydantic.Field(0.7, ge=0, allow_inf_nan=False, description="0: greedy, one sample a problem")
     top_p: float = pydantic.Field(1.0, gt=0, le=1, description="draw from the most probable tokens that hold this mass")
     max_tokens: pydantic.PositiveInt = pydantic.Field(512, description="longest response, EOS included")
-    seed: pydantic.NonNegativeInt = pydantic.Field(0, description="seed of the draws")
+    seed: int = pydantic.Field(0, ge=0, lt=2**32, description="seed of the draws")
 
     @pydantic.model_validator(mode="after")
     def _greedy_is_one(self) -> "SamplingSettings":
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature} is too near 0 for float32; 0 is greedy, else {MIN_TEMPERATURE} or more"
+            )
         if self.temperature == 0 and self.num_samples != 1:
             raise ValueError(
                 f"temperature=0 is greedy and gives one sample a problem, but num_samples={self.num_samples}: "
@@ -41,7 +48,7 @@ class Draws:
     seed: int
 
     def problem_key(self, problem_id: str) -> jax.Array:
-        """The key of a problem. threefry is pinned: its bits are the same on every backend and version."""
+        """The key of a problem. threefry is pinned: its bits are the same on every backend."""
         key = jax.random.key(self.seed, impl="threefry2x32")
         for word in np.frombuffer(hashlib.sha256(problem_id.encode()).digest()[:8], ">u4"):
             key = jax.random.fold_in(key, np.uint32(word))

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from mathscale_jax import model
 from mathscale_jax.checkpoint import Checkpoint
-from mathscale_jax.config import ComputeSettings, MeshSettings, ModelConfig
-from mathscale_jax.mesh import make_mesh
+from mathscale_jax.config import ComputeSettings, ModelConfig
+from mathscale_jax.mesh import largest_mesh
 from mathscale_jax.sampler import decode
 from mathscale_jax.sampler.draw import Draws, SamplingSettings
 from mathscale_jax.step import param_shardings
@@ -66,9 +67,9 @@ class Sampler:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> "Sampler":
-        """A sampler with the weights of a checkpoint, split over all devices."""
+        """A sampler with the weights of a checkpoint, split over as many devices as divide them."""
         config = checkpoint.meta.model
-        shardings = param_shardings(config, make_mesh(MeshSettings()))
+        shardings = param_shardings(config, largest_mesh(config))
         return cls(
             config,
             checkpoint.restore_params(shardings, dtype),
@@ -99,6 +100,8 @@ class Sampler:
         padded = np.zeros(padded_length, np.int32)
         padded[: len(prompt.tokens)] = prompt.tokens
         prefix = decode.prefill(self.config, self.compute, self.params, padded, np.int32(len(prompt.tokens)))
+        if not bool(jnp.isfinite(prefix.last_logits).all()):
+            raise RunError(f"problem {prompt.problem_id!r}: the model's logits are not finite: its weights are damaged")
         capacity = STEPS_PER_CHUNK
         state = decode.start(self.config, prefix, settings.num_samples, capacity)
         problem_key = Draws(settings.seed).problem_key(prompt.problem_id)

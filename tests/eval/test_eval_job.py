@@ -28,12 +28,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+NUM_PROBLEMS = 6
+
+
 def settings(trained: Path, out: Path, **changes: Any) -> SampleSettings:
     plain = dict(
         checkpoint=str(trained / "run"),
         task="demo",
         source=str(trained / "data" / "test.jsonl"),
         out=str(out),
+        num_problems=NUM_PROBLEMS,
         num_samples=8,
         max_tokens=24,
         dtype="float32",
@@ -61,7 +65,7 @@ def read(folder: epath.Path, name: str) -> list[dict[str, Any]]:
 
 def test_every_problem_has_one_part_file_with_all_its_samples(folder: epath.Path) -> None:
     problems = read(folder, "problems.jsonl")
-    assert len(problems) == 6
+    assert len(problems) == NUM_PROBLEMS
     for index, problem in enumerate(problems):
         rows = read(folder, f"samples/part-{index:05d}.jsonl")
         assert [row["sample_id"] for row in rows] == list(range(8))
@@ -96,10 +100,10 @@ def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in (out / "samples").glob("part-*")}
-    assert 2 <= len(finished) < 6
+    assert 2 <= len(finished) < 20
     again = run("eval", *arguments)
     assert again.returncode == 0, again.stderr
-    for index in range(6):
+    for index in range(20):
         name = f"part-{index:05d}.jsonl"
         assert (out / "samples" / name).read_bytes() == (undisturbed / "samples" / name).read_bytes()
     for name, written in finished.items():
@@ -207,3 +211,24 @@ def test_is_correct_compares_final_answers() -> None:
     assert not is_correct("I do not know.", "7")
     with pytest.raises(ValueError, match="kind='latex'"):
         is_correct("7", "7", "latex")
+
+
+def test_samples_without_a_run_file_are_not_adopted(trained: Path, folder: epath.Path) -> None:
+    (folder / "run.json").unlink()
+    with pytest.raises(UsageError, match="no run.json that says of what"):
+        sample(settings(trained, Path(folder)))
+
+
+@pytest.mark.parametrize("name", ["run.json", "problems.jsonl", "samples/part-00000.jsonl"])
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'{"problem_id": "demo/40"}\n', b"[1"])
+def test_a_damaged_file_is_named(folder: epath.Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    if name == "run.json" and content.startswith(b"{"):
+        return  # whole JSON of another kind: nothing says it is damaged
+    with pytest.raises(RunError, match=f"{name} is damaged"):
+        grade(folder)
+
+
+def test_a_report_before_the_grades_says_what_to_do(folder: epath.Path) -> None:
+    with pytest.raises(UsageError, match="run `python -m eval grade"):
+        write_report(folder)

@@ -104,3 +104,29 @@ def test_an_unfinished_step_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "7.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     with pytest.raises(UsageError, match="holds no finished step"):
         open_checkpoint(str(tmp_path))
+
+
+def test_a_tokenizer_left_by_a_run_that_never_saved_is_replaced(
+    tmp_path: Path, params: model.Params, tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"of other settings")
+    with Writer(epath.Path(tmp_path), CheckpointSettings(), tokenizer) as writer:
+        writer.save(1, params, Meta(CONFIG, Template(), tokenizer.sha256, "random weights"))
+    assert open_checkpoint(str(tmp_path)).tokenizer.model == tokenizer.model
+
+
+def test_a_folder_of_another_tokenizers_checkpoints_is_refused(saved: Path) -> None:
+    other = train_tokenizer(["entirely different text, of 0123456789"], vocab_size=300)
+    with pytest.raises(UsageError, match="another tokenizer"):
+        Writer(epath.Path(saved), CheckpointSettings(), other)
+
+
+def test_a_step_that_orbax_declines_to_save_is_an_error(
+    tmp_path: Path, params: model.Params, tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "900").mkdir()
+    with (
+        Writer(epath.Path(tmp_path), CheckpointSettings(), tokenizer) as writer,
+        pytest.raises(RunError, match="step 1 was not saved"),
+    ):
+        writer.save(1, params, Meta(CONFIG, Template(), tokenizer.sha256, "random weights"))

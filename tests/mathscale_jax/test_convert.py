@@ -137,6 +137,10 @@ def _change_shape(folder: Path) -> None:
     _change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((319, 48), np.float32)}))
 
 
+def _mixed_dtypes(folder: Path) -> None:
+    _change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(48, np.float32)}))
+
+
 def _change_config(**change: object) -> object:
     def apply(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -169,6 +173,14 @@ def _no_tokenizer(folder: Path) -> None:
         (_change_config(tie_word_embeddings=True), "tie_word_embeddings=True is not supported"),
         (_change_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}), "rope_parameters"),
         (_change_config(num_key_value_heads=4), "num_heads=6 must be a multiple of num_kv_heads=4"),
+        (_change_config(rms_norm_eps=None), "does not say the model's rms_norm_eps"),
+        (_change_config(num_attention_heads="many"), "num_heads='many'"),
+        (_change_config(num_attention_heads=0), "num_heads=0"),
+        (_change_config(rope_scaling="x", rope_parameters=None), "rope_scaling='x' must be a mapping"),
+        (_change_config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "must hold a JSON object, not list"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": '), "is not valid JSON"),
+        (_mixed_dtypes, r"several dtypes \(BF16, F32\): give --dtype"),
         (_other_vocabulary, "310 pieces but the model's vocab_size is 320"),
         (_no_tokenizer, "tokenizer .* does not exist"),
     ],
@@ -198,3 +210,30 @@ def _on_one_device(folder: HfFolder) -> object:
     from mathscale_jax.step import param_shardings
 
     return param_shardings(folder.config, make_mesh(MeshSettings(data=1, fsdp=1), jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_any_number_of_devices_can_import(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """5 and 7 do not divide the width of 48: the weights are split over as many as do."""
+    import jax
+
+    some = jax.devices()[:count]
+    monkeypatch.setattr(jax, "devices", lambda: some)
+    convert(source, tmp_path / "checkpoint")
+    assert len(_leaves(tmp_path / "checkpoint")) == 12
+
+
+def test_object_stores_are_refused_for_hugging_face_folders(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match="local disk"):
+        export_hf(str(tmp_path / "checkpoint"), "gs://bucket/model", step=None, dtype=None)
+    with pytest.raises(UsageError, match="local disk"):
+        import_hf("gs://bucket/model", str(tmp_path / "other"), tokenizer=None, template="default", dtype=None)
+
+
+def test_the_folder_of_a_run_is_no_destination(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UsageError, match="the folder of a training run"):
+        convert(source, tmp_path / "run")

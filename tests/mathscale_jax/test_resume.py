@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from small_run import NUM_STEPS, command, environment, run, write_config
 
+from data_pipeline.tokenizer import train_tokenizer
+from mathscale_jax.checkpoint import open_checkpoint
+
 TRAIN = "mathscale_jax.train"
 
 
@@ -70,6 +73,25 @@ def test_a_run_killed_with_sigkill_goes_on_with_bit_identical_losses(
 
 
 @pytest.mark.slow
+def test_a_run_killed_while_it_saves_goes_on_with_bit_identical_losses(undisturbed: dict, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    process = subprocess.Popen(
+        command(TRAIN, "--config", str(config)), env=environment(), stderr=subprocess.DEVNULL, text=True
+    )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(checkpoints.glob("32.*tmp*")):
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(checkpoints.glob("32*")), "the save had begun"
+    again = run(TRAIN, "--config", str(config))
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path) == undisturbed[1]
+    assert steps(tmp_path) == {"16", "32", "48"}
+
+
+@pytest.mark.slow
 def test_ctrl_c_saves_the_step_and_the_run_goes_on(undisturbed: dict, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     process = start_and_wait_for_step(config, 2, "num_steps=4000", "checkpoint.every=4000")
@@ -106,9 +128,10 @@ def test_a_finished_run_is_left_alone_and_a_changed_one_refused(tmp_path: Path) 
     for override, told in [
         ("optimizer.learning_rate=0.02", "optimizer.learning_rate: 0.01 -> 0.02"),
         ("seed=1", "seed: 0 -> 1"),
+        ("num_steps=8", "num_steps: 8 are fewer than the 48 that are done"),
         ("data.layout=padded", "data.layout: 'packed' -> 'padded'"),
     ]:
-        refused = run(TRAIN, "--config", str(config), override, "num_steps=64")
+        refused = run(TRAIN, "--config", str(config), "num_steps=64", override)
         assert refused.returncode == 2 and told in refused.stderr and "init_from" in refused.stderr
     rows = tmp_path / "data" / "train.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
@@ -145,3 +168,42 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     refused = run(TRAIN, "--config", str(config), "num_steps=64")
     assert refused.returncode == 1
     assert "step 48 is damaged" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_weights_it_began_with_and_keeps_their_template(tmp_path: Path) -> None:
+    """`init_from` is needed to begin, not to resume; tokenizer and template come with it."""
+    template = tmp_path / "template.yaml"
+    template.write_text('prompt: "Q: {question} A:"\nresponse: "{solution} The answer is: {answer}"\n')
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    base.mkdir(), tuned.mkdir()
+    config = write_config(base)
+    assert run(TRAIN, "--config", str(config), "num_steps=16", f"data.template={template}").returncode == 0
+    config = write_config(tuned, model=None, init_from=str(base / "run"))
+    arguments = ["--config", str(config), "data.tokenizer=null"]
+    assert run(TRAIN, *arguments, "num_steps=16").returncode == 0
+    checkpoint = open_checkpoint(str(tuned / "run"))
+    assert checkpoint.meta.template.prompt == "Q: {question} A:"
+    assert checkpoint.meta.lineage == "trained 16 steps from trained 16 steps from random weights"
+    (base / "run").rename(base / "moved")
+    again = run(TRAIN, *arguments, "num_steps=20")
+    assert again.returncode == 0, again.stderr
+    assert steps(tuned) == {"16", "20"}
+    (base / "moved").rename(base / "run")
+    other = run(TRAIN, "--config", str(config), f"data.tokenizer={tuned}/data/tokenizer.model", "num_steps=24")
+    assert other.returncode == 0, other.stderr  # the same tokenizer, named
+    text = (tuned / "data" / "train.jsonl").read_text()
+    (tuned / "data" / "other.model").write_bytes(train_tokenizer([text, text[::-1]], 340).model)
+    refused = run(TRAIN, "--config", str(config), f"data.tokenizer={tuned}/data/other.model", "num_steps=28")
+    assert refused.returncode == 2 and "is not the tokenizer that" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    assert run(TRAIN, "--config", str(config), "num_steps=16").returncode == 0
+    second = write_config(tmp_path, model=None, init_from=str(tmp_path / "run"), output_dir=str(tmp_path / "second"))
+    result = run(TRAIN, "--config", str(second), "optimizer.learning_rate=1e30", "data.tokenizer=null")
+    assert result.returncode == 1
+    assert "is not saved" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "second" / "checkpoints" / "48").exists()

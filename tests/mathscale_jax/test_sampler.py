@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from mathscale_jax import model
 from mathscale_jax.config import ModelConfig
@@ -172,6 +173,18 @@ def test_a_response_stops_where_the_context_ends(sampler: Sampler) -> None:
 def test_a_prompt_that_fills_the_context_is_refused(sampler: Sampler, length: int) -> None:
     with pytest.raises(UsageError, match=f"a prompt of {length} tokens"):
         list(sampler.sample([Prompt("p", [1] * length)], SamplingSettings()))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 1e-9}, {"temperature": float("inf")}, {"top_p": 0}, {"seed": 2**32}])
+def test_impossible_settings_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SamplingSettings(**wrong)
+
+
+def test_weights_that_are_not_numbers_are_refused(params: model.Params) -> None:
+    broken = {**params, "output": params["output"].at[0, 0].set(jnp.nan)}
+    with pytest.raises(RunError, match="not finite"):
+        next(Sampler(CONFIG, broken, eos_id=EOS, dtype="float32").sample([Prompt("p", [1, 2])], SamplingSettings()))
 
 
 def test_greedy_with_many_samples_is_refused() -> None:

@@ -38,6 +38,8 @@ CONFIGS = sorted(path.name for path in (Path(__file__).parents[2] / "configs").g
         (["data.context=32", "compute.loss_chunk=32"], "no example is left that fits data.context=32"),
         (["data.template=none.yaml"], "'none.yaml' does not exist"),
         (["model=null", "init_from=EMPTY"], "holds no finished step"),
+        (["seed=4294967296"], "seed=4294967296"),
+        (["output_dir=EMPTY"], "cannot be made"),
         (["batch_size"], "must look like key=value"),
     ],
 )
