@@ -1,8 +1,8 @@
 """python -m eval: draws samples, grades them, shows what they mean.
 
-    python -m eval run --task demo --source runs/demo/data/test.jsonl --checkpoint runs/demo/train --out runs/demo/eval
-    python -m eval grade runs/demo/eval
-    python -m eval report runs/demo/eval
+    python -m eval run --task gsm8k --checkpoint runs/gsm8k --out runs/gsm8k/eval
+    python -m eval grade runs/gsm8k/eval
+    python -m eval report runs/gsm8k/eval
 
 `run` is sample, grade and report in one; each goes on where an earlier one of it stopped.
 """

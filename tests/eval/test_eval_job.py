@@ -215,7 +215,7 @@ def test_is_correct_compares_final_answers() -> None:
 
 def test_samples_without_a_run_file_are_not_adopted(trained: Path, folder: epath.Path) -> None:
     (folder / "run.json").unlink()
-    with pytest.raises(UsageError, match="no run.json that says of what"):
+    with pytest.raises(UsageError, match="that says of what"):
         sample(settings(trained, Path(folder)))
 
 
