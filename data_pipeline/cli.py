@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
+from etils import epath
+
 from data_pipeline.settings import Settings, UsageError, validated
 
 EXIT_FAILURE = 1
@@ -70,7 +72,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None
     """
     for name, field in settings.model_fields.items():
         required = field.is_required()
-        default = "required" if required else f"default: {field.default}"
+        default = "required" if required else f"default: {'none' if field.default is None else field.default}"
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=name,
@@ -84,7 +86,21 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None
 def from_flags(settings: type[SettingsT], arguments: argparse.Namespace) -> SettingsT:
     """The validated settings that the flags of `add_flags` give. Raises UsageError."""
     given = {k: v for k, v in vars(arguments).items() if k in settings.model_fields}
-    return validated(settings, given, where="command line")
+    try:
+        return validated(settings, given, where="")
+    except UsageError as error:
+        message = str(error).removeprefix(": ")
+        for name in given:  # say --num-samples where the settings say num_samples
+            message = message.replace(f"{name}=", f"--{name.replace('_', '-')}=")
+        raise UsageError(message) from error
+
+
+def make_folder(path: epath.Path, what: str) -> None:
+    """Makes the folder of an output before any work is done for it. Raises UsageError that names `what`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{what}={path} cannot be made a folder: {error.strerror or error}") from error
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -128,20 +144,20 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
 
 
 def _silence_echoes() -> None:
-    """Keeps an error of Orbax's, which it raises, from being printed many times over besides.
+    """Keeps an error that a library raises from being printed many times over besides.
 
-    It logs it through absl, its unawaited futures through asyncio, and the reads and writes that end after its
-    event loop was closed through the hook for exceptions that nobody can catch.
+    urllib3 warns of every attempt at a download. Orbax logs through absl, its unawaited futures speak through
+    asyncio, and reads and writes that end after its event loop through the hook for exceptions nobody can catch.
     """
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hook = sys.unraisablehook
 
-    def without_closed_loops(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+    def without_echoes(unraisable: Any) -> None:
+        if not any(text in str(unraisable.exc_value) for text in ("Event loop is closed", "TensorStore")):
             hook(unraisable)
 
-    sys.unraisablehook = without_closed_loops
+    sys.unraisablehook = without_echoes
 
 
 def is_disk_full(error: BaseException | None) -> bool:

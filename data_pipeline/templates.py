@@ -10,7 +10,7 @@ import string
 
 import pydantic
 
-from data_pipeline.settings import Settings, read_yaml, validated
+from data_pipeline.settings import Settings, UsageError, read_yaml, validated
 
 DEFAULT_TEMPLATE = "default"
 
@@ -36,7 +36,10 @@ class Template(Settings):
             except (ValueError, LookupError, AttributeError) as error:
                 raise ValueError(f"{key}: {error}; write {{{{ and }}}} for literal braces") from error
             if not used <= allowed or not needed <= used:
-                raise ValueError(f"{key} must use {sorted(needed)} and may use {sorted(allowed)}, got {sorted(used)}")
+                fields = [" and ".join(f"{{{name}}}" for name in sorted(names)) for names in (needed, allowed, used)]
+                raise ValueError(
+                    f"{key} must contain {fields[0]} and may contain {fields[1]}; it has {fields[2] or 'none'}"
+                )
         return self
 
     def render_prompt(self, question: str) -> str:
@@ -55,4 +58,10 @@ class Template(Settings):
 
 def load_template(name: str | None) -> Template:
     """`default` (or None), or the path of a YAML file with `prompt` and `response`. Raises UsageError."""
-    return Template() if name in (None, DEFAULT_TEMPLATE) else validated(Template, read_yaml(name), where=name)
+    if name is None or name == DEFAULT_TEMPLATE:
+        return Template()
+    tree = read_yaml(name)
+    for key in Template.model_fields:
+        if key not in tree:
+            raise UsageError(f"{name}: a template has both prompt and response, and {key} is missing")
+    return validated(Template, tree, where=name)

@@ -49,7 +49,7 @@ def grade(folder: epath.Path) -> epath.Path:
         write_json_lines(folder / "grades" / part.name, rows)
     metrics = _metrics(run, problems, graded)
     write_json(folder / "metrics.json", metrics)
-    logger.info("%s", _summary(metrics))
+    logger.info("%s", _summary(run, metrics))
     return folder / "metrics.json"
 
 
@@ -92,11 +92,17 @@ def _metrics(
     return {**told, "grader_version": GRADER_VERSION, **measured}
 
 
-def _summary(metrics: dict[str, Any]) -> str:
+def _summary(run: dict[str, Any], metrics: dict[str, Any]) -> str:
     n = str(metrics["num_samples"])
-    passed, ratio = metrics["pass_at"][n], metrics["pass_ratio"][n]
-    unfinished = "" if metrics["complete"] is True else f"; INCOMPLETE: {metrics['complete']}"
+    passed, ratio, vote = (100 * metrics[key][n]["value"] for key in ("pass_at", "pass_ratio", "maj_at"))
+    cut = 100 * metrics["truncated_fraction"]
+    truncated = f"; {cut:.0f} % of the samples were cut off at {run['max_tokens']} tokens" if cut >= 1 else ""
+    if metrics["complete"] is not True:
+        return (
+            f"UNFINISHED, {metrics['num_problems']} of {run['num_problems']} problems: right so far {ratio:.1f} % of "
+            f"the samples, any right for {passed:.1f} % of the problems{truncated}"
+        )
     return (
-        f"{metrics['num_problems']} problems: PassRatio@{n} {100 * ratio['value']:.1f} %, "
-        f"Pass@{n} {100 * passed['value']:.1f} %, maj@{n} {100 * metrics['maj_at'][n]['value']:.1f} %{unfinished}"
+        f"{metrics['num_problems']} problems: PassRatio@{n} {ratio:.1f} %, Pass@{n} {passed:.1f} %, "
+        f"maj@{n} {vote:.1f} %{truncated}"
     )

@@ -12,14 +12,14 @@ import jax
 import pydantic
 from etils import epath
 
-from data_pipeline.cli import Stopped, StopSignal, logger
+from data_pipeline.cli import Stopped, StopSignal, logger, make_folder
 from data_pipeline.files import write_json, write_json_lines
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from data_pipeline.tasks import TASKS, Problem
 from data_pipeline.tasks import read_problems as read_task
 from data_pipeline.tokenizer import Tokenizer
-from eval.files import part_name, parts, read_run
+from eval.files import part_name, parts, read_problems, read_run
 from mathscale_jax.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from mathscale_jax.sampler import ProblemSamples, Prompt, Sampler, SamplingSettings
 
@@ -44,9 +44,10 @@ def sample(settings: SampleSettings) -> epath.Path:
     where the folder belongs to other samples; Stopped where a signal ended the job between two problems.
     """
     out = epath.Path(settings.out)
+    make_folder(out / "samples", "--out")
     problems = read_task(settings.task, settings.split, settings.source)[: settings.num_problems]
     checkpoint = open_checkpoint(settings.checkpoint, settings.step)
-    logger.info("loading %s", checkpoint.name)
+    logger.info("loading %s as %s", checkpoint.name, settings.dtype)
     sampler = Sampler.of(checkpoint, settings.dtype)
     prompts = [_prompt(problem, checkpoint) for problem in problems]
     _open_folder(out, _run(settings, checkpoint, sampler, problems), problems)
@@ -71,7 +72,8 @@ def sample(settings: SampleSettings) -> epath.Path:
             bar.update(1, f"{num_tokens / (time.monotonic() - started):,.0f} useful tokens/s")
             if stop.exit_code is not None and index != todo[-1]:
                 raise Stopped(
-                    f"stopped after problem {index}, which is saved; the same command goes on", stop.exit_code
+                    f"stopped with {bar.done} of {len(problems)} problems saved; the same command goes on",
+                    stop.exit_code,
                 )
     return out
 
@@ -132,25 +134,24 @@ def _run(
 
 
 def _open_folder(out: epath.Path, run: dict[str, Any], problems: Sequence[Problem]) -> None:
-    """Makes the folder, or checks that it belongs to the same samples."""
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    run_file = out / "run.json"
-    if not run_file.exists() and parts(out, "samples"):
-        raise UsageError(f"{out} holds samples but no run.json that says of what: choose another --out")
-    if run_file.exists():
-        before = read_run(out)
-        if before.get("hash") != run["hash"]:
-            told = {"hash", "checkpoint", "lineage", "source", "made_with"}
-            changes = [
-                f"{key}: {before.get(key)!r} -> {run[key]!r}"
-                for key in run
-                if key not in told and before.get(key) != run[key]
-            ]
-            listed = "\n  ".join(changes)
-            raise UsageError(f"{out} holds the samples of another run:\n  {listed}\nchoose another --out")
-        return
+    """Begins the folder, or checks that it belongs to the same samples, of these problems or the first of them."""
     rows = [{"problem_id": problem.id, **dataclasses.asdict(problem)} for problem in problems]
     for row in rows:
         del row["id"]
+    if (out / "run.json").exists():
+        before = read_run(out)
+        told = {"hash", "checkpoint", "lineage", "source", "made_with"}
+        changed = {key for key in run if key not in told and before.get(key) != run[key]}
+        if not changed:
+            return
+        if changed == {"num_problems", "problems_sha256"} and rows[: before["num_problems"]] == read_problems(out):
+            logger.info("%d problems instead of %d: the first ones are kept", len(rows), before["num_problems"])
+        else:
+            if "dtype" in changed:
+                changed -= {"weights"}  # they are hashed as they are used
+            listed = "\n  ".join(f"{key}: {before.get(key)!r} -> {run[key]!r}" for key in run if key in changed)
+            raise UsageError(f"{out} holds the samples of another run:\n  {listed}\nchoose another --out")
+    elif parts(out, "samples"):
+        raise UsageError(f"{out} holds samples but no run.json that says of what: choose another --out")
     write_json_lines(out / "problems.jsonl", rows)
-    write_json(run_file, run)
+    write_json(out / "run.json", run)

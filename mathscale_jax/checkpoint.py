@@ -261,6 +261,8 @@ def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:
     if (directory / "checkpoints").exists():
         directory /= "checkpoints"
     steps = steps_in(directory)
+    if (directory / "config.json").exists():
+        raise UsageError(f"{path!r} is a Hugging Face folder: `python -m mathscale_jax.convert import` it first")
     if not steps:
         raise UsageError(
             f"checkpoint {path!r} holds no finished step; give a training run's folder, or what "

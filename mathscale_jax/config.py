@@ -139,15 +139,17 @@ class TrainSettings(Settings):
     batch_size: pydantic.PositiveInt = pydantic.Field(description="rows of data.context tokens in an optimizer step")
     accumulation_steps: pydantic.PositiveInt = pydantic.Field(1, description="parts a batch is computed in")
     num_steps: pydantic.PositiveInt | None = pydantic.Field(None, description="optimizer steps; or give num_epochs")
-    num_epochs: pydantic.PositiveInt | None = pydantic.Field(None, description="passes over the data (paper: 3)")
+    num_epochs: pydantic.PositiveInt | None = pydantic.Field(
+        None, description="passes over the data (paper: 3); the last batch may not be full"
+    )
     log_every: pydantic.PositiveInt = pydantic.Field(10, description="steps between lines of metrics.jsonl")
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
         if (self.model is None) == (self.init_from is None):
-            raise ValueError("give model (train from scratch) or init_from (start from a checkpoint), and not both")
+            raise ValueError("give one of model (train from scratch) and init_from (start from a checkpoint)")
         if (self.num_steps is None) == (self.num_epochs is None):
-            raise ValueError("give num_steps or num_epochs, and not both")
+            raise ValueError("give one of num_steps and num_epochs")
         if self.model is not None:
             if self.data.tokenizer is None:
                 raise ValueError("data.tokenizer is required when training from scratch")
@@ -179,6 +181,8 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint",
     "log_every",
     "num_steps",
+    "data.tokenizer",  # by name: what they hold is compared with what the run began with
+    "data.template",
     "data.prefetch",
     "data.cache_dir",
     "compute.remat",

@@ -12,12 +12,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from data_pipeline.cli import RunError, Stopped, StopSignal, logger, run_command
+from data_pipeline.cli import RunError, Stopped, StopSignal, logger, make_folder, run_command
 from data_pipeline.files import write_text
 from data_pipeline.loader import Batches, iterate, load_rows
 from data_pipeline.progress import Progress
@@ -82,7 +83,7 @@ def train(settings: TrainSettings) -> None:
         100 * batches.fill,
         len(batches),
         settings.batch_size,
-        len(batches) * settings.batch_size / batches.bins_per_epoch,
+        settings.num_epochs or len(batches) * settings.batch_size / batches.bins_per_epoch,
     )
 
     # ---- state ----------------------------------------------------------------------------------------------
@@ -90,13 +91,18 @@ def train(settings: TrainSettings) -> None:
     optimizer = make_optimizer(settings.optimizer, schedule)
     all_shardings = state_shardings(shardings, optimizer, mesh, config)
     if saved is not None:
-        _check_resume(saved, settings, rows, len(batches))
+        assert saved.meta.training is not None  # `_check_folder` has refused imported weights
+        _check_resume(saved, saved.meta.training, settings, rows, len(batches))
         if saved.step == len(batches):
             logger.info("all %d steps are done: nothing to do", saved.step)
             return
         logger.info("resuming %s", saved.name)
+        before = saved.meta.training["num_steps"]
+        if before != len(batches):
+            logger.warning(
+                "%d steps instead of %d: the learning rate follows the new length from here", len(batches), before
+            )
         state, first_step = saved.restore_state(all_shardings, optimizer), saved.step
-        assert saved.meta.training is not None
         origin = saved.meta.training["origin"]
     elif base is not None:
         logger.info("starting from the weights of %s (%s)", base.name, base.meta.lineage)
@@ -107,7 +113,12 @@ def train(settings: TrainSettings) -> None:
         params = jax.jit(lambda: model.init(config, settings.seed), out_shardings=shardings)()
         state, first_step = init_state(params, optimizer, all_shardings), 0
         origin = "random weights"
-    training = {"settings": settings.model_dump(mode="json"), "rows_sha256": rows.sha256, "origin": origin}
+    training = {
+        "settings": settings.model_dump(mode="json"),
+        "num_steps": len(batches),
+        "rows_sha256": rows.sha256,
+        "origin": origin,
+    }
     meta = Meta(config, template, tokenizer.sha256, lineage=origin, training=training)
     write_text(output_dir / "config.yaml", to_yaml(settings))
     metrics_log = MetricsLog(output_dir / "metrics.jsonl", first_step)
@@ -133,6 +144,7 @@ def train(settings: TrainSettings) -> None:
         jax.set_mesh(mesh),
         jax.transfer_guard("disallow"),
     ):
+        last_loss = math.nan
         pending = None  # the last step's metrics are read while the next step runs
 
         def finish(step: int, device_metrics: dict[str, jax.Array]) -> None:
@@ -143,6 +155,8 @@ def train(settings: TrainSettings) -> None:
                     "Lower optimizer.learning_rate in another output_dir, from the beginning or from the last "
                     f"step saved (init_from={settings.output_dir})"
                 )
+            nonlocal last_loss
+            last_loss = values["loss"]
             throughput.add(values["tokens"], positions)
             bar.update(1, f"loss {values['loss']:.3f}")
             if step % settings.log_every == 0 or step == len(batches):
@@ -167,7 +181,7 @@ def train(settings: TrainSettings) -> None:
             if exit_code is not None and step < len(batches):
                 writer.close()
                 raise Stopped(f"stopped after step {step}, which is saved; the same command goes on", exit_code)
-    logger.info("done: checkpoint step %d in %s", len(batches), checkpoint_dir)
+    logger.info("done: step %d with loss %.3f, saved in %s", len(batches), last_loss, checkpoint_dir)
 
 
 def _check_batch(settings: TrainSettings, mesh: Mesh) -> None:
@@ -184,10 +198,7 @@ def _check_batch(settings: TrainSettings, mesh: Mesh) -> None:
 def _check_folder(output_dir: epath.Path) -> None:
     if steps_in(output_dir):
         raise UsageError(f"output_dir={output_dir} holds an imported checkpoint; choose another folder for the run")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"output_dir={output_dir} cannot be made: {error.strerror or error}") from error
+    make_folder(output_dir, "output_dir")
 
 
 def _model_of(given: Checkpoint | None, settings: TrainSettings) -> ModelConfig:
@@ -212,11 +223,11 @@ def _tokenizer(settings: TrainSettings, given: Checkpoint | None) -> Tokenizer:
     return tokenizer
 
 
-def _check_resume(saved: Checkpoint, settings: TrainSettings, rows: TokenizedRows, num_steps: int) -> None:
-    assert saved.meta.training is not None  # `_check_folder` has refused imported weights
-    before = validated(TrainSettings, saved.meta.training["settings"], saved.name)
-    changes = changes_that_forbid_resume(before, settings)
-    if saved.meta.training["rows_sha256"] != rows.sha256 and not changes:
+def _check_resume(
+    saved: Checkpoint, training: dict[str, Any], settings: TrainSettings, rows: TokenizedRows, num_steps: int
+) -> None:
+    changes = changes_that_forbid_resume(validated(TrainSettings, training["settings"], saved.name), settings)
+    if training["rows_sha256"] != rows.sha256 and not changes:
         changes = ["data: the tokenised examples are not the ones the run began with"]
     if saved.step > num_steps:
         changes.append(f"num_steps: {num_steps} are fewer than the {saved.step} that are done")

@@ -58,7 +58,7 @@ def _from_tfds(split: str) -> Iterator[tuple[str, str, str]]:
     except Exception as error:  # the download stack raises many kinds, all meaning the same to a user
         raise UsageError(
             f"GSM8K could not be had through TensorFlow Datasets ({type(error).__name__}: {error}); "
-            "give the path of a downloaded .jsonl file as the source instead"
+            "give a downloaded .jsonl file instead: data.sources.0.path=FILE in training, --source FILE in evaluation"
         ) from error
     for index, row in enumerate(builder.as_data_source(split=split)):
         yield f"gsm8k/{split} row {index}", row["question"].decode(), row["answer"].decode()

@@ -13,7 +13,9 @@ from data_pipeline.tasks.base import Problem, Task, count_lines, read_jsonl, tex
 
 def _read(split: str, source: str | None) -> Iterator[Problem]:
     if source is None:
-        raise UsageError("this task reads a file of rows: give its path as the source")
+        raise UsageError(
+            "this task reads a file of rows: name it with data.sources.0.path in training, --source in evaluation"
+        )
     for number, row in read_jsonl(source, "source file"):
         where = f"{source}, line {number}"
         solution = text_field(row, "solution", where)

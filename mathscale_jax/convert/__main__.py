@@ -1,7 +1,9 @@
 """python -m mathscale_jax.convert: Hugging Face weights to a checkpoint, and back.
 
-python -m mathscale_jax.convert import Llama-2-7b-hf checkpoints/llama2-7b
-python -m mathscale_jax.convert export runs/gsm8k my-model-hf
+    python -m mathscale_jax.convert import Llama-2-7b-hf checkpoints/llama2-7b
+    python -m mathscale_jax.convert export checkpoints/llama2-7b Llama-2-7b-again
+
+A conversion that is stopped leaves nothing that looks whole; run it again.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from data_pipeline.cli import logger, run_command
+from data_pipeline.cli import logger, make_folder, run_command
 from data_pipeline.files import write_json
 from data_pipeline.progress import progress
 from data_pipeline.settings import UsageError
@@ -45,13 +47,17 @@ def import_hf(source: str, destination: str, *, tokenizer: str | None, template:
     if steps_in(out):
         raise UsageError(f"{destination} already holds a checkpoint: choose another folder, or remove it")
     chat_template = load_template(template)
+    if not Path(source).is_dir():
+        raise UsageError(
+            f"{source!r} is no folder; give one with config.json and safetensors (names on a hub are not fetched)"
+        )
     with HfFolder(source) as folder:
         pieces = Tokenizer.load(tokenizer or folder.path / TOKENIZER_FILE)
         check_vocabulary(pieces, folder.config, f"tokenizer {tokenizer or folder.path / TOKENIZER_FILE}")
+        make_folder(out, "DST")
         shardings = param_shardings(folder.config, largest_mesh(folder.config))
         params = import_params(folder, shardings, dtype or folder.dtype)
         meta = Meta(folder.config, chat_template, pieces.sha256, lineage=f"imported from {folder.path.name}")
-    out.mkdir(parents=True, exist_ok=True)
     with Writer(out, CheckpointSettings(), pieces) as writer:
         writer.save(0, params, meta)
     logger.info("imported %.3g M parameters into %s", meta.model.num_parameters / 1e6, destination)
@@ -74,7 +80,7 @@ def export_hf(source: str, destination: str, *, step: int | None, dtype: str | N
     shapes = {name: leaf.tensor_shape for leaf in every_leaf for name in leaf.tensors}
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(epath.Path(partial), "DST")
     try:
         writer = SafetensorsWriter(partial, shapes, dtype)
         for leaf in progress(every_leaf, "exporting", "leaves"):

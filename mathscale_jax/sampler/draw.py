@@ -19,9 +19,11 @@ class SamplingSettings(Settings):
     """How samples are drawn."""
 
     num_samples: pydantic.PositiveInt = pydantic.Field(256, description="samples per problem")
-    temperature: float = pydantic.Field(0.7, ge=0, allow_inf_nan=False, description="0: greedy, one sample a problem")
+    temperature: float = pydantic.Field(0.7, ge=0, allow_inf_nan=False, description="0: greedy, with num_samples 1")
     top_p: float = pydantic.Field(1.0, gt=0, le=1, description="draw from the most probable tokens that hold this mass")
-    max_tokens: pydantic.PositiveInt = pydantic.Field(512, description="longest response, EOS included")
+    max_tokens: pydantic.PositiveInt = pydantic.Field(
+        512, description="longest response, EOS included; shorter where the model's context ends"
+    )
     seed: int = pydantic.Field(0, ge=0, lt=2**32, description="seed of the draws")
 
     @pydantic.model_validator(mode="after")
