@@ -91,7 +91,7 @@ def from_flags(settings: type[SettingsT], arguments: argparse.Namespace) -> Sett
     except UsageError as error:
         message = str(error).removeprefix(": ")
         for name in given:  # say --num-samples where the settings say num_samples
-            message = message.replace(f"{name}=", f"--{name.replace('_', '-')}=")
+            message = message.replace(f"{name}=", f"--{name.replace('_', '-')} ")
         raise UsageError(message) from error
 
 

@@ -61,7 +61,8 @@ def load_template(name: str | None) -> Template:
     if name is None or name == DEFAULT_TEMPLATE:
         return Template()
     tree = read_yaml(name)
+    template = validated(Template, tree, where=name)
     for key in Template.model_fields:
         if key not in tree:
             raise UsageError(f"{name}: a template has both prompt and response, and {key} is missing")
-    return validated(Template, tree, where=name)
+    return template

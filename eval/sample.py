@@ -71,10 +71,8 @@ def sample(settings: SampleSettings) -> epath.Path:
             num_tokens += sum(row["num_tokens"] for row in rows)
             bar.update(1, f"{num_tokens / (time.monotonic() - started):,.0f} useful tokens/s")
             if stop.exit_code is not None and index != todo[-1]:
-                raise Stopped(
-                    f"stopped with {bar.done} of {len(problems)} problems saved; the same command goes on",
-                    stop.exit_code,
-                )
+                saved = f"{bar.done} of {len(problems)} problems saved"
+                raise Stopped(f"stopped with {saved}; the same command goes on", stop.exit_code)
     return out
 
 

@@ -46,9 +46,9 @@ def test_prepare_demo_writes_the_same_bytes_for_the_same_seed(tmp_path):
     ("arguments", "said"),
     [
         ((), "--out"),
-        (("--out", "x", "--num-train", "0"), "num_train='0': Input should be greater than 0"),
-        (("--out", "x", "--num-train", "many"), "num_train='many'"),
-        (("--out", "x", "--vocab-size", "5"), "vocab_size='5'"),
+        (("--out", "x", "--num-train", "0"), "--num-train '0': Input should be greater than 0"),
+        (("--out", "x", "--num-train", "many"), "--num-train 'many'"),
+        (("--out", "x", "--vocab-size", "5"), "--vocab-size '5'"),
         (("--out", "x", "--num-train", "2", "--vocab-size", "9999"), "no tokenizer of 9999 pieces"),
         (("--out", "x", "--colour", "red"), "--colour"),
     ],

@@ -182,7 +182,7 @@ def test_a_folder_is_refused(tmp_path):
 
 
 def test_own_rows_need_a_file():
-    assert "give its path as the source" in refusal("jsonl", None)
+    assert "name it with data.sources.0.path in training, --source in evaluation" in refusal("jsonl", None)
 
 
 def test_an_unknown_split_of_gsm8k_names_the_known_ones(write_rows):

@@ -213,6 +213,14 @@ def test_is_correct_compares_final_answers() -> None:
         is_correct("7", "7", "latex")
 
 
+def test_more_problems_go_on_from_the_first_ones(trained: Path, sampled: Path, folder: epath.Path) -> None:
+    before = {part.name: part.read_bytes() for part in (folder / "samples").iterdir()}
+    sample(settings(trained, Path(folder), num_problems=8))
+    after = {part.name: part.read_bytes() for part in (folder / "samples").iterdir()}
+    assert len(before) == 6 and len(after) == 8 and before.items() <= after.items()
+    assert json.loads(grade(folder).read_text())["num_problems"] == 8
+
+
 def test_samples_without_a_run_file_are_not_adopted(trained: Path, folder: epath.Path) -> None:
     (folder / "run.json").unlink()
     with pytest.raises(UsageError, match="that says of what"):
