@@ -54,9 +54,10 @@ def import_hf(source: str, destination: str, *, tokenizer: str | None, template:
     with HfFolder(source) as folder:
         pieces = Tokenizer.load(tokenizer or folder.path / TOKENIZER_FILE)
         check_vocabulary(pieces, folder.config, f"tokenizer {tokenizer or folder.path / TOKENIZER_FILE}")
+        dtype = dtype or folder.dtype
         make_folder(out, "DST")
         shardings = param_shardings(folder.config, largest_mesh(folder.config))
-        params = import_params(folder, shardings, dtype or folder.dtype)
+        params = import_params(folder, shardings, dtype)
         meta = Meta(folder.config, chat_template, pieces.sha256, lineage=f"imported from {folder.path.name}")
     with Writer(out, CheckpointSettings(), pieces) as writer:
         writer.save(0, params, meta)

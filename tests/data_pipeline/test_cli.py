@@ -184,7 +184,7 @@ def test_flags_become_settings_with_their_defaults():
 
 
 def test_a_flag_with_a_wrong_value_is_a_usage_error_that_names_it():
-    with pytest.raises(UsageError, match="--num-rows .0.: Input should be greater than 0"):
+    with pytest.raises(UsageError, match=r"--num-rows .0.: Input should be greater than 0"):
         parse_flags("--out", "x", "--num-rows", "0")
 
 

@@ -193,7 +193,7 @@ def test_a_run_goes_on_without_the_weights_it_began_with_and_keeps_their_templat
     other = run(TRAIN, "--config", str(config), f"data.tokenizer={tuned}/data/tokenizer.model", "num_steps=24")
     assert other.returncode == 0, other.stderr  # the same tokenizer, named
     text = (tuned / "data" / "train.jsonl").read_text()
-    (tuned / "data" / "other.model").write_bytes(train_tokenizer([text, text[::-1]], 340).model)
+    (tuned / "data" / "other.model").write_bytes(train_tokenizer([line[::-1] for line in text.splitlines()], 340).model)
     refused = run(TRAIN, "--config", str(config), f"data.tokenizer={tuned}/data/other.model", "num_steps=28")
     assert refused.returncode == 2 and "is not the tokenizer that" in refused.stderr
 
