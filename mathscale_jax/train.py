@@ -51,6 +51,8 @@ def train(settings: TrainSettings) -> None:
     checkpoint_dir = output_dir / "checkpoints"
 
     # ---- where the run stands: resume, or start from weights, or from scratch -------------------------------
+    if jax.process_count() > 1:
+        raise UsageError(f"{jax.process_count()} processes: training runs in one process, over all of its devices")
     _check_folder(output_dir)
     mesh = make_mesh(settings.mesh)
     _check_batch(settings, mesh)
