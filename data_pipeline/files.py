@@ -9,6 +9,9 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+# JSON escapes control characters, but not these three, at which str.splitlines and others break a line.
+_LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
+
 
 def write_atomically(path: Path | epath.Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write` on a temporary file beside `path`, flushes it to disk, and renames it.
@@ -47,8 +50,8 @@ def write_json(path: Path | epath.Path, value: Any) -> None:
 
 
 def write_json_lines(path: Path | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Writes one JSON object a line, atomically; whatever a reader takes for the end of a line, it is one a row."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False).translate(_LINE_ENDS) + "\n" for row in rows))
 
 
 def read_json_lines(path: Path | epath.Path) -> Iterator[dict[str, Any]]:

@@ -128,3 +128,11 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, log_lines):
     assert list(progress([1, 2, 3], "tokenising", "rows")) == [1, 2, 3]
     assert "\r" in terminal.getvalue() and "tokenising" in terminal.getvalue() and "3/3" in terminal.getvalue()
     assert log_lines() == []
+
+
+def test_a_row_is_one_line_for_every_reader(tmp_path):
+    row = {"text": "a\nb\rc\x0bd\x0ce\x1cf\x85g\u2028h\u2029i é"}
+    write_json_lines(tmp_path / "rows.jsonl", [row, row])
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [row, row]
+    assert "é" in lines[0]
