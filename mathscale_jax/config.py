@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 import pydantic
 
-from data_pipeline.loader import DataSettings
+from data_pipeline.loader import DataSettings, Source
 from data_pipeline.settings import Settings
+
+AttentionBackend = Literal["auto", "xla", "splash", "cudnn", "pallas"]
 
 
 class ModelConfig(Settings):
@@ -93,8 +95,12 @@ class ComputeSettings(Settings):
     dtype: Literal["bfloat16", "float32"] = pydantic.Field(
         "bfloat16", description="of weights and activations in the pass; master weights stay float32"
     )
-    remat: Literal["none", "dots", "full"] = pydantic.Field(
-        "full", description="what the backward pass recomputes: nothing, all but matrix products, each block"
+    attention: AttentionBackend = pydantic.Field(
+        "auto", description="auto: the fastest that can do it; xla: anywhere; splash: TPU; cudnn, pallas: GPU"
+    )
+    remat: Literal["none", "dots", "save-attention", "full"] = pydantic.Field(
+        "full",
+        description="what the backward pass recomputes: nothing, all but matrix products, all but attention, all",
     )
     scan_unroll: pydantic.PositiveInt = pydantic.Field(1, description="blocks unrolled in a turn of the layer scan")
     loss_chunk: pydantic.PositiveInt = pydantic.Field(
@@ -113,6 +119,41 @@ class OptimizerSettings(Settings):
     eps: pydantic.PositiveFloat = pydantic.Field(1e-8, description="added to the root of the second moment")
     weight_decay: pydantic.NonNegativeFloat = pydantic.Field(0.0, description="of matrices; norms have none")
     clip_norm: pydantic.PositiveFloat | None = pydantic.Field(1.0, description="largest gradient norm; null: none")
+    state_dtype: Literal["float32", "bfloat16"] = pydantic.Field(
+        "float32", description="of both moments; bfloat16 (rounded stochastically) saves 4 bytes a parameter"
+    )
+
+
+# The matrices of a block that LoRA may adapt, by the names PEFT and transformers give them.
+LORA_TARGETS: dict[str, tuple[str, str]] = {
+    "q_proj": ("attention", "query"),
+    "k_proj": ("attention", "key"),
+    "v_proj": ("attention", "value"),
+    "o_proj": ("attention", "output"),
+    "gate_proj": ("mlp", "gate"),
+    "up_proj": ("mlp", "up"),
+    "down_proj": ("mlp", "down"),
+}
+
+
+class LoraSettings(Settings):
+    """Low-rank adaptation (arXiv 2106.09685): weights stay, W + alpha / rank * A B is what computes."""
+
+    rank: pydantic.PositiveInt = pydantic.Field(8, description="inner width of A B")
+    alpha: pydantic.PositiveFloat = pydantic.Field(16.0, description="A B is scaled by alpha / rank")
+    dropout: float = pydantic.Field(0.0, ge=0, lt=1, description="share of A's inputs dropped in training")
+    targets: tuple[str, ...] = pydantic.Field(
+        ("q_proj", "v_proj"), description=f"matrices of every block that are adapted: {', '.join(LORA_TARGETS)}"
+    )
+
+    @pydantic.field_validator("targets")
+    @classmethod
+    def _known(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in targets if name not in LORA_TARGETS]
+        if unknown or not targets:
+            said = f"{', '.join(unknown)} match no matrix of the model" if unknown else "no matrix is named"
+            raise ValueError(f"{said}; allowed: {', '.join(LORA_TARGETS)}")
+        return tuple(name for name in LORA_TARGETS if name in targets)  # in one order, each once
 
 
 class CheckpointSettings(Settings):
@@ -120,6 +161,37 @@ class CheckpointSettings(Settings):
 
     every: pydantic.PositiveInt = pydantic.Field(500, description="steps between checkpoints; the last step has one")
     keep: pydantic.PositiveInt = pydantic.Field(2, description="newest checkpoints kept")
+    keep_every: pydantic.PositiveInt | None = pydantic.Field(
+        None, description="checkpoints of steps that are a multiple of this are kept for good"
+    )
+    keep_best: pydantic.NonNegativeInt = pydantic.Field(
+        1, description="checkpoints of the lowest validation loss kept besides; needs validation"
+    )
+
+
+class ValidationSettings(Settings):
+    """The loss on problems that are not trained on, over all of them, at every checkpoint and in between."""
+
+    sources: tuple[Source, ...] = pydantic.Field(min_length=1, description="list of datasets, as in data.sources")
+    every: pydantic.PositiveInt = pydantic.Field(500, description="steps between evaluations")
+
+
+class LoopSamplingSettings(Settings):
+    """A few problems answered while training: their texts, and how many answers are right."""
+
+    source: Source = pydantic.Field(description="the dataset; its first problems are taken")
+    every: pydantic.PositiveInt = pydantic.Field(500, description="steps between samplings")
+    num_problems: pydantic.PositiveInt = pydantic.Field(8, description="problems answered")
+    num_samples: pydantic.PositiveInt = pydantic.Field(4, description="samples a problem")
+    temperature: pydantic.NonNegativeFloat = pydantic.Field(0.7, description="of the draws; 0: greedy")
+    max_tokens: pydantic.PositiveInt = pydantic.Field(512, description="longest response")
+
+
+class ProfileSettings(Settings):
+    """A window of steps recorded for TensorBoard's or Perfetto's profile viewer, in OUTPUT_DIR/profile."""
+
+    first_step: pydantic.PositiveInt = pydantic.Field(10, description="first step recorded (later than compilation)")
+    num_steps: pydantic.PositiveInt = pydantic.Field(3, description="steps recorded")
 
 
 class TrainSettings(Settings):
@@ -136,6 +208,17 @@ class TrainSettings(Settings):
     compute: ComputeSettings = pydantic.Field(ComputeSettings(), description="how a step is computed")
     optimizer: OptimizerSettings = pydantic.Field(OptimizerSettings(), description="AdamW, warmup, cosine")
     checkpoint: CheckpointSettings = pydantic.Field(CheckpointSettings(), description="when state is saved")
+    lora: LoraSettings | None = pydantic.Field(None, description="train an adapter of init_from; null: all weights")
+    validation: ValidationSettings | None = pydantic.Field(None, description="loss on other data; null: none")
+    samples: LoopSamplingSettings | None = pydantic.Field(None, description="problems answered; null: none")
+    profile: ProfileSettings | None = pydantic.Field(None, description="steps to profile; null: none")
+    tensorboard: bool = pydantic.Field(False, description="write the metrics to OUTPUT_DIR/tensorboard as well")
+    watchdog_minutes: pydantic.PositiveFloat | None = pydantic.Field(
+        30.0, description="print every thread's stack when no step ends for so long; null: never"
+    )
+    compiler_options: dict[str, str | bool | int] | None = pydantic.Field(
+        None, description="XLA options of the training step; null: what mathscale_jax/chips.py has for the chip"
+    )
     batch_size: pydantic.PositiveInt = pydantic.Field(description="rows of data.context tokens in an optimizer step")
     accumulation_steps: pydantic.PositiveInt = pydantic.Field(1, description="parts a batch is computed in")
     num_steps: pydantic.PositiveInt | None = pydantic.Field(None, description="optimizer steps; or give num_epochs")
@@ -150,6 +233,8 @@ class TrainSettings(Settings):
             raise ValueError("give one of model (train from scratch) and init_from (start from a checkpoint)")
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give one of num_steps and num_epochs")
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora adapts trained weights: it needs init_from")
         if self.model is not None:
             if self.data.tokenizer is None:
                 raise ValueError("data.tokenizer is required when training from scratch")
@@ -179,12 +264,19 @@ MAY_CHANGE_ON_RESUME = (
     "output_dir",
     "mesh",
     "checkpoint",
+    "validation",
+    "samples",
+    "profile",
+    "tensorboard",
+    "watchdog_minutes",
     "log_every",
     "num_steps",
     "data.tokenizer",  # by name: what they hold is compared with what the run began with
     "data.template",
     "data.prefetch",
     "data.cache_dir",
+    "compiler_options",
+    "compute.attention",  # the same maths in another order of rounding
     "compute.remat",
     "compute.scan_unroll",
     "compute.loss_chunk",

@@ -6,23 +6,26 @@ The blocks are one stacked block whose arrays carry a leading layer axis, run by
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from mathscale_jax.attention import attend, attention_mask
+from mathscale_jax.attention import attend, saves_attention
 from mathscale_jax.config import ComputeSettings, ModelConfig
-from mathscale_jax.mesh import constrain
+from mathscale_jax.mesh import constrain_rows, gather_over_fsdp, on_own_rows
 
 # A nested dict of arrays, with the paths of `param_specs`.
 Params: TypeAlias = dict[str, Any]
 
 # (query, key, value, layer cache) -> (attended values, what the scan over layers stacks up for the caller)
 AttendFn = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+# Of one module: its matrix's name -> the low-rank matrices added to it.
+Adapter: TypeAlias = Mapping[str, "LowRank"]
 
 INIT_STDDEV = 0.02  # of every matrix, as in LLaMA's published initializer_range
 
@@ -57,6 +60,57 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """The adapter of one matrix (see lora.py). With a `dropout_key`, a share `dropout` of its inputs is dropped."""
+
+    a: Float[Array, "*inputs rank"]
+    b: Float[Array, "rank *outputs"]
+    dropout_key: PRNGKeyArray | None
+    scale: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(metadata={"static": True})
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Float[Array, "..."], weight: Float[Array, "..."], num_inputs: int) -> Float[Array, "..."]:
+    """The last `num_inputs` axes of `x` contracted with the first ones of `weight`.
+
+    Its backward pass is written out because JAX's own makes the weight's gradient transposed and turns it round:
+    for that, XLA's CPU compiler makes a transposed copy of every gradient, which takes longer than the product.
+    """
+    return jnp.tensordot(x, weight, num_inputs)
+
+
+def _product_forward(x: Array, weight: Array, num_inputs: int) -> tuple[Array, tuple[Array, Array]]:
+    return jnp.tensordot(x, weight, num_inputs), (x, weight)
+
+
+def _product_backward(num_inputs: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    batch_axes = tuple(range(x.ndim - num_inputs))
+    output_axes = tuple(range(len(batch_axes), gradient.ndim))
+    to_x = jnp.tensordot(gradient, weight, (output_axes, tuple(range(num_inputs, weight.ndim))))
+    return to_x, jnp.tensordot(x, gradient, (batch_axes, batch_axes))
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def project(
+    x: Float[Array, "batch length *inputs"], weight: Float[Array, "*shape"], low_rank: LowRank | None = None
+) -> Float[Array, "batch length *outputs"]:
+    """`x` times a matrix, whose input axes are those of `x`; with its adapter, where it has one."""
+    num_inputs = x.ndim - 2
+    projected = product(x, weight, num_inputs)
+    if low_rank is None:
+        return projected
+    if low_rank.dropout_key is not None:
+        kept = jax.random.bernoulli(low_rank.dropout_key, 1 - low_rank.dropout, x.shape)
+        x = jnp.where(kept, x / (1 - low_rank.dropout), 0).astype(x.dtype)
+    return projected + low_rank.scale * product(product(x, low_rank.a, num_inputs), low_rank.b, 1)
+
+
 class Attention(nnx.Module):
     """Projections and rotary embedding; which keys a query reads is the caller's `attend_fn`."""
 
@@ -75,12 +129,13 @@ class Attention(nnx.Module):
         positions: Int[Array, "batch length"],
         attend_fn: AttendFn,
         cache: Any,
+        adapter: Adapter,
     ) -> tuple[Float[Array, "batch length embed"], Any]:
-        query = rotate(jnp.einsum("ble,ehd->blhd", x, self.query[...]), positions, self.theta)
-        key = rotate(jnp.einsum("ble,ehd->blhd", x, self.key[...]), positions, self.theta)
-        value = jnp.einsum("ble,ehd->blhd", x, self.value[...])
+        query = rotate(project(x, self.query[...], adapter.get("query")), positions, self.theta)
+        key = rotate(project(x, self.key[...], adapter.get("key")), positions, self.theta)
+        value = project(x, self.value[...], adapter.get("value"))
         attended, stacked = attend_fn(query, key, value, cache)
-        return jnp.einsum("blhd,hde->ble", attended, self.output[...]), stacked
+        return project(attended, self.output[...], adapter.get("output")), stacked
 
 
 class SwiGLU(nnx.Module):
@@ -92,8 +147,10 @@ class SwiGLU(nnx.Module):
         self.up = _matrix(rngs, (embed, mlp), ("embed", "mlp"))
         self.down = _matrix(rngs, (mlp, embed), ("mlp", "embed"))
 
-    def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
-        return (jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+    def __call__(self, x: Float[Array, "batch length embed"], adapter: Adapter) -> Float[Array, "batch length embed"]:
+        gate = project(x, self.gate[...], adapter.get("gate"))
+        up = project(x, self.up[...], adapter.get("up"))
+        return project(jax.nn.silu(gate) * up, self.down[...], adapter.get("down"))
 
 
 class Block(nnx.Module):
@@ -111,10 +168,12 @@ class Block(nnx.Module):
         positions: Int[Array, "batch length"],
         attend_fn: AttendFn,
         cache: Any,
+        adapter: Mapping[str, Adapter],
     ) -> tuple[Float[Array, "batch length embed"], Any]:
-        attended, stacked = self.attention(self.attention_norm(x), positions, attend_fn, cache)
+        normed = self.attention_norm(x)
+        attended, stacked = self.attention(normed, positions, attend_fn, cache, adapter.get("attention", {}))
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), stacked
+        return x + self.mlp(self.mlp_norm(x), adapter.get("mlp", {})), stacked
 
 
 class Llama(nnx.Module):
@@ -137,36 +196,78 @@ class Llama(nnx.Module):
         positions: Int[Array, "batch length"],
         attend_fn: AttendFn,
         caches: Any = None,
+        adapter: Mapping[str, Adapter] | None = None,
         *,
         compute: ComputeSettings,
     ) -> tuple[Float[Array, "batch length embed"], Any]:
         """The normed hidden states, and what `attend_fn` returned per layer, stacked.
 
-        `caches` holds a leading layer axis; each layer's `attend_fn` gets its own slice.
+        `caches` and `adapter` have a leading layer axis; each layer gets its own slice.
         """
         graphdef, layers = nnx.split(self.blocks)
 
-        def run_block(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
-            state, cache = layer
-            x, stacked = nnx.merge(graphdef, state)(x, positions, attend_fn, cache)
-            return constrain(x, ("data", "fsdp"), None, None), stacked
+        def run_block(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+            state, cache, adapter = layer
+            x, stacked = nnx.merge(graphdef, _gathered(state))(x, positions, attend_fn, cache, adapter)
+            return constrain_rows(x), stacked
 
         # Looking up rows of a table split over fsdp would gather the whole batch; gather the table instead.
-        table = constrain(self.embedding[...], "tensor", None)
-        x = constrain(table[tokens], ("data", "fsdp"), None, None)
+        x = on_own_rows(_look_up, self.embedding[...], ("vocab", "embed"), tokens)
+        x = constrain_rows(x)
         x, stacked = jax.lax.scan(
-            rematerialised(run_block, compute.remat), x, (layers, caches), unroll=compute.scan_unroll
+            rematerialised(run_block, compute.remat), x, (layers, caches, adapter or {}), unroll=compute.scan_unroll
         )
         return self.norm(x), stacked
+
+
+def _gathered(layer: Any) -> Any:
+    """One layer's parameters whole over fsdp: gathered once for its forward pass, once for all of its backward pass."""
+
+    def gather(parameter: nnx.Variable) -> nnx.Variable:
+        return parameter.replace(gather_over_fsdp(parameter[...], parameter.get_metadata("out_sharding")))
+
+    return jax.tree.map(gather, layer, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _look_up(tensor_axis: str | None, table: Array, tokens: Array) -> Array:
+    """Rows of the table for one device's tokens; of a table split over `tensor_axis`, each device adds its rows."""
+    if tensor_axis is None:
+        return _rows_of(table, tokens)
+    own = tokens - jax.lax.axis_index(tensor_axis) * table.shape[0]
+    is_own = (own >= 0) & (own < table.shape[0])
+    rows = _rows_of(table, jnp.where(is_own, own, 0))
+    return jax.lax.psum(jnp.where(is_own[..., None], rows, 0), tensor_axis)
+
+
+@jax.custom_vjp
+def _rows_of(table: Float[Array, "vocab embed"], tokens: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+    """`table[tokens]`; its gradient adds up in float32, as a frequent token gets very many small terms."""
+    return table[tokens]
+
+
+def _rows_of_forward(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table[tokens], (table, tokens)
+
+
+def _rows_of_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    total = jnp.zeros_like(table, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+_rows_of.defvjp(_rows_of_forward, _rows_of_backward)
 
 
 def rematerialised(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """`function` such that its backward pass recomputes what `compute.remat` says."""
     if policy == "none":
         return function
-    policies = jax.checkpoint_policies
-    saved = policies.dots_with_no_batch_dims_saveable if policy == "dots" else policies.nothing_saveable
-    return jax.checkpoint(function, policy=saved, prevent_cse=False)
+    saved = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "save-attention": saves_attention,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    return jax.checkpoint(function, policy=saved[policy], prevent_cse=False)
 
 
 @functools.cache
@@ -197,6 +298,12 @@ def param_specs(config: ModelConfig) -> PyTree[ParamSpec]:
     return nnx.traversals.unflatten_mapping(flat)
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by dotted name: "blocks.mlp.up"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 def init(config: ModelConfig, seed: int) -> Params:
     """Random float32 parameters. Call under jit with out_shardings to have them made where they belong."""
     model = Llama(config, nnx.Rngs(params=jax.random.key(seed, impl="threefry2x32")))
@@ -223,14 +330,15 @@ def hidden_states(
     positions: Int[Array, "batch length"],
     segment_ids: Int[Array, "batch length"],
     compute: ComputeSettings,
+    adapter: Mapping[str, Adapter] | None = None,
 ) -> Float[Array, "batch length embed"]:
     """The last hidden states of packed or padded rows, in the dtype of `params`."""
-    mask = attention_mask(segment_ids, config.sliding_window)
 
     def attend_packed(query: Array, key: Array, value: Array, _: None) -> tuple[Array, None]:
-        return attend(query, key, value, mask), None
+        window = config.sliding_window
+        return attend(query, key, value, segment_ids, sliding_window=window, backend=compute.attention), None
 
-    hidden, _ = bind(config, params)(tokens, positions, attend_packed, compute=compute)
+    hidden, _ = bind(config, params)(tokens, positions, attend_packed, adapter=adapter, compute=compute)
     return hidden
 
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mathscale_jax import model
-from mathscale_jax.attention import attend, attention_mask
+from mathscale_jax.attention import attend
 from mathscale_jax.config import ComputeSettings, ModelConfig
+from mathscale_jax.mesh import constrain
 from mathscale_jax.sampler.draw import Draws, next_tokens
 
 
@@ -55,10 +56,12 @@ def prefill(
     """Computes a prompt whose first `length` tokens count."""
     batch = tokens[None]
     positions = jnp.arange(tokens.shape[0])[None]
-    mask = attention_mask((positions < length).astype(jnp.int32), config.sliding_window)
+    segment_ids = (positions < length).astype(jnp.int32)
 
     def attend_and_keep(query: Array, key: Array, value: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
-        return attend(query, key, value, mask), (key[0], value[0])
+        window = config.sliding_window
+        attended = attend(query, key, value, segment_ids, sliding_window=window, backend=compute.attention)
+        return attended, (key[0], value[0])
 
     hidden, (key, value) = model.bind(config, params)(batch, positions, attend_and_keep, compute=compute)
     last = hidden[0, length - 1]
@@ -139,7 +142,9 @@ def decode_chunk(
             value=jax.lax.dynamic_update_slice(state.value, value, at_cache),
         )
 
-    return jax.lax.while_loop(running, step, state)
+    state = jax.lax.while_loop(running, step, state)
+    # Whole on every device: each process of several reads them.
+    return dataclasses.replace(state, tokens=constrain(state.tokens), finished=constrain(state.finished))
 
 
 def _forward(

@@ -12,23 +12,27 @@ HIDDEN, OUTPUT = RNG.normal(size=(3, 12, 8)), RNG.normal(size=(8, 20)) * 3
 TARGETS, MASK = RNG.integers(0, 20, (3, 12)), RNG.random((3, 12)) < 0.4
 
 
-def reference() -> tuple[float, np.ndarray]:
+def reference() -> tuple[float, np.ndarray, np.ndarray]:
     logits = HIDDEN @ OUTPUT
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(log_probabilities, TARGETS[..., None], -1)[..., 0]
     gradient_of_logits = (np.exp(log_probabilities) - np.eye(20)[TARGETS]) * MASK[..., None]
-    return -(picked * MASK).sum(), gradient_of_logits @ OUTPUT.T
+    to_output = np.einsum("ble,blv->ev", HIDDEN, gradient_of_logits)
+    return -(picked * MASK).sum(), gradient_of_logits @ OUTPUT.T, to_output
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 12])
 def test_it_equals_the_plain_formula(chunk: int) -> None:
-    def loss(hidden: jax.Array) -> jax.Array:
-        return summed_cross_entropy(hidden, jnp.float32(OUTPUT), jnp.asarray(TARGETS), jnp.asarray(MASK), chunk)
+    def loss(hidden: jax.Array, output: jax.Array) -> jax.Array:
+        return summed_cross_entropy(hidden, output, jnp.asarray(TARGETS), jnp.asarray(MASK), chunk)
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.float32(HIDDEN))
-    expected, expected_gradient = reference()
+    arguments = jnp.float32(HIDDEN), jnp.float32(OUTPUT)
+    value, (to_hidden, to_output) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*arguments)
+    expected, expected_to_hidden, expected_to_output = reference()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(loss)(*arguments), expected, rtol=1e-5)  # without a gradient
+    np.testing.assert_allclose(to_hidden, expected_to_hidden, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(to_output, expected_to_output, rtol=1e-4, atol=1e-5)
 
 
 def test_whole_logits_never_exist() -> None:

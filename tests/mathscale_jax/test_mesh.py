@@ -1,12 +1,14 @@
 """The mesh fits the devices, and the parameters fit the mesh, or one clear error says why not."""
 
+import dataclasses
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec
 
 from data_pipeline.settings import UsageError
 from mathscale_jax.config import PRESETS, MeshSettings, ModelConfig
-from mathscale_jax.mesh import make_mesh
+from mathscale_jax.mesh import LOGICAL_AXES, make_mesh
 from mathscale_jax.step import param_shardings
 
 
@@ -52,3 +54,41 @@ def test_matrices_are_split_over_fsdp_and_tensor_and_norms_are_not() -> None:
     assert shardings["embedding"].spec == PartitionSpec("tensor", "fsdp")
     assert shardings["norm"]["scale"].spec == PartitionSpec(None)
     assert len(jax.devices()) == 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device, of a machine of several slices."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "imagined"
+
+
+SLICES = [Device(id=number, slice_index=number % 2) for number in range(8)]  # dealt out, not in order
+
+
+def test_the_data_axis_spans_slices_and_the_others_stay_inside_one() -> None:
+    mesh = make_mesh(MeshSettings(data=-1, fsdp=2, tensor=2), SLICES)
+    assert tuple(mesh.shape.values()) == (2, 2, 2)
+    assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
+    larger = make_mesh(MeshSettings(data=4, fsdp=2), SLICES).devices
+    assert [{device.slice_index for device in replica.flat} for replica in larger] == [{0}, {0}, {1}, {1}]
+
+
+def test_a_data_axis_that_cannot_span_the_slices_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"mesh.data=1 must be a multiple of the 2 slices: fsdp=8"):
+        make_mesh(MeshSettings(), SLICES)
+
+
+def test_a_model_that_would_lie_whole_on_every_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table without its entry for the MLP, which is two thirds of the blocks."""
+    config = ModelConfig.model_validate({"preset": "demo"})
+    mesh = make_mesh(MeshSettings(fsdp=1, tensor=4, data=2))
+    param_shardings(config, mesh)
+    monkeypatch.setitem(LOGICAL_AXES, "mlp", None)
+    with pytest.raises(UsageError, match=r"5\d\.\d % of the parameters \(first blocks\.mlp\..*at most 2 % may"):
+        param_shardings(config, mesh)
+    param_shardings(config, make_mesh(MeshSettings(data=8, fsdp=1)))  # replicas are meant to be whole

@@ -78,7 +78,9 @@ def test_no_token_sees_a_later_one(params: model.Params) -> None:
     assert not np.array_equal(before[:, 12], after[:, 12])
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "dots"}, {"scan_unroll": 3}])
+@pytest.mark.parametrize(
+    "change", [{"remat": "full"}, {"remat": "dots"}, {"remat": "save-attention"}, {"scan_unroll": 3}]
+)
 def test_remat_and_unrolling_change_neither_loss_nor_gradient(params: model.Params, change: dict) -> None:
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 64, (2, 16)))
 

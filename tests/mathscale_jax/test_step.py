@@ -47,7 +47,7 @@ def run(
     schedule = learning_rate_schedule(OptimizerSettings(learning_rate=1e-2), len(batches))
     optimizer = make_optimizer(OptimizerSettings(), schedule)
     shardings = param_shardings(CONFIG, mesh)
-    everything = state_shardings(shardings, optimizer, mesh, CONFIG)
+    everything = state_shardings(shardings, optimizer, mesh)
     state = init_state(jax.jit(lambda: model.init(CONFIG, 0), out_shardings=shardings)(), optimizer, everything)
     compute = ComputeSettings(dtype=dtype, remat="full", loss_chunk=16)
     step = make_train_step(CONFIG, compute, optimizer, schedule, everything, mesh, accumulation)
