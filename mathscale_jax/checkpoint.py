@@ -1,37 +1,52 @@
 """Checkpoints: Orbax steps, the tokenizer beside them, and what they are in each step's metadata.
 
     DIR/tokenizer.model         the tokenizer the weights were trained with
-    DIR/<step>/params           weights, a pure nested dict (see model.param_specs)
-    DIR/<step>/optimizer        optimizer state; absent where only weights were imported
-    DIR/<step>/meta             JSON: model, template, tokenizer's sha256, where it came from, training settings
+    DIR/<step>/params           weights by dotted name (blocks.mlp.up); or, of a LoRA run,
+    DIR/<step>/adapter          the adapter alone: its base is another checkpoint, which the metadata names
+    DIR/<step>/optimizer        optimizer state by dotted name; absent where only weights were imported
+    DIR/<step>/meta             JSON: model, template, tokenizer's sha256, lineage, training settings, checksums
 
-A step appears under its number only when all of it is on disk.
+A step appears under its number only when all of it is on disk. Each array's checksum was computed from the array
+itself before it was saved, and is compared after it is restored, whatever mesh it is restored onto.
 """
 
 import dataclasses
-import hashlib
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from data_pipeline.cli import RunError, first_line, is_disk_full
-from data_pipeline.files import write_atomically
+from data_pipeline.cli import RunError, first_line, is_disk_full, logger
 from data_pipeline.settings import UsageError, validated
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer
-from mathscale_jax import model
-from mathscale_jax.config import CheckpointSettings, ModelConfig
+from mathscale_jax import lora, model
+from mathscale_jax.checksums import array_checksum, digest
+from mathscale_jax.config import LORA_TARGETS, LoraSettings, ModelConfig
+from mathscale_jax.processes import any_process, is_primary
 from mathscale_jax.step import TrainState
 
 TOKENIZER_FILE = "tokenizer.model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+T = TypeVar("T")
+
+
+class DamagedCheckpoint(RunError):
+    """A step that cannot be read, lacks a part, or is not bit for bit what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The checkpoint an adapter belongs to; `digest` tells its weights from any others."""
+
+    path: str
+    step: int
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +54,7 @@ class Meta:
     """What the weights of a step are. `lineage` says where they came from, in words for people.
 
     `training` holds what a resumed run must share with the one that wrote the step; None for imported weights.
+    `lora` and `base` say that the step holds an adapter. `checksums` are by item and array; the writer adds them.
     """
 
     model: ModelConfig
@@ -46,89 +62,54 @@ class Meta:
     tokenizer_sha256: str
     lineage: str
     training: dict[str, Any] | None = None
+    lora: LoraSettings | None = None
+    base: Base | None = None
+    validation_loss: float | None = None
+    checksums: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def weights_item(self) -> str:
+        """The item that holds what was trained."""
+        return "params" if self.lora is None else "adapter"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads back."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             "format_version": FORMAT_VERSION,
+            **plain,
             "model": self.model.model_dump(mode="json"),
             "template": self.template.model_dump(mode="json"),
-            "tokenizer_sha256": self.tokenizer_sha256,
-            "lineage": self.lineage,
-            "training": self.training,
+            "lora": None if self.lora is None else self.lora.model_dump(mode="json"),
+            "base": None if self.base is None else dataclasses.asdict(self.base),
         }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any], where: str) -> "Meta":
-        """Raises UsageError where the metadata was written by a later version or is damaged."""
+        """Raises UsageError where the metadata was written by another version or is damaged."""
         if tree.get("format_version") != FORMAT_VERSION:
             raise UsageError(
                 f"checkpoint {where} has format version {tree.get('format_version')}; "
                 f"this program reads {FORMAT_VERSION}"
             )
+        plain = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
         return cls(
-            model=validated(ModelConfig, tree["model"], where),
-            template=validated(Template, tree["template"], where),
-            tokenizer_sha256=tree["tokenizer_sha256"],
-            lineage=tree["lineage"],
-            training=tree["training"],
+            **{
+                **plain,
+                "model": validated(ModelConfig, tree["model"], where),
+                "template": validated(Template, tree["template"], where),
+                "lora": None if tree["lora"] is None else validated(LoraSettings, tree["lora"], where),
+                "base": None if tree["base"] is None else Base(**tree["base"]),
+            }
         )
-
-
-class Writer:
-    """Saves steps into a folder, asynchronously; keeps the newest `settings.keep`."""
-
-    def __init__(self, directory: epath.Path, settings: CheckpointSettings, tokenizer: Tokenizer):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=settings.keep,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,  # what a killed run left half-written
-        )
-        self._directory = directory = _absolute(directory)
-        self._manager = ocp.CheckpointManager(directory, options=options)
-        # Always anew: a run that died before its first save may have left the tokenizer of other settings.
-        if steps_in(directory) and open_checkpoint(str(directory)).tokenizer.sha256 != tokenizer.sha256:
-            raise UsageError(f"{directory} holds checkpoints of another tokenizer; choose another folder")
-        write_atomically(directory / TOKENIZER_FILE, lambda file: file.write(tokenizer.model))
-
-    def save(self, step: int, params: model.Params, meta: Meta, optimizer: optax.OptState | None = None) -> None:
-        """Starts saving; returns when the arrays may be changed. An earlier save that failed raises here."""
-        items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(params),
-            "meta": ocp.args.JsonSave(meta.to_json()),
-        }
-        if optimizer is not None:
-            items["optimizer"] = ocp.args.StandardSave(optimizer)
-        with jax.transfer_guard_device_to_host("allow"):
-            started = self._manager.save(step, args=ocp.args.Composite(**items))
-        if not started:  # Orbax declines a step that is not newer than every folder it takes for one
-            raise RunError(
-                f"step {step} was not saved: {self._directory} holds a folder of a later step; remove what is not yours"
-            )
-
-    def check(self) -> None:
-        """Raises what went wrong in a save that is under way."""
-        self._manager.check_for_errors()
-
-    def close(self) -> None:
-        """Waits until everything is on disk. Raises what went wrong in a save."""
-        try:
-            self._manager.wait_until_finished()
-        finally:
-            self._manager.close()
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """One saved step, opened for reading: its metadata and tokenizer; weights come with `restore_params`.
 
-    `path` is the folder as the user named it, `directory` where the steps lie.
+    `path` is the folder as the user named it, `directory` where the steps lie. What is restored is compared with
+    the checksums of what was saved; DamagedCheckpoint names what differs, is missing or cannot be read.
     """
 
     path: str
@@ -143,140 +124,245 @@ class Checkpoint:
         return f"{self.path} step {self.step}"
 
     def restore_params(self, shardings: Any = None, dtype: str = "float32") -> model.Params:
-        """The weights in `dtype`, laid out by `shardings` (a dict like the parameters'), or all on one device."""
-        return self._restore("params", self.abstract_params(shardings, dtype))
+        """The weights in `dtype`, laid out by `shardings` (a dict like the parameters'), or all on one device.
 
-    def restore_leaf(self, path: tuple[str, ...]) -> jax.Array:
-        """One parameter in the dtype it is stored in, so that a whole model need not fit in memory."""
-        stored = self._with_orbax(lambda c: c.metadata(self._item("params"))).item_metadata
-        spec = stored
-        for key in path:
-            spec = spec[key]
-        tree: Any = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
-        for key in reversed(path):
-            tree = {key: tree}
-        restore_args = jax.tree.map(lambda s: ocp.ArrayRestoreArgs(sharding=s.sharding, dtype=s.dtype), tree)
-        args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            restored = self._or_damaged(lambda: checkpointer.restore(self._item("params"), args=args))
-        for key in path:
-            restored = restored[key]
-        return restored
+        One leaf is read at a time, so nothing is held twice. A LoRA checkpoint gives its base's weights with the
+        adapter added.
+        """
+        specs = model.param_specs(self.meta.model)
+        treedef = jax.tree.structure(specs, is_leaf=_is_spec)
+        by_name = model.named_leaves(shardings) if shardings is not None else dict.fromkeys(_names(specs))
+        read = self.leaf_reader()
+        return jax.tree.unflatten(treedef, [read(name, by_name[name]).astype(dtype) for name in _names(specs)])
 
-    def stored_dtype(self) -> str:
-        """The dtype that the weights are stored in."""
-        stored = self._with_orbax(lambda c: c.metadata(self._item("params"))).item_metadata
-        return str(stored["embedding"].dtype)
+    def leaf_reader(self) -> Callable[..., jax.Array]:
+        """A function (dotted name, sharding or None for one device) -> that parameter as it is stored.
+
+        For reading a model piece by piece. An adapter is added to the leaves it belongs to.
+        """
+        if self.meta.lora is None:
+            return lambda name, sharding=None: self._read("params", name, sharding)
+        base, settings = self.open_base(), self.meta.lora
+        adapter = jax.device_get(self.restore_adapter())
+        adapted = {".".join(("blocks", *LORA_TARGETS[target])): LORA_TARGETS[target] for target in settings.targets}
+        merge = jax.jit(lora.merge, static_argnums=3, donate_argnums=0)
+
+        def read(name: str, sharding: Any = None) -> jax.Array:
+            leaf = base._read("params", name, sharding)
+            if name not in adapted:
+                return leaf
+            module, matrix = adapted[name]
+            return merge(leaf, adapter[module][matrix]["a"], adapter[module][matrix]["b"], settings)
+
+        return read
+
+    def restore_adapter(self, shardings: Any = None) -> model.Params:
+        """The adapter of a LoRA checkpoint in float32."""
+        assert self.meta.lora is not None
+        specs = lora.adapter_specs(self.meta.model, self.meta.lora)
+        by_name = model.named_leaves(shardings) if shardings is not None else dict.fromkeys(_names(specs))
+        leaves = [self._read("adapter", name, by_name[name]) for name in _names(specs)]
+        return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=_is_spec), leaves)
 
     def restore_state(self, shardings: TrainState, optimizer: optax.GradientTransformation) -> TrainState:
-        """The training state of this step. Raises RunError where a part is missing or damaged."""
-        abstract = self.abstract_params(shardings.params, "float32")
-        optimizer_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(optimizer.init, abstract),
-            shardings.optimizer,
-        )
+        """The training state of this step: one leaf at a time, so that nothing is held twice."""
+        item, specs = self.meta.weights_item, self.trained_specs()
+        by_name = model.named_leaves(shardings.params)
+        trained = [self._read(item, name, by_name[name]) for name in _names(specs)]
+        params = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=_is_spec), trained)
+        state = jax.eval_shape(optimizer.init, params)
+        by_name = model.named_leaves(shardings.optimizer)
+        moments = [self._read("optimizer", name, by_name[name]) for name in model.named_leaves(state)]
         step = jax.device_put(jax.numpy.int32(self.step), shardings.step)
-        return TrainState(step, self._restore("params", abstract), self._restore("optimizer", optimizer_state))
+        return TrainState(step, params, jax.tree.unflatten(jax.tree.structure(state), moments))
 
-    def abstract_params(self, shardings: Any, dtype: str) -> Any:
-        """Shapes, dtype and shardings of the parameters."""
-        specs = model.param_specs(self.meta.model)
-        is_spec = lambda x: isinstance(x, model.ParamSpec)  # noqa: E731
-        if shardings is None:
-            one_device = SingleDeviceSharding(jax.local_devices()[0])
-            shardings = jax.tree.map(lambda _: one_device, specs, is_leaf=is_spec)
-        return jax.tree.map(
-            lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding),
-            specs,
-            shardings,
-            is_leaf=is_spec,
+    def trained_specs(self) -> Any:
+        """Shapes and axes of what the run that wrote this step trains: the parameters, or an adapter."""
+        if self.meta.lora is None:
+            return model.param_specs(self.meta.model)
+        return lora.adapter_specs(self.meta.model, self.meta.lora)
+
+    def stored_dtype(self) -> str:
+        """The dtype that the weights are stored in; of an adapter, its base's."""
+        if self.meta.lora is not None:
+            return self.open_base().stored_dtype()
+        return str(self._stored("params")["embedding"].dtype)
+
+    def as_base(self) -> Base:
+        """How the metadata of an adapter names this checkpoint. Raises UsageError where it is an adapter itself."""
+        if self.meta.lora is not None:
+            raise UsageError(
+                f"{self.name} is an adapter: export it merged and import that, to train an adapter of the result"
+            )
+        return Base(str(self.directory), self.step, digest(self.meta.checksums["params"]))
+
+    def open_base(self) -> "Checkpoint":
+        """What the adapter of this step belongs to. Raises UsageError where it is gone, or holds other weights now."""
+        assert self.meta.base is not None
+        at = self.meta.base
+        try:
+            base = open_checkpoint(at.path, at.step)
+        except UsageError as error:
+            raise UsageError(f"{self.name} is an adapter of {at.path} step {at.step}: {error}") from error
+        if digest(base.meta.checksums["params"]) != at.digest:
+            raise UsageError(f"{self.name} is an adapter of other weights than {base.name} holds now")
+        return base
+
+    def _stored(self, item: str) -> dict[str, Any]:
+        """What an item holds: name -> an object with shape and dtype."""
+        return dict(self._or_damaged(lambda: _HANDLER().metadata(self._folder / item).tree))
+
+    def _read(self, item: str, name: str, sharding: Any) -> jax.Array:
+        """One array as it is stored, checked; on the first local device where `sharding` is None."""
+        array, error = None, None
+        try:
+            array = self._or_damaged(lambda: self._restore(item, name, sharding))
+        except RunError as failed:
+            error = failed
+        if any_process(error is not None):  # all go on to the checksum, which they compute together, or none
+            raise error or DamagedCheckpoint(f"checkpoint {self.name}: another process cannot read its {item} {name}")
+        assert array is not None
+        expected = self.meta.checksums[item].get(name)
+        if int(array_checksum(array)) != expected:
+            raise DamagedCheckpoint(f"checkpoint {self.name} is damaged: the bits of its {item} {name} have changed")
+        return array
+
+    def _restore(self, item: str, name: str, sharding: Any) -> jax.Array:
+        stored = self._stored(item)
+        if name not in stored or name not in self.meta.checksums[item]:
+            raise ValueError(f"its {item} has no {name}")
+        sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+        args = ocp.args.PyTreeRestore(
+            item={name: stored[name]},
+            restore_args={name: ocp.ArrayRestoreArgs(sharding=sharding, dtype=stored[name].dtype)},
+            partial_restore=True,
         )
+        # The handler by itself: Orbax's checkpointers wait for all processes, so one that fails would stall the rest.
+        return _HANDLER().restore(self._folder / item, args=args)[name]
 
-    def _item(self, name: str) -> epath.Path:
-        return self.directory / str(self.step) / name
+    @property
+    def _folder(self) -> epath.Path:
+        return self.directory / str(self.step)
 
-    def _with_orbax(self, read: Callable[[ocp.StandardCheckpointer], Any]) -> Any:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return self._or_damaged(lambda: read(checkpointer))
-
-    def _restore(self, item: str, abstract: Any) -> Any:
-        return self._with_orbax(lambda checkpointer: checkpointer.restore(self._item(item), abstract))
-
-    def _or_damaged(self, read: Callable[[], Any]) -> Any:
+    def _or_damaged(self, read: Callable[[], T]) -> T:
         try:
             return read()
         except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
             if is_disk_full(error) or "Out of memory" in str(error):
                 raise
-            raise RunError(
+            raise DamagedCheckpoint(
                 f"checkpoint {self.name} is damaged or incomplete and cannot be read: "
-                f"{type(error).__name__}: {first_line(error)}\n"
-                f"remove {self.directory / str(self.step)} to go on from the step before it"
+                f"{type(error).__name__}: {first_line(error)}"
             ) from error
 
 
-@jax.jit
-def _leaf_checksums(params: model.Params) -> list[jax.Array]:
-    def checksum(leaf: jax.Array) -> jax.Array:
-        """Sum of the mixed bits of every element with its place: the same on any mesh, whatever the order."""
-        width = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
-        bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
-        place = jnp.zeros(leaf.shape, jnp.uint32)
-        for axis, size in enumerate(leaf.shape):
-            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        mixed = bits ^ (place * jnp.uint32(0x9E3779B1))  # the finaliser of MurmurHash3
-        mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-    return [checksum(leaf) for leaf in jax.tree.leaves(params)]
+_HANDLER = ocp.PyTreeCheckpointHandler
 
 
-def fingerprint(params: model.Params) -> str:
-    """Hexadecimal digest of every bit of the weights, computed on the device; the same for any sharding."""
-    checksums = np.asarray(jax.device_get(_leaf_checksums(params)), np.uint32)
-    return hashlib.sha256(checksums.tobytes()).hexdigest()[:16]
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, model.ParamSpec)
 
 
-def _absolute(path: epath.Path) -> epath.Path:
+def _names(specs: Any) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+
+
+def absolute(path: epath.Path) -> epath.Path:
     """Orbax takes no relative paths; the URL of an object store is absolute as it is."""
     return path if "://" in str(path) else path.absolute()
 
 
 def steps_in(directory: epath.Path) -> list[int]:
-    """The finished steps in a folder, oldest first; none where there is no folder."""
+    """The finished steps in a folder, oldest first, damaged ones too; none where there is no folder."""
     if not directory.is_dir():
         return []
     # Orbax knows which steps are whole: on an object store, which has no rename, a marker says so.
-    return sorted(s for s in ocp.utils.checkpoint_steps(_absolute(directory)) if (directory / str(s) / "meta").exists())
+    steps = ocp.utils.checkpoint_steps(absolute(directory))
+    parts = ("_CHECKPOINT_METADATA", "meta", "params", "adapter")  # by any of which it is known for one of ours
+    return sorted(step for step in steps if any((directory / str(step) / part).exists() for part in parts))
 
 
 def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:
-    """Opens the newest step (or `step`) of a checkpoint folder, or of the run folder that holds it.
+    """Opens a step of a checkpoint folder, or of the run folder that holds it.
 
-    Raises UsageError where there is none, or where the tokenizer beside it is not the one it was made with.
+    `path` may end in @STEP or @best (the lowest validation loss); without it, and without `step`, the newest is
+    opened. Raises UsageError where there is none, or where the tokenizer beside it is not the one it was made with;
+    DamagedCheckpoint where its metadata cannot be read.
     """
-    directory = _absolute(epath.Path(path))
-    if (directory / "checkpoints").exists():
-        directory /= "checkpoints"
+    folder, wanted = _split(path)
+    directory = _directory(folder)
     steps = steps_in(directory)
     if (directory / "config.json").exists():
-        raise UsageError(f"{path!r} is a Hugging Face folder: `python -m mathscale_jax.convert import` it first")
+        raise UsageError(f"{folder!r} is a Hugging Face folder: `python -m mathscale_jax.convert import` it first")
     if not steps:
         raise UsageError(
-            f"checkpoint {path!r} holds no finished step; give a training run's folder, or what "
+            f"checkpoint {folder!r} holds no finished step; give a training run's folder, or what "
             "`python -m mathscale_jax.convert import` wrote"
         )
-    step = steps[-1] if step is None else step
+    if wanted == "best" and step is None:
+        return _best([_open(folder, directory, step) for step in steps], folder)
+    step = step if step is not None else int(wanted) if wanted else steps[-1]
     if step not in steps:
-        raise UsageError(f"checkpoint {path!r} has no step {step}; it has {', '.join(map(str, steps))}")
+        raise UsageError(f"checkpoint {folder!r} has no step {step}; it has {', '.join(map(str, steps))}")
+    return _open(folder, directory, step)
+
+
+def newest_whole(path: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
+    """The newest step of a run that `read` reads without finding damage, and what it read.
+
+    Each damaged step that is passed over is named in a warning. Raises DamagedCheckpoint where none is whole.
+    """
+    for step in reversed(steps_in(_directory(path))):
+        try:
+            checkpoint = open_checkpoint(path, step)
+            return checkpoint, read(checkpoint)
+        except DamagedCheckpoint as error:
+            logger.warning("%s; the step before it is used instead", error)
+    raise DamagedCheckpoint(f"no step of {path} is whole: remove its checkpoints to begin anew")
+
+
+def set_aside_after(checkpoint: Checkpoint) -> None:
+    """Renames the steps after `checkpoint`, which are damaged, so that the run can write them anew."""
+    for step in steps_in(checkpoint.directory):
+        if step > checkpoint.step and is_primary():
+            damaged = checkpoint.directory / f"damaged-{step}"
+            if damaged.exists():
+                damaged.rmtree()
+            (checkpoint.directory / str(step)).rename(damaged)
+            logger.warning("step %d is kept as %s, for you to look at or remove", step, damaged)
+    any_process(False)  # the others wait for process 0
+
+
+def _split(path: str) -> tuple[str, str]:
+    """A path and what stands behind its @: a step, "best", or nothing."""
+    found = re.fullmatch(r"(.+)@(\d+|best)", path)
+    return (found[1], found[2]) if found else (path, "")
+
+
+def _directory(path: str) -> epath.Path:
+    directory = absolute(epath.Path(path))
+    return directory / "checkpoints" if (directory / "checkpoints").exists() else directory
+
+
+def _best(checkpoints: list[Checkpoint], path: str) -> Checkpoint:
+    losses = [(c.meta.validation_loss, c) for c in checkpoints if c.meta.validation_loss is not None]
+    if not losses:
+        raise UsageError(
+            f"checkpoint {path!r} has no step with a validation loss; give @STEP, or train with validation"
+        )
+    return min(losses, key=lambda pair: pair[0])[1]
+
+
+def _open(path: str, directory: epath.Path, step: int) -> Checkpoint:
     where = f"{path} step {step}"
     try:
-        tree = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory / str(step) / "meta")
+        tree = ocp.JsonCheckpointHandler().restore(directory / str(step) / "meta", ocp.args.JsonRestore())
+        meta = Meta.from_json(tree, where)
+    except UsageError:
+        raise
     except Exception as error:
-        raise RunError(f"checkpoint {where} is damaged: its metadata cannot be read ({error})") from error
-    meta = Meta.from_json(tree, where)
+        raise DamagedCheckpoint(f"checkpoint {where} is damaged: its metadata cannot be read ({error})") from error
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
     if tokenizer.sha256 != meta.tokenizer_sha256:
         raise UsageError(f"{directory / TOKENIZER_FILE} is not the tokenizer that {where} was made with")

@@ -92,7 +92,7 @@ def test_transformers_loads_the_export_with_the_same_logits(pair: tuple[Any, Pat
     import torch
 
     theirs, folder = pair
-    export_hf(str(folder / "checkpoint"), str(folder / "out"), step=None, dtype=None)
+    export_hf(str(folder / "checkpoint"), str(folder / "out"))
     again = type(theirs).from_pretrained(folder / "out", attn_implementation="eager").eval()
     tokens = torch.randint(0, VOCAB, (2, 100))
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_one_adamw_step_agrees_with_torch(pair: tuple[Any, Path]) -> None:
     settings = OptimizerSettings(learning_rate=1e-3, beta2=0.95, eps=1e-4, clip_norm=0.5)
     rule = make_optimizer(settings, lambda _: jnp.float32(1e-3))
     shardings = param_shardings(config, mesh)
-    everything = state_shardings(shardings, rule, mesh, config)
+    everything = state_shardings(shardings, rule, mesh)
     state = init_state(checkpoint.restore_params(shardings), rule, everything)
     compute = ComputeSettings(dtype="float32", remat="full", loss_chunk=8)
     step = make_train_step(config, compute, rule, lambda _: jnp.float32(1e-3), everything, mesh, 1)
@@ -153,3 +153,69 @@ def test_one_adamw_step_agrees_with_torch(pair: tuple[Any, Path]) -> None:
         moved = np.abs(np.asarray(new) - np.asarray(old)).max()
         assert moved > 1e-5
         np.testing.assert_allclose(np.asarray(ours), np.asarray(new), atol=0.02 * moved)
+
+
+def test_peft_loads_the_exported_adapter_with_the_same_logits_and_gradients(pair: tuple[Any, Path]) -> None:
+    """Every matrix adapted, A and B random: alone under peft, merged under transformers, and trained one step."""
+    import jax
+    import peft
+    import torch
+    from etils import epath
+
+    from mathscale_jax import lora
+    from mathscale_jax.checkpoint import Meta
+    from mathscale_jax.checkpoint_writer import Writer
+    from mathscale_jax.config import LORA_TARGETS, CheckpointSettings, ComputeSettings, LoraSettings
+
+    theirs, folder = pair
+    base = open_checkpoint(str(folder / "checkpoint"))
+    config, settings = base.meta.model, LoraSettings(rank=5, alpha=32, targets=tuple(LORA_TARGETS))
+    leaves, treedef = jax.tree.flatten(lora.init(config, settings, seed=0))
+    rng = np.random.default_rng(0)
+    adapter = treedef.unflatten([jnp.float32(0.1 * rng.normal(size=leaf.shape)) for leaf in leaves])
+    meta = Meta(config, base.meta.template, base.tokenizer.sha256, "test", lora=settings, base=base.as_base())
+    with Writer(epath.Path(folder / "adapted"), CheckpointSettings(), base.tokenizer) as writer:
+        writer.save(1, adapter, meta)
+    export_hf(str(folder / "adapted"), str(folder / "peft"))
+    export_hf(str(folder / "adapted"), str(folder / "merged"), merge=True)
+
+    tokens = torch.randint(0, VOCAB, (2, 50))
+    load = lambda where: type(theirs).from_pretrained(where, attn_implementation="eager").eval()  # noqa: E731
+    with torch.no_grad():
+        plain = load(folder / "hf")(tokens).logits.numpy()
+        merged = load(folder / "merged")(tokens).logits.numpy()
+    adapted = peft.PeftModel.from_pretrained(load(folder / "hf"), str(folder / "peft"), is_trainable=True).eval()
+    logits = adapted(tokens).logits
+    apart = logits.detach().numpy()
+
+    ours_tokens = jnp.asarray(tokens.numpy(), jnp.int32)
+    ours = model.logits(config, open_checkpoint(str(folder / "adapted")).restore_params(), ours_tokens)
+    scale = np.abs(apart).max()
+    assert np.abs(apart - plain).max() > 0.05 * scale
+    assert np.abs(ours - apart).max() < 2e-5 * scale
+    assert np.abs(merged - apart).max() < 2e-5 * scale
+
+    (logits**2).mean().backward()
+    theirs_gradient = {name: p.grad.numpy() for name, p in adapted.named_parameters() if p.grad is not None}
+    compute = ComputeSettings(dtype="float32", remat="none")
+    params = base.restore_params()
+
+    def mean_square(adapter: Any) -> Any:
+        positions = jnp.broadcast_to(jnp.arange(50), (2, 50))
+        low_ranks = lora.low_ranks(adapter, settings)
+        hidden = model.hidden_states(
+            config, params, ours_tokens, positions, jnp.ones_like(ours_tokens), compute, low_ranks
+        )
+        return jnp.mean((hidden @ params["output"]) ** 2)
+
+    gradient = jax.grad(mean_square)(adapter)
+    assert len(theirs_gradient) == 2 * len(LORA_TARGETS) * config.num_layers
+    for target, part in [("o_proj", "A"), ("o_proj", "B"), ("q_proj", "A"), ("down_proj", "B")]:
+        module, name = LORA_TARGETS[target]
+        stacked = np.asarray(gradient[module][name][part.lower()])
+        for layer in range(config.num_layers):
+            flat = stacked[layer].reshape(-1, 5) if part == "A" else stacked[layer].reshape(5, -1)
+            (expected,) = (
+                g for n, g in theirs_gradient.items() if f"layers.{layer}." in n and f"{target}.lora_{part}" in n
+            )
+            np.testing.assert_allclose(flat.T, expected, atol=2e-5 * np.abs(expected).max())

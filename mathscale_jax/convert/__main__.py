@@ -24,14 +24,15 @@ from mathscale_jax.checkpoint import (
     TOKENIZER_FILE,
     Checkpoint,
     Meta,
-    Writer,
     check_vocabulary,
     open_checkpoint,
     steps_in,
 )
+from mathscale_jax.checkpoint_writer import Writer
 from mathscale_jax.config import CheckpointSettings
 from mathscale_jax.convert.hf import HfFolder, SafetensorsWriter, import_params
 from mathscale_jax.convert.mapping import leaves, model_config_to_hf
+from mathscale_jax.convert.peft import write_adapter
 from mathscale_jax.mesh import largest_mesh
 from mathscale_jax.step import param_shardings
 
@@ -64,37 +65,38 @@ def import_hf(source: str, destination: str, *, tokenizer: str | None, template:
     logger.info("imported %.3g M parameters into %s", meta.model.num_parameters / 1e6, destination)
 
 
-def export_hf(source: str, destination: str, *, step: int | None, dtype: str | None) -> None:
+def export_hf(source: str, destination: str, *, dtype: str | None = None, merge: bool = False) -> None:
     """Writes a checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer.model.
 
+    Of a LoRA run it is, with `merge`, the adapted model; without, PEFT's folder of the adapter alone, in float32.
     The folder is made under a temporary name beside `destination` and renamed when it is whole.
-    Raises UsageError where the destination exists or the checkpoint does not.
+    Raises UsageError where the destination exists, the checkpoint does not, or an option does not fit it.
     """
     _check_local(destination)
     out = Path(destination)
     if out.exists():
         raise UsageError(f"{destination} exists: choose another folder, or remove it")
-    checkpoint = open_checkpoint(source, step)
-    dtype = dtype or checkpoint.stored_dtype()
-    config = checkpoint.meta.model
-    every_leaf = list(leaves(config))
-    shapes = {name: leaf.tensor_shape for leaf in every_leaf for name in leaf.tensors}
+    checkpoint = open_checkpoint(source)
+    adapter_alone = checkpoint.meta.lora is not None and not merge
+    if merge and checkpoint.meta.lora is None:
+        raise UsageError(f"--merge: {checkpoint.name} holds no adapter, all its weights are exported as they are")
+    if adapter_alone and dtype is not None:
+        raise UsageError(f"--dtype {dtype}: an adapter is exported in float32; leave it out, or give --merge")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(epath.Path(partial), "DST")
     try:
-        writer = SafetensorsWriter(partial, shapes, dtype)
-        for leaf in progress(every_leaf, "exporting", "leaves"):
-            values = np.asarray(checkpoint.restore_leaf(leaf.path))
-            for name, ours in zip(leaf.tensors, values if leaf.is_stacked else [values], strict=True):
-                writer.write(name, leaf.to_tensor(ours))
-        writer.close()
-        _write_companions(partial, checkpoint, dtype)
+        if adapter_alone:
+            assert checkpoint.meta.base is not None
+            write_adapter(partial, checkpoint, checkpoint.meta.base.path)
+            _write_tokenizer(partial, checkpoint.tokenizer)
+        else:
+            _write_model(partial, checkpoint, dtype or checkpoint.stored_dtype())
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    logger.info("exported %s to %s", checkpoint.name, destination)
+    logger.info("exported %s%s to %s", "the adapter of " if adapter_alone else "", checkpoint.name, destination)
 
 
 def _check_local(path: str) -> None:
@@ -102,16 +104,27 @@ def _check_local(path: str) -> None:
         raise UsageError(f"{path}: Hugging Face folders are read and written on a local disk; copy it from or to there")
 
 
-def _write_companions(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
-    """Everything beside the weights that transformers reads."""
-    tokenizer = checkpoint.tokenizer
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
+    every_leaf = list(leaves(checkpoint.meta.model))
+    shapes = {name: leaf.tensor_shape for leaf in every_leaf for name in leaf.tensors}
+    writer = SafetensorsWriter(folder, shapes, dtype)
+    read = checkpoint.leaf_reader()
+    for leaf in progress(every_leaf, "exporting", "leaves"):
+        values = np.asarray(read(".".join(leaf.path)))
+        for name, ours in zip(leaf.tensors, values if leaf.is_stacked else [values], strict=True):
+            writer.write(name, leaf.to_tensor(ours))
+    writer.close()
+    ids = {"bos_token_id": checkpoint.tokenizer.bos_id, "eos_token_id": checkpoint.tokenizer.eos_id}
     write_json(folder / "config.json", {**model_config_to_hf(checkpoint.meta.model, dtype), **ids})
     write_json(folder / "generation_config.json", ids)
+    _write_tokenizer(folder, checkpoint.tokenizer)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """The tokenizer as transformers reads it. A prompt begins with BOS, as it does in training and in our sampler."""
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
     pieces = {name: tokenizer.piece(token_id) for name, token_id in names.items()}
-    # A prompt begins with BOS, as it does in training and in our own sampler.
     rules = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
@@ -139,9 +152,13 @@ def _main(argv: Sequence[str] | None) -> None:
         help="chat template saved with the weights (default: default)",
     )
     exporter = commands.add_parser("export", help="checkpoint -> Hugging Face folder")
-    exporter.add_argument("source", metavar="CKPT", help="checkpoint folder, or a training run's folder")
+    exporter.add_argument(
+        "source", metavar="CKPT", help="checkpoint or run folder; @STEP or @best behind it, else its newest step"
+    )
     exporter.add_argument("destination", metavar="DST", help="new folder")
-    exporter.add_argument("--step", type=int, metavar="N", help="step to export (default: the newest)")
+    exporter.add_argument(
+        "--merge", action="store_true", help="of a LoRA run: the adapted model (default: the adapter, for peft)"
+    )
     for sub in (importer, exporter):
         sub.add_argument("--dtype", choices=DTYPES, help="dtype of the weights written (default: as they are stored)")
     arguments = parser.parse_args(argv)
@@ -154,7 +171,7 @@ def _main(argv: Sequence[str] | None) -> None:
             dtype=arguments.dtype,
         )
     else:
-        export_hf(arguments.source, arguments.destination, step=arguments.step, dtype=arguments.dtype)
+        export_hf(arguments.source, arguments.destination, dtype=arguments.dtype, merge=arguments.merge)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

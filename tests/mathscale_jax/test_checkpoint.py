@@ -13,7 +13,9 @@ from data_pipeline.settings import UsageError
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from mathscale_jax import model
-from mathscale_jax.checkpoint import Meta, Writer, fingerprint, open_checkpoint
+from mathscale_jax.checkpoint import Meta, open_checkpoint
+from mathscale_jax.checkpoint_writer import Writer
+from mathscale_jax.checksums import fingerprint
 from mathscale_jax.config import CheckpointSettings, MeshSettings, ModelConfig
 from mathscale_jax.mesh import make_mesh
 from mathscale_jax.step import param_shardings
@@ -69,7 +71,7 @@ def test_weights_are_restored_onto_any_mesh(saved: Path, params: model.Params) -
 
 
 def test_one_leaf_can_be_read_alone(saved: Path, params: model.Params) -> None:
-    leaf = open_checkpoint(str(saved)).restore_leaf(("blocks", "attention", "key"))
+    leaf = open_checkpoint(str(saved)).leaf_reader()("blocks.attention.key")
     np.testing.assert_array_equal(leaf, params["blocks"]["attention"]["key"])
 
 

@@ -43,7 +43,7 @@ def convert(source: Path, destination: Path, dtype: str | None = None) -> None:
 
 def test_import_then_export_gives_back_every_tensor_bit_for_bit(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "checkpoint")
-    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"), step=None, dtype=None)
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
     before = safetensors.numpy.load_file(source / "model.safetensors")
     after = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
@@ -55,7 +55,7 @@ def test_import_then_export_gives_back_every_tensor_bit_for_bit(source: Path, tm
 
 def test_the_exported_config_says_what_the_source_said(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "checkpoint")
-    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"), step=None, dtype=None)
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
     assert model_config_from_hf(before, "") == model_config_from_hf(after, "")
     for key in (
@@ -74,7 +74,7 @@ def test_the_exported_config_says_what_the_source_said(source: Path, tmp_path: P
 def test_several_shards_are_read_and_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf, "MAX_SHARD_BYTES", 50_000)
     convert(source, tmp_path / "checkpoint")
-    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "sharded"), step=None, dtype=None)
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "sharded"))
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(safetensors.numpy.load_file(source / "model.safetensors"))
@@ -101,7 +101,7 @@ def test_a_destination_that_holds_something_is_refused(source: Path, tmp_path: P
     with pytest.raises(UsageError, match="already holds a checkpoint"):
         convert(source, tmp_path / "checkpoint")
     with pytest.raises(UsageError, match="exists: choose another folder"):
-        export_hf(str(tmp_path / "checkpoint"), str(source), step=None, dtype=None)
+        export_hf(str(tmp_path / "checkpoint"), str(source))
 
 
 def _truncate(folder: Path) -> None:
@@ -228,7 +228,7 @@ def test_any_number_of_devices_can_import(
 def test_object_stores_are_refused_for_hugging_face_folders(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "checkpoint")
     with pytest.raises(UsageError, match="local disk"):
-        export_hf(str(tmp_path / "checkpoint"), "gs://bucket/model", step=None, dtype=None)
+        export_hf(str(tmp_path / "checkpoint"), "gs://bucket/model")
     with pytest.raises(UsageError, match="local disk"):
         import_hf("gs://bucket/model", str(tmp_path / "other"), tokenizer=None, template="default", dtype=None)
 
