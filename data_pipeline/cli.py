@@ -65,7 +65,7 @@ class StopSignal:
         logger.warning("asked to stop: finishing what is under way (Ctrl-C again does not wait)")
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+def add_flags(parser: argparse._ActionsContainer, settings: type[Settings]) -> None:
     """One `--flag` per field of `settings`, with the field's description and default as its help.
 
     Values stay strings here; pydantic parses and checks them in `from_flags`.

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -102,7 +102,7 @@ def load_rows(settings: DataSettings, tokenizer: Tokenizer, template: Template) 
 
 
 class Batches:
-    """The batch of every step, for one process of several: global rows [start, stop) of `batch_size`.
+    """The batch of every step; for one process of several, its `rows_of_process` of the `batch_size` global rows.
 
     Steps run through epoch after epoch of the pack plan without a gap: a batch may hold the end of one epoch
     and the beginning of the next. With `num_steps` from `steps_in_epochs` the last batch is filled up with
@@ -118,11 +118,11 @@ class Batches:
         seed: int,
         num_steps: int | None = None,
         num_epochs: int | None = None,
-        rows_of_process: slice = slice(None),
+        rows_of_process: Sequence[int] | Int[np.ndarray, " rows"] | None = None,
     ):
         """Give `num_steps` or `num_epochs`; a run in epochs ends when the last one does."""
         self._rows, self._settings, self._seed, self._batch_size = rows, settings, seed, batch_size
-        self._mine = range(batch_size)[rows_of_process]
+        self._mine = range(batch_size) if rows_of_process is None else rows_of_process
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
         self.bins_per_epoch = len(self._plan(0))
         self._num_bins = None if num_epochs is None else num_epochs * self.bins_per_epoch
@@ -146,13 +146,21 @@ class Batches:
             segment_ids=np.zeros(shape, np.int32),
             positions=np.zeros(shape, np.int32),
         )
-        for local_row, global_row in enumerate(self._mine):
-            index = step * self._batch_size + global_row
-            if self._num_bins is not None and index >= self._num_bins:
-                break
-            epoch, position = divmod(index, self.bins_per_epoch)
-            self._fill(batch, local_row, self._plan(epoch)[position])
+        for local_row, members in enumerate(self._members(step, self._mine)):
+            self._fill(batch, local_row, members)
         return batch
+
+    def examples(self, step: int) -> list[int]:
+        """Indices of the examples in the batch of a step, over all processes: what `TokenizedRows` they are."""
+        return [int(member) for members in self._members(step, range(self._batch_size)) for member in members]
+
+    def _members(self, step: int, rows: Iterable[int]) -> Iterator[Int[np.ndarray, " members"]]:
+        """The examples of each of these rows; none once the last epoch has ended."""
+        for row in rows:
+            index = step * self._batch_size + int(row)
+            if self._num_bins is None or index < self._num_bins:
+                epoch, position = divmod(index, self.bins_per_epoch)
+                yield self._plan(epoch)[position]
 
     @property
     def fill(self) -> float:

@@ -21,7 +21,7 @@ class Progress:
         self._started_at, self._started_from = time.monotonic(), done
         self._last_line = self._started_at
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
             self._bar = tqdm.tqdm(
                 total=total, desc=title, unit=f" {unit}", initial=done, dynamic_ncols=True, smoothing=0.05
             )

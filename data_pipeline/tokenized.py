@@ -23,11 +23,15 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedRows:
-    """Row i is tokens[offsets[i]:offsets[i + 1]]; its first prompt_lengths[i] tokens are the prompt."""
+    """Row i is tokens[offsets[i]:offsets[i + 1]]; its first prompt_lengths[i] tokens are the prompt.
+
+    `ids[i]` names the problem it was made from; rows made otherwise have none.
+    """
 
     tokens: Int[np.ndarray, " tokens"]
     offsets: Int[np.ndarray, " rows+1"]
     prompt_lengths: Int[np.ndarray, " rows"]
+    ids: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -51,7 +55,8 @@ class TokenizedRows:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         kept = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows]
         tokens = np.concatenate([self.tokens[:0], *kept])  # the empty piece: no row may be kept
-        return TokenizedRows(tokens, offsets, self.prompt_lengths[rows])
+        ids = tuple(self.ids[r] for r in rows) if self.ids else ()
+        return TokenizedRows(tokens, offsets, self.prompt_lengths[rows], ids)
 
 
 def default_cache_dir() -> Path:
@@ -70,13 +75,15 @@ def tokenize_cached(
     if path.exists():
         try:
             with np.load(path) as arrays:
-                return TokenizedRows(arrays["tokens"], arrays["offsets"], arrays["prompt_lengths"])
+                ids = tuple(problem.id for problem in problems)
+                return TokenizedRows(arrays["tokens"], arrays["offsets"], arrays["prompt_lengths"], ids)
         except Exception as error:  # a damaged zip file raises a dozen kinds, depending on the byte
             logger.warning("token cache %s is damaged (%s): tokenising again", path, error)
     rows = tokenize(progress(problems, "tokenising", "rows"), tokenizer, template)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: np.savez(file, **dataclasses.asdict(rows)))
+        arrays = {"tokens": rows.tokens, "offsets": rows.offsets, "prompt_lengths": rows.prompt_lengths}
+        write_atomically(path, lambda file: np.savez(file, **arrays))
     except OSError as error:  # the cache saves time, nothing else
         logger.warning("the tokens cannot be cached: %s", error)
     return rows
@@ -86,11 +93,13 @@ def tokenize(problems: Iterable[Problem], tokenizer: Tokenizer, template: Templa
     """Each problem as BOS, prompt, response, EOS."""
     pieces: list[list[int]] = []
     prompt_lengths: list[int] = []
+    ids: list[str] = []
     for problem in problems:
+        ids.append(problem.id)
         prompt = tokenizer.encode_prompt(template.render_prompt(problem.question))
         response = tokenizer.encode_response(template.render_response(problem.solution, problem.answer))
         pieces.append(prompt + response)
         prompt_lengths.append(len(prompt))
     offsets = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).astype(np.int64)
     tokens = np.fromiter((t for p in pieces for t in p), np.int32, count=int(offsets[-1]))
-    return TokenizedRows(tokens, offsets, np.asarray(prompt_lengths, np.int32))
+    return TokenizedRows(tokens, offsets, np.asarray(prompt_lengths, np.int32), tuple(ids))

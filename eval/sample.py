@@ -20,15 +20,15 @@ from data_pipeline.tasks import TASKS, Problem
 from data_pipeline.tasks import read_problems as read_task
 from data_pipeline.tokenizer import Tokenizer
 from eval.files import part_name, parts, read_problems, read_run
-from mathscale_jax.checkpoint import Checkpoint, fingerprint, open_checkpoint
+from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
+from mathscale_jax.checksums import fingerprint
 from mathscale_jax.sampler import ProblemSamples, Prompt, Sampler, SamplingSettings
 
 
 class SampleSettings(SamplingSettings):
     """`eval sample`: draws samples of a task's problems from a checkpoint."""
 
-    checkpoint: str = pydantic.Field(description="checkpoint folder, or a training run's folder")
-    step: int | None = pydantic.Field(None, description="step of the checkpoint; none takes the newest")
+    checkpoint: str = pydantic.Field(description="checkpoint or run folder; @STEP or @best behind it, else the newest")
     task: str = pydantic.Field(description=f"one of {', '.join(TASKS)}")
     split: str = pydantic.Field("test", description="split of the task")
     source: str | None = pydantic.Field(None, description="file of rows; none takes the task's public source")
@@ -46,7 +46,7 @@ def sample(settings: SampleSettings) -> epath.Path:
     out = epath.Path(settings.out)
     make_folder(out / "samples", "--out")
     problems = read_task(settings.task, settings.split, settings.source)[: settings.num_problems]
-    checkpoint = open_checkpoint(settings.checkpoint, settings.step)
+    checkpoint = open_checkpoint(settings.checkpoint)
     logger.info("loading %s as %s", checkpoint.name, settings.dtype)
     sampler = Sampler.of(checkpoint, settings.dtype)
     prompts = [_prompt(problem, checkpoint) for problem in problems]

@@ -1,27 +1,23 @@
-"""What a run says of itself: metrics.jsonl, tokens per second, MFU."""
+"""What a run says of itself: metrics.jsonl, TensorBoard, tokens per second, MFU, where the time goes."""
 
+import contextlib
 import json
 import math
+import sys
+import threading
 import time
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
 from data_pipeline.files import write_text
-from mathscale_jax.config import ModelConfig
-
-# Dense bf16 FLOP/s of one device, from the makers' data sheets, by a part of jax's device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
+from data_pipeline.settings import UsageError
+from mathscale_jax.chips import chip_of
+from mathscale_jax.config import ModelConfig, ProfileSettings
+from mathscale_jax.processes import is_primary
 
 
 def flops_per_token(config: ModelConfig, context: int) -> float:
@@ -31,30 +27,61 @@ def flops_per_token(config: ModelConfig, context: int) -> float:
 
 def peak_flops_per_device() -> float | None:
     """Peak of the devices at hand; None where it is not known (CPUs)."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+    chip = chip_of(jax.devices()[0].device_kind)
+    return None if chip is None else chip.peak_flops
 
 
 class MetricsLog:
-    """metrics.jsonl of a run: one JSON object a logged step. Lines after `resumed_step` are cut off."""
+    """metrics.jsonl of a run, and TensorBoard's events if wanted. Process 0 writes, the others do nothing.
 
-    def __init__(self, path: epath.Path, resumed_step: int):
-        self._path, self._remote = path, "://" in str(path)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    One JSON object a line, each with its step. Lines after `resumed_step` are cut off.
+    Raises UsageError where TensorBoard is wanted and its writer is not installed.
+    """
+
+    def __init__(self, directory: epath.Path, resumed_step: int, tensorboard: bool = False):
+        self._path, self._remote = directory / "metrics.jsonl", "://" in str(directory)
+        self._events = _tensorboard_writer(directory / "tensorboard", resumed_step) if tensorboard else None
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
         self._lines = [line for line in lines if _step_of(line) <= resumed_step]
-        write_text(path, "".join(self._lines))
+        if is_primary():
+            write_text(self._path, "".join(self._lines))
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a line; on an object store, which cannot append, it appears at the next flush."""
+        if not is_primary():
+            return
         self._lines.append(json.dumps(record) + "\n")
         if not self._remote:
             with self._path.open("a") as file:
                 file.write(self._lines[-1])
+        if self._events is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._events.add_scalar(name, value, record["step"])
 
     def flush(self) -> None:
-        """Makes everything written so far visible on an object store."""
-        if self._remote:
+        """Makes everything written so far visible on an object store, and to TensorBoard."""
+        if self._remote and is_primary():
             write_text(self._path, "".join(self._lines))
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flushes, and ends TensorBoard's file."""
+        self.flush()
+        if self._events is not None:
+            self._events.close()
+
+
+def _tensorboard_writer(directory: epath.Path, resumed_step: int) -> Any:
+    try:
+        import tensorboardX  # heavy, and only for those who want it
+    except ImportError as error:
+        raise UsageError(
+            "tensorboard=true needs tensorboardX: pip install 'mathscale-jax[tensorboard]', or leave it out"
+        ) from error
+    # What an earlier run wrote after the step that this one goes on from is purged by TensorBoard itself.
+    return tensorboardX.SummaryWriter(str(directory), purge_step=resumed_step + 1) if is_primary() else None
 
 
 def _step_of(line: str) -> float:
@@ -65,29 +92,132 @@ def _step_of(line: str) -> float:
 
 
 class Throughput:
-    """Rates since the last `read`: of tokens that hold an example, and of all positions for MFU."""
+    """Rates since the last `read`, and where the time went: waiting for data, checkpoints, validation, steps.
+
+    MFU is model FLOPs of `flops_per_token` (6 N + 12 L d T, nothing off for causality), over all positions of the
+    batch, a second of step time and device / the device's peak in bf16.
+    """
 
     def __init__(self, config: ModelConfig, context: int):
         self._flops_per_token = flops_per_token(config, context)
         self._peak = peak_flops_per_device()
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Starts counting anew: after the first step, which compiles."""
         self._since = time.monotonic()
-        self.data_wait_s = 0.0
-        self._tokens = self._positions = 0
+        self._spent = {"data_wait": 0.0, "checkpoint": 0.0, "validation": 0.0}
+        self._tokens = self._positions = self._steps = 0
+
+    @contextlib.contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """Books the time inside to "data_wait", "checkpoint" or "validation"."""
+        started = time.monotonic()
+        yield
+        self._spent[what] += time.monotonic() - started
 
     def add(self, tokens: int, positions: int) -> None:
         """A step over `positions` of which `tokens` hold an example is finished."""
         self._tokens += tokens
         self._positions += positions
+        self._steps += 1
 
     def read(self) -> dict[str, float | None]:
-        """tokens_per_second, mfu (None where the peak is unknown) and data_wait_s since the last read."""
+        """Rates and seconds a step since the last read; None where no step was counted or the peak is not known."""
         elapsed = time.monotonic() - self._since
+        # Checkpoints and validation are told apart; their time is not the steps', waiting for data is.
+        stepping = elapsed - self._spent["checkpoint"] - self._spent["validation"]
+        if not self._steps or stepping <= 0:
+            return dict.fromkeys(self.KEYS)
         mfu = None
         if self._peak is not None:
-            mfu = self._positions * self._flops_per_token / elapsed / (self._peak * jax.device_count())
-        rates = {"tokens_per_second": self._tokens / elapsed, "mfu": mfu, "data_wait_s": self.data_wait_s}
-        self._reset()
+            mfu = self._positions * self._flops_per_token / stepping / (self._peak * jax.device_count())
+        rates = {
+            "tokens_per_second": self._tokens / stepping,
+            "tokens_per_second_per_device": self._tokens / stepping / jax.device_count(),
+            "mfu": mfu,
+            "step_s": stepping / self._steps,
+            "data_wait_s": self._spent["data_wait"] / self._steps,
+            "compute_s": (stepping - self._spent["data_wait"]) / self._steps,
+            "checkpoint_s": self._spent["checkpoint"] / self._steps,
+        }
+        self.reset()
         return rates
+
+    KEYS = (
+        "tokens_per_second",
+        "tokens_per_second_per_device",
+        "mfu",
+        "step_s",
+        "data_wait_s",
+        "compute_s",
+        "checkpoint_s",
+    )
+
+
+class Watchdog:
+    """Prints the stack of every thread to stderr when `alive` was not called for `minutes`, again and again.
+
+    The run goes on: a step may only be slow. Use as a context manager; None never prints.
+    """
+
+    def __init__(self, minutes: float | None):
+        self._seconds = None if minutes is None else 60 * minutes
+        self._woken, self._ended = threading.Event(), False
+        # Not faulthandler's own timer: it reads the frames of running threads, and can crash the process.
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def alive(self) -> None:
+        """A step has ended."""
+        self._woken.set()
+
+    def _watch(self) -> None:
+        while not self._ended:
+            if not self._woken.wait(self._seconds) and not self._ended:
+                self._print_stacks()
+            self._woken.clear()
+
+    def _print_stacks(self) -> None:
+        assert self._seconds is not None  # without a limit, waiting never times out
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        lines = [f"no step has ended for {self._seconds / 60:g} minutes; the stacks of all threads:\n"]
+        for ident, frame in sys._current_frames().items():
+            lines += [f"thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame)]
+        print("".join(lines), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._woken.set()
+        self._thread.join()
+
+
+class Profile:
+    """Records the steps that the settings name into a folder that TensorBoard and Perfetto read."""
+
+    def __init__(self, settings: ProfileSettings | None, directory: epath.Path):
+        self._directory = directory
+        first = 0 if settings is None else settings.first_step  # steps count from 1: an empty window
+        self._window = range(first, first + (0 if settings is None else settings.num_steps))
+        self._recording = False
+
+    def before(self, step: int) -> None:
+        """Starts before the window's first step, or where a resumed run enters the window."""
+        if step in self._window and not self._recording:
+            jax.profiler.start_trace(str(self._directory))
+            self._recording = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Ends after the window's last step, whose `results` it waits for."""
+        if self._recording and step == self._window[-1]:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was recorded."""
+        if self._recording:
+            jax.profiler.stop_trace()
+            self._recording = False

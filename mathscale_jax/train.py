@@ -10,54 +10,67 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import time
+import shutil
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 
-from data_pipeline.cli import RunError, Stopped, StopSignal, logger, make_folder, run_command
-from data_pipeline.files import write_text
+from data_pipeline.cli import RunError, Stopped, StopSignal, add_flags, from_flags, logger, make_folder, run_command
+from data_pipeline.files import write_json, write_text
 from data_pipeline.loader import Batches, iterate, load_rows
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError, describe, load_settings, to_yaml, validated
 from data_pipeline.templates import load_template
 from data_pipeline.tokenized import TokenizedRows
 from data_pipeline.tokenizer import Tokenizer
-from mathscale_jax import model
-from mathscale_jax.checkpoint import Checkpoint, Meta, Writer, check_vocabulary, open_checkpoint, steps_in
-from mathscale_jax.config import ModelConfig, TrainSettings, changes_that_forbid_resume
-from mathscale_jax.mesh import make_mesh
+from mathscale_jax import lora, model
+from mathscale_jax.attention import with_backend
+from mathscale_jax.checkpoint import (
+    Checkpoint,
+    Meta,
+    check_vocabulary,
+    newest_whole,
+    open_checkpoint,
+    set_aside_after,
+    steps_in,
+)
+from mathscale_jax.checkpoint_writer import Writer
+from mathscale_jax.config import LoraSettings, ModelConfig, TrainSettings, changes_that_forbid_resume
+from mathscale_jax.mesh import check_batch, make_mesh
 from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
+from mathscale_jax.processes import Agreement, ProcessSettings, is_primary, rows_of_process, start_processes
 from mathscale_jax.step import (
     init_state,
+    make_summed_loss,
     make_train_step,
     param_shardings,
+    spec_shardings,
     state_shardings,
     to_devices,
 )
-from mathscale_jax.telemetry import MetricsLog, Throughput
+from mathscale_jax.telemetry import MetricsLog, Profile, Throughput, Watchdog
+from mathscale_jax.validation import LoopSampling, Validation
 
 
 def train(settings: TrainSettings) -> None:
     """Runs the whole training that `settings` describe, from wherever it stands.
 
-    Raises UsageError for what cannot be meant, before the first step; RunError for what went wrong;
-    Stopped where a signal ended it, with everything saved.
+    Every process of a run calls it. Raises UsageError for what cannot be meant, before the first step; RunError
+    for what went wrong; Stopped where a signal to any process ended it, with everything saved.
     """
     output_dir = epath.Path(settings.output_dir)
     checkpoint_dir = output_dir / "checkpoints"
 
     # ---- where the run stands: resume, or start from weights, or from scratch -------------------------------
-    if jax.process_count() > 1:
-        raise UsageError(f"{jax.process_count()} processes: training runs in one process, over all of its devices")
     _check_folder(output_dir)
     mesh = make_mesh(settings.mesh)
-    _check_batch(settings, mesh)
-    saved = open_checkpoint(settings.output_dir) if steps_in(checkpoint_dir) else None
-    base = open_checkpoint(settings.init_from) if settings.init_from is not None and saved is None else None
+    check_batch(settings.batch_size, settings.accumulation_steps, mesh)
+    saved = newest_whole(settings.output_dir, lambda _: None)[0] if steps_in(checkpoint_dir) else None
+    base = _base(settings, saved)
+    adapted = None if settings.lora is None or base is None else base.as_base()
     given = saved or base
 
     # ---- what the model is: architecture, tokenizer, chat template ------------------------------------------
@@ -66,6 +79,7 @@ def train(settings: TrainSettings) -> None:
     check_vocabulary(tokenizer, config, f"data.tokenizer {settings.data.tokenizer or '(from init_from)'}")
     template = load_template(settings.data.template) if settings.data.template or not given else given.meta.template
     shardings = param_shardings(config, mesh)
+    compute = with_backend(settings.compute, config, settings.data, mesh.devices.flat[0].platform)
 
     # ---- input pipeline -------------------------------------------------------------------------------------
     rows = load_rows(settings.data, tokenizer, template)
@@ -76,6 +90,7 @@ def train(settings: TrainSettings) -> None:
         seed=settings.seed,
         num_steps=settings.num_steps,
         num_epochs=settings.num_epochs,
+        rows_of_process=rows_of_process(mesh, settings.batch_size),
     )
     logger.info(
         "%d examples in %d rows of %d tokens, %.1f %% filled; %d steps of %d rows are %.2f epochs",
@@ -87,114 +102,185 @@ def train(settings: TrainSettings) -> None:
         settings.batch_size,
         settings.num_epochs or len(batches) * settings.batch_size / batches.bins_per_epoch,
     )
+    validation = Validation(settings, tokenizer, template, mesh) if settings.validation else None
+    sampling = LoopSampling(settings, config, tokenizer, template) if settings.samples else None
 
     # ---- state ----------------------------------------------------------------------------------------------
     schedule = learning_rate_schedule(settings.optimizer, len(batches))
     optimizer = make_optimizer(settings.optimizer, schedule)
-    all_shardings = state_shardings(shardings, optimizer, mesh, config)
+    trained_shardings = shardings
+    if settings.lora is not None:
+        trained_shardings = spec_shardings(lora.adapter_specs(config, settings.lora), mesh)
+    all_shardings = state_shardings(trained_shardings, optimizer, mesh)
     if saved is not None:
-        assert saved.meta.training is not None  # `_check_folder` has refused imported weights
-        _check_resume(saved, saved.meta.training, settings, rows, len(batches))
+        _check_resume(saved, settings, rows, len(batches))
         if saved.step == len(batches):
             logger.info("all %d steps are done: nothing to do", saved.step)
             return
+        saved, state = newest_whole(settings.output_dir, lambda c: c.restore_state(all_shardings, optimizer))
+        set_aside_after(saved)
         logger.info("resuming %s", saved.name)
-        before = saved.meta.training["num_steps"]
-        if before != len(batches):
+        first_step, origin = saved.step, _training(saved)["origin"]
+        if _training(saved)["num_steps"] != len(batches):
             logger.warning(
-                "%d steps instead of %d: the learning rate follows the new length from here", len(batches), before
+                "%d steps instead of %d: the learning rate follows the new length from here",
+                len(batches),
+                _training(saved)["num_steps"],
             )
-        state, first_step = saved.restore_state(all_shardings, optimizer), saved.step
-        origin = saved.meta.training["origin"]
-    elif base is not None:
-        logger.info("starting from the weights of %s (%s)", base.name, base.meta.lineage)
-        state, first_step = init_state(base.restore_params(shardings), optimizer, all_shardings), 0
-        origin = base.meta.lineage
     else:
-        logger.info("starting from random weights")
-        params = jax.jit(lambda: model.init(config, settings.seed), out_shardings=shardings)()
-        state, first_step = init_state(params, optimizer, all_shardings), 0
-        origin = "random weights"
+        _check_room(output_dir, settings, config)
+        params, first_step = _first_params(settings, config, base, trained_shardings), 0
+        state = init_state(params, optimizer, all_shardings)
+        origin = "random weights" if base is None else base.meta.lineage
+    # What LoRA leaves as it is: kept in the dtype it computes in.
+    frozen: tuple[model.Params, ...] = ()
+    if adapted is not None and base is not None:
+        frozen = (base.restore_params(shardings, settings.compute.dtype),)
     training = {
         "settings": settings.model_dump(mode="json"),
         "num_steps": len(batches),
         "rows_sha256": rows.sha256,
         "origin": origin,
     }
-    meta = Meta(config, template, tokenizer.sha256, lineage=origin, training=training)
-    write_text(output_dir / "config.yaml", to_yaml(settings))
-    metrics_log = MetricsLog(output_dir / "metrics.jsonl", first_step)
+    meta = Meta(config, template, tokenizer.sha256, origin, training, lora=settings.lora, base=adapted)
+    if is_primary():
+        write_text(output_dir / "config.yaml", to_yaml(settings))
 
     # ---- loop -----------------------------------------------------------------------------------------------
     step_fn = make_train_step(
-        config, settings.compute, optimizer, schedule, all_shardings, mesh, settings.accumulation_steps
+        config,
+        compute,
+        optimizer,
+        schedule,
+        all_shardings,
+        mesh,
+        settings.accumulation_steps,
+        compiler_options=settings.compiler_options,
+        lora_settings=settings.lora,
+        seed=settings.seed,
     )
+    summed_loss = make_summed_loss(config, compute, mesh, settings.lora)
     logger.info(
-        "training %.3g M parameters on %d %s device(s), mesh %s; compiling the first step",
-        config.num_parameters / 1e6,
+        "training %.3g M parameters on %d %s device(s) of %d process(es), mesh %s, attention by %s; "
+        "compiling the first step",
+        sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6,
         jax.device_count(),
         jax.devices()[0].platform,
+        jax.process_count(),
         dict(mesh.shape),
+        compute.attention,
     )
     throughput = Throughput(config, settings.data.context)
     positions = settings.batch_size * settings.data.context
+    agree = Agreement(mesh)
     with (
         StopSignal() as stop,
         contextlib.closing(iterate(batches, first_step, settings.data.prefetch)) as host_batches,
+        contextlib.closing(MetricsLog(output_dir, first_step, settings.tensorboard)) as metrics_log,
+        contextlib.closing(Profile(settings.profile, output_dir / "profile")) as profile,
         Writer(checkpoint_dir, settings.checkpoint, tokenizer) as writer,
         Progress(len(batches), "training", "steps", done=first_step) as bar,
+        Watchdog(settings.watchdog_minutes) as watchdog,
         jax.set_mesh(mesh),
         jax.transfer_guard("disallow"),
     ):
         last_loss = math.nan
         pending = None  # the last step's metrics are read while the next step runs
 
-        def finish(step: int, device_metrics: dict[str, jax.Array]) -> None:
+        def finish(step: int, device_metrics: dict[str, jax.Array], stop_code: jax.Array | int) -> int:
+            """Logs a step that was started, and returns the exit code that any process was asked to stop with, or 0."""
             values = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
             if not math.isfinite(values["loss"] + values["grad_norm"]):
-                raise RunError(
-                    f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; it is not saved. "
-                    "Lower optimizer.learning_rate in another output_dir, from the beginning or from the last "
-                    f"step saved (init_from={settings.output_dir})"
-                )
+                raise RunError(_say_not_finite(settings, step, values, batches, rows))
             nonlocal last_loss
             last_loss = values["loss"]
-            throughput.add(values["tokens"], positions)
-            bar.update(1, f"loss {values['loss']:.3f}")
+            watchdog.alive()
+            if step == first_step + 1:
+                throughput.reset()  # its time was the compiler's
+            else:
+                throughput.add(values["tokens"], positions)
+            bar.update(1, f"loss {last_loss:.3f}")
             if step % settings.log_every == 0 or step == len(batches):
                 metrics_log.write({"step": step, **values, **throughput.read()})
                 writer.check()
+            return int(jax.device_get(stop_code))
 
         for step in range(first_step + 1, len(batches) + 1):
-            waited_from = time.monotonic()
-            batch = to_devices(next(host_batches), mesh)
-            throughput.data_wait_s += time.monotonic() - waited_from
-            state, device_metrics = step_fn(state, batch)
-            if pending is not None:
-                finish(*pending)
-            pending = (step, device_metrics)
-            exit_code = stop.exit_code  # read once: a signal may come at any time
-            if step % settings.checkpoint.every == 0 or step == len(batches) or exit_code is not None:
-                finish(*pending)
+            with throughput.spending("data_wait"):
+                batch = to_devices(next(host_batches), mesh, settings.batch_size)
+            profile.before(step)
+            state, device_metrics = step_fn(state, batch, *frozen)
+            profile.after(step, device_metrics)
+            exit_code = finish(*pending) if pending is not None else 0
+            pending = (step, device_metrics, agree(stop.exit_code or 0))
+            last = step == len(batches)
+            saving = step % settings.checkpoint.every == 0 or last
+            validating = validation if validation and (saving or validation.due(step)) else None
+            answering = sampling if sampling and (last or sampling.due(step)) else None
+            if saving or validating or answering or exit_code:
+                exit_code = finish(*pending) or exit_code
                 pending = None
-                lineage = f"trained {step} steps from {origin}"
-                writer.save(step, state.params, dataclasses.replace(meta, lineage=lineage), state.optimizer)
+            validation_loss = None
+            if validating:
+                with throughput.spending("validation"), jax.transfer_guard("allow"):
+                    validation_loss = validating.loss(summed_loss, state.params, *frozen)
+                metrics_log.write({"step": step, "validation_loss": validation_loss})
+                logger.info("step %d: validation loss %.4f", step, validation_loss)
+            if answering:
+                with throughput.spending("validation"), jax.transfer_guard("allow"):
+                    accuracy = answering.answer(step, _computing_weights(state.params, frozen, settings.lora))
+                metrics_log.write({"step": step, "sample_accuracy": accuracy})
+            if saving or exit_code:
+                with throughput.spending("checkpoint"):
+                    lineage = f"trained {step} steps from {origin}"
+                    here = dataclasses.replace(meta, lineage=lineage, validation_loss=validation_loss)
+                    writer.save(step, state.params, here, state.optimizer)
                 metrics_log.flush()
-            if exit_code is not None and step < len(batches):
+            if exit_code and not last:
                 writer.close()
                 raise Stopped(f"stopped after step {step}, which is saved; the same command goes on", exit_code)
     logger.info("done: step %d with loss %.3f, saved in %s", len(batches), last_loss, checkpoint_dir)
 
 
-def _check_batch(settings: TrainSettings, mesh: Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = settings.batch_size // settings.accumulation_steps
-    if rows % parts:
+def _base(settings: TrainSettings, saved: Checkpoint | None) -> Checkpoint | None:
+    """The weights a run starts from: a full fine-tuning needs them once, an adapter always, and always the same."""
+    if saved is not None:
+        return saved.open_base() if saved.meta.lora is not None else None
+    return None if settings.init_from is None else open_checkpoint(settings.init_from)
+
+
+def _check_room(output_dir: epath.Path, settings: TrainSettings, config: ModelConfig) -> None:
+    """Raises UsageError where the disk has no room for the first checkpoint. Object stores are not asked."""
+    if "://" in str(output_dir) or settings.lora is not None:
+        return
+    bytes_each = 4 + 2 * (4 if settings.optimizer.state_dtype == "float32" else 2)
+    needed, free = bytes_each * config.num_parameters, shutil.disk_usage(output_dir).free
+    if needed > free:
         raise UsageError(
-            f"batch_size={settings.batch_size} / accumulation_steps={settings.accumulation_steps} = {rows} rows "
-            f"cannot be split over mesh.data*mesh.fsdp={parts} devices; make batch_size a multiple of "
-            f"{parts * settings.accumulation_steps}"
+            f"output_dir={output_dir} has {free / 1e9:.1f} GB free, and one checkpoint of weights and optimizer takes "
+            f"{needed / 1e9:.1f} GB: free some space or name another disk"
         )
+
+
+def _say_not_finite(
+    settings: TrainSettings, step: int, values: dict[str, Any], batches: Batches, rows: TokenizedRows
+) -> str:
+    """What to say of a step whose loss is NaN or infinite; the ids of its batch's examples go into a file."""
+    file = epath.Path(settings.output_dir) / f"not-finite-step-{step}.json"
+    if is_primary():
+        write_json(file, {"step": step, **values, "examples": [rows.ids[i] for i in batches.examples(step - 1)]})
+    return (
+        f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; it is not saved, and the ids "
+        f"of its examples are in {file}. Lower optimizer.learning_rate in another output_dir, from the beginning or "
+        f"from the last step saved (init_from={settings.output_dir})"
+    )
+
+
+def _computing_weights(
+    params: model.Params, frozen: tuple[model.Params, ...], settings: LoraSettings | None
+) -> model.Params:
+    """The weights that a training state computes with."""
+    return params if settings is None else lora.merge_all(frozen[0], params, settings)
 
 
 def _check_folder(output_dir: epath.Path) -> None:
@@ -225,9 +311,24 @@ def _tokenizer(settings: TrainSettings, given: Checkpoint | None) -> Tokenizer:
     return tokenizer
 
 
-def _check_resume(
-    saved: Checkpoint, training: dict[str, Any], settings: TrainSettings, rows: TokenizedRows, num_steps: int
-) -> None:
+def _training(saved: Checkpoint) -> dict[str, Any]:
+    assert saved.meta.training is not None  # `_check_folder` has refused imported weights
+    return saved.meta.training
+
+
+def _first_params(settings: TrainSettings, config: ModelConfig, base: Checkpoint | None, shardings: Any) -> Any:
+    """What a new run trains: the weights of `base`, a new adapter, or random weights."""
+    if base is None:
+        logger.info("starting from random weights")
+        return jax.jit(partial(model.init, config, settings.seed), out_shardings=shardings)()
+    logger.info("starting from the weights of %s (%s)", base.name, base.meta.lineage)
+    if settings.lora is None:
+        return base.restore_params(shardings)
+    return jax.jit(partial(lora.init, config, settings.lora, settings.seed), out_shardings=shardings)()
+
+
+def _check_resume(saved: Checkpoint, settings: TrainSettings, rows: TokenizedRows, num_steps: int) -> None:
+    training = _training(saved)
     changes = changes_that_forbid_resume(validated(TrainSettings, training["settings"], saved.name), settings)
     if training["rows_sha256"] != rows.sha256 and not changes:
         changes = ["data: the tokenised examples are not the ones the run began with"]
@@ -250,8 +351,12 @@ def _main(argv: Sequence[str] | None) -> None:
     )
     parser.add_argument("--config", required=True, metavar="YAML", help="settings of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a setting of the file")
+    group = parser.add_argument_group("several processes", "found without these on TPU pods and under Slurm")
+    add_flags(group, ProcessSettings)
     arguments = parser.parse_args(argv)
-    train(load_settings(TrainSettings, arguments.config, arguments.overrides))
+    settings = load_settings(TrainSettings, arguments.config, arguments.overrides)
+    start_processes(from_flags(ProcessSettings, arguments))
+    train(settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test, and the fixtures that more than one file uses."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,6 +9,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import pytest
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what compiles for TPUs where their compiler is missing."""
+    if item.get_closest_marker("tpu") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: make test-tpu")
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def settings(**changes):
     return DataSettings(**({"sources": [{"task": "jsonl", "path": "-"}], "context": 16} | changes))
 
 
-def make_batches(rows, batch_size=4, seed=0, num_epochs=1, rows_of_process=slice(None), num_steps=None, **changes):
+def make_batches(rows, batch_size=4, seed=0, num_epochs=1, rows_of_process=None, num_steps=None, **changes):
     return Batches(
         rows,
         settings(**changes),
@@ -187,7 +187,7 @@ def test_rows_of_several_processes_together_are_the_global_batch(layout):
     whole = make_batches(rows, batch_size=6, num_epochs=2, layout=layout)
     for cuts in ([0, 3, 6], [0, 2, 4, 6], [0, 1, 6]):
         parts = [
-            make_batches(rows, batch_size=6, num_epochs=2, layout=layout, rows_of_process=slice(start, stop))
+            make_batches(rows, batch_size=6, num_epochs=2, layout=layout, rows_of_process=range(start, stop))
             for start, stop in itertools.pairwise(cuts)
         ]
         assert all(len(part) == len(whole) for part in parts)

@@ -17,7 +17,8 @@ PROBLEMS = [Problem("a", "Ann has 3 pens.", "3 + 1 = 4", "4"), Problem("b", "Ben
 
 
 def assert_same(actual, expected):
-    for field in dataclasses.fields(TokenizedRows):
+    assert actual.ids == expected.ids
+    for field in dataclasses.fields(TokenizedRows)[:3]:
         got, wanted = getattr(actual, field.name), getattr(expected, field.name)
         assert got.dtype == wanted.dtype
         np.testing.assert_array_equal(got, wanted)

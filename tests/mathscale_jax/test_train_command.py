@@ -1,12 +1,13 @@
 """What a user can get wrong is said in one message with exit code 2, before any step."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from small_run import run, write_config
 
 from data_pipeline.settings import UsageError, load_settings
-from mathscale_jax.config import TrainSettings
+from mathscale_jax.config import OptimizerSettings, TrainSettings
 from mathscale_jax.train import train
 
 CONFIGS = sorted(path.name for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -77,3 +78,36 @@ def test_every_config_is_valid_and_its_header_holds_its_command(name: str) -> No
     header = (Path(__file__).parents[2] / "configs" / name).read_text().partition("\n\n")[0]
     assert f"python -m mathscale_jax.train --config configs/{name}" in header
     assert settings.output_dir in header
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_said_before_any_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and two moments in float32 take 12 bytes a parameter, 8 with moments in bfloat16."""
+    settings = load_settings(TrainSettings, str(write_config(tmp_path)), ["mesh.fsdp=8", "num_steps=1"])
+    needed = 12 * settings.model.num_parameters
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(UsageError, match=r"output_dir=.* GB free, and one checkpoint .* takes 0\.0 GB"):
+        train(settings)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed * 8 // 12))
+    train(settings.model_copy(update={"optimizer": OptimizerSettings(state_dtype="bfloat16")}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"lora": {"targets": ["attn"]}}, "attn match no matrix of the model; allowed: q_proj, k_proj"),
+        ({"lora": {}}, "lora adapts trained weights: it needs init_from"),
+        ({"lora": {"dropout": 1.0}}, "lora.dropout=1.0"),
+        ({"validation": {"sources": []}}, "validation.sources"),
+        ({"optimizer": {"state_dtype": "float16"}}, "optimizer.state_dtype='float16'"),
+        ({"compute": {"remat": "some"}}, "compute.remat='some'"),
+        ({"watchdog_minutes": 0}, "watchdog_minutes=0"),
+    ],
+)
+def test_a_mistake_in_a_group_is_named(tmp_path: Path, changes: dict, told: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_settings(TrainSettings, str(write_config(tmp_path, **changes)))
+    assert told in str(refused.value)

@@ -1,0 +1,103 @@
+"""What is looked at while training: the loss on problems that are not trained on, and answers to a few of them."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from data_pipeline.answers import extract_number, numbers_equal
+from data_pipeline.cli import logger
+from data_pipeline.files import write_json_lines
+from data_pipeline.loader import Batches, load_rows
+from data_pipeline.settings import UsageError
+from data_pipeline.tasks import read_problems
+from data_pipeline.templates import Template
+from data_pipeline.tokenizer import Tokenizer
+from mathscale_jax import model
+from mathscale_jax.config import ModelConfig, TrainSettings
+from mathscale_jax.processes import is_primary, rows_of_process
+from mathscale_jax.sampler import Prompt, Sampler, SamplingSettings
+from mathscale_jax.step import SummedLoss, to_devices
+
+
+class Validation:
+    """The loss over every example of `settings.validation`, each counted once: sum of NLL / number of tokens."""
+
+    def __init__(self, settings: TrainSettings, tokenizer: Tokenizer, template: Template, mesh: Mesh):
+        assert settings.validation is not None
+        data = settings.data.model_copy(update={"sources": settings.validation.sources})
+        self._every = settings.validation.every
+        self._num_rows = settings.batch_size // settings.accumulation_steps
+        self._mesh = mesh
+        self._batches = Batches(
+            load_rows(data, tokenizer, template),
+            data,
+            batch_size=self._num_rows,
+            seed=0,
+            num_epochs=1,
+            rows_of_process=rows_of_process(mesh, self._num_rows),
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether it is this step's turn by the settings; checkpoints are validated besides."""
+        return step % self._every == 0
+
+    def loss(self, summed_loss: SummedLoss, trained: Any, frozen: Any = None) -> float:
+        """The mean NLL of a token in nats, under the weights of a training state. Call it inside `jax.set_mesh`."""
+        total, tokens = 0.0, 0
+        for step in range(len(self._batches)):
+            on_devices = to_devices(self._batches[step], self._mesh, self._num_rows)
+            nll, count = jax.device_get(summed_loss(trained, frozen, on_devices))
+            total, tokens = total + float(nll), tokens + int(count)
+        return total / tokens
+
+
+class LoopSampling:
+    """Answers to the first problems of a dataset, drawn with the weights of a training state on its mesh.
+
+    The texts of a step are samples/step-<n>.jsonl in the run's folder.
+    """
+
+    def __init__(self, settings: TrainSettings, config: ModelConfig, tokenizer: Tokenizer, template: Template):
+        assert settings.samples is not None
+        wanted, source = settings.samples, settings.samples.source
+        self._config, self._tokenizer, self._dtype = config, tokenizer, settings.compute.dtype
+        self._folder, self._every = epath.Path(settings.output_dir) / "samples", wanted.every
+        self._problems = read_problems(source.task, source.split, source.path)[: wanted.num_problems]
+        self._prompts = [
+            Prompt(problem.id, tokenizer.encode_prompt(template.render_prompt(problem.question)))
+            for problem in self._problems
+        ]
+        self._sampling = SamplingSettings(
+            num_samples=wanted.num_samples, temperature=wanted.temperature, max_tokens=wanted.max_tokens
+        )
+        for prompt in self._prompts:
+            if len(prompt.tokens) >= config.max_context:
+                raise UsageError(
+                    f"samples.source: problem {prompt.problem_id!r} has a prompt of {len(prompt.tokens)} tokens, the "
+                    f"model's context is {config.max_context}; name another dataset"
+                )
+
+    def due(self, step: int) -> bool:
+        """Whether it is this step's turn by the settings."""
+        return step % self._every == 0
+
+    def answer(self, step: int, params: model.Params) -> float:
+        """Draws, writes the texts, and returns the share of right answers. Call it inside `jax.set_mesh`."""
+        sampler = Sampler(self._config, params, eos_id=self._tokenizer.eos_id, dtype=self._dtype)
+        rows = []
+        for problem, drawn in zip(self._problems, sampler.sample(self._prompts, self._sampling), strict=True):
+            for sample_id, tokens in enumerate(drawn.tokens):
+                text = self._tokenizer.decode(tokens.tolist())
+                answer = extract_number(text).answer
+                right = answer is not None and numbers_equal(answer, problem.answer)
+                told = {"problem_id": problem.id, "sample_id": sample_id, "question": problem.question}
+                rows.append({**told, "text": text, "answer": answer, "gold": problem.answer, "correct": right})
+        accuracy = float(np.mean([row["correct"] for row in rows]))
+        if is_primary():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json_lines(self._folder / f"step-{step}.jsonl", rows)
+        logger.info("step %d: %.0f %% of %d sampled answers are right", step, 100 * accuracy, len(rows))
+        return accuracy
