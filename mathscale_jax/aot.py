@@ -1,0 +1,162 @@
+"""Ahead of time: the programs of training and sampling compiled by libtpu for a slice that is not here.
+
+Everything is lowered over abstract arrays, so a 70B step needs no more memory than its compilation.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from data_pipeline.settings import UsageError
+from mathscale_jax import lora, model
+from mathscale_jax.attention import with_backend
+from mathscale_jax.chips import Topology
+from mathscale_jax.config import ComputeSettings, ModelConfig, TrainSettings
+from mathscale_jax.mesh import check_batch, largest_mesh, sharding_of
+from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
+from mathscale_jax.sampler import decode
+from mathscale_jax.sampler.draw import Draws, SamplingSettings
+from mathscale_jax.step import TrainState, make_train_step, param_shardings, spec_shardings, state_shardings
+
+# Of the planned decode step: the rows and lengths of a usual evaluation.
+DECODE_PROMPT, DECODE_RESPONSE = 256, 512
+
+
+def devices_of(topology: Topology) -> list[jax.Device]:
+    """The slice's devices, which can be compiled for and nothing else. Raises UsageError where libtpu is missing."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError("planning needs libtpu, the TPU compiler: pip install 'mathscale_jax[tpu]'")
+    jax.config.update("jax_platforms", "cpu")  # or jax would look for a TPU in this machine
+    # libtpu asks a TPU VM's metadata server, and locks the chips, unless told that there is nothing of the kind.
+    nowhere = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # of the host; what is compiled for is named below
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+    for name, value in nowhere.items():
+        os.environ.setdefault(name, value)
+    try:
+        options = topology.chip.topology_options
+        description = topologies.get_topology_desc(topology.name, platform="tpu", **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UsageError(f"--topology {topology.name}: {str(error).splitlines()[0]}") from error
+    return list(description.devices)
+
+
+def lower_train_step(settings: TrainSettings, config: ModelConfig, mesh: Mesh) -> Any:
+    """The training step over abstract arrays. Raises UsageError where model or batch cannot be split over the mesh."""
+    check_batch(settings.batch_size, settings.accumulation_steps, mesh)
+    schedule = learning_rate_schedule(settings.optimizer, settings.num_steps or 1000)
+    optimizer = make_optimizer(settings.optimizer, schedule)
+    compute = with_backend(settings.compute, config, settings.data, "tpu")
+    every_spec = model.param_specs(config)
+    specs = every_spec if settings.lora is None else lora.adapter_specs(config, settings.lora)
+    shardings = state_shardings(spec_shardings(specs, mesh), optimizer, mesh)
+    state = jax.eval_shape(
+        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)),
+        _abstract(specs, jnp.float32),
+    )
+    frozen: tuple[Any, ...] = ()
+    if settings.lora is not None:
+        frozen = (_with_shardings(_abstract(every_spec, compute.dtype), param_shardings(config, mesh)),)
+    rows = jax.ShapeDtypeStruct(
+        (settings.batch_size, settings.data.context), jnp.int32, sharding=sharding_of(mesh, ("batch", None))
+    )
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), rows)
+    batch["loss_mask"] = rows.update(dtype=jnp.bool_)
+    step: Any = make_train_step(
+        config, compute, optimizer, schedule, shardings, mesh, settings.accumulation_steps,
+        compiler_options=settings.compiler_options, lora_settings=settings.lora, seed=settings.seed,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        return step.lower(_with_shardings(state, shardings), batch, *frozen)
+
+
+def compile_sampler(config: ModelConfig, devices: Sequence[jax.Device]) -> tuple[Mesh, dict[str, Any]]:
+    """The sampler's prefill of one prompt, and its decode step with the default number of samples, compiled.
+
+    The sampler leaves the places of its caches to the compiler, so each program takes what the one before gives.
+    """
+    mesh = largest_mesh(config, devices)
+    compute = ComputeSettings(remat="none")
+    params = _with_shardings(_abstract(model.param_specs(config), jnp.bfloat16), param_shardings(config, mesh))
+    settings = SamplingSettings()
+
+    def replicated(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding_of(mesh, ()))
+
+    prefill = decode.prefill.lower(config, compute, params, replicated(DECODE_PROMPT), replicated()).compile()
+    prefix = _with_shardings(prefill.out_info, prefill.output_shardings)
+    start = decode.start.lower(config, prefix, settings.num_samples, DECODE_RESPONSE).compile()
+    state = _with_shardings(start.out_info, start.output_shardings)
+    key = jax.eval_shape(lambda: Draws(0).problem_key("")).update(sharding=sharding_of(mesh, ()))
+    step = decode.decode_chunk.lower(
+        config, compute, params, prefix, state, key, replicated(settings.num_samples), replicated(),
+        num_steps=1, temperature=settings.temperature, top_p=settings.top_p, eos_id=2,
+    )  # fmt: skip
+    return mesh, {"prefill": prefill, "decode": step.compile()}
+
+
+def _abstract(specs: Any, dtype: Any) -> Any:
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype),
+        specs,
+        is_leaf=lambda x: isinstance(x, model.ParamSpec),
+    )
+
+
+def _with_shardings(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Of one device, in bytes."""
+
+    capacity: float
+    peak: float
+    arguments: float | None = None  # these four are unknown where the compiler gave up
+    aliased: float | None = None
+    outputs: float | None = None
+    temporaries: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak lies within what the chip gives a program."""
+        return self.peak <= self.capacity
+
+
+def memory_of(compiled: Any, topology: Topology) -> Memory:
+    """What libtpu's memory analysis of a compiled program says."""
+    stats = compiled.memory_analysis()
+    code = stats.generated_code_size_in_bytes
+    peak = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return Memory(
+        capacity=topology.chip.hbm_bytes,
+        peak=max(peak + stats.temp_size_in_bytes, stats.peak_memory_in_bytes) + code,
+        arguments=stats.argument_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+    )
+
+
+def memory_of_failure(error: Exception, topology: Topology) -> Memory:
+    """The same from the compiler's refusal, which names what is needed and what there is. Re-raises other errors."""
+    sizes = re.findall(r"([\d.]+)([KMG])", str(error).partition("HBM")[2] or str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error) or not sizes:
+        raise error
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return Memory(topology.chip.hbm_bytes, peak=max(float(size) * units[unit] for size, unit in sizes))
