@@ -6,9 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-SOURCES := mathscale_jax data_pipeline eval configs tests setup.py
+SOURCES := mathscale_jax data_pipeline eval benchmarks configs tests setup.py
 
-.PHONY: demo test parity lint format types constraints clean
+.PHONY: demo test test-tpu parity plan bench lint format types constraints clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m data_pipeline prepare demo --out $(DEMO)/data
@@ -21,9 +21,21 @@ demo: $(VENV)/.core
 test: $(VENV)/.dev
 	$(BIN)/pytest -n 2 -m "not torch"
 
+# What compiles for TPUs, with the real compiler and no TPU; it is half a gigabyte, so `make test` does not ask for it.
+test-tpu: $(VENV)/.tpu
+	$(BIN)/pytest -m tpu
+
 # Live comparison with transformers, and the whole loop on a checkpoint that transformers wrote.
 parity: $(VENV)/.torch
 	$(BIN)/pytest -m torch
+
+# The planned figures of every TPU config, in its header and in benchmarks/results/.
+plan: $(VENV)/.tpu
+	$(BIN)/python -m benchmarks.plan
+
+# Our training step against PyTorch's on this machine; what was measured elsewhere: benchmarks/results/.
+bench: $(VENV)/.torch
+	$(BIN)/python -m benchmarks.train --out runs/benchmarks
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -55,6 +67,11 @@ $(VENV)/.dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 $(VENV)/.torch: $(VENV)/.dev
 	@echo "Installing torch and transformers into $(VENV) (once)"
 	@$(BIN)/pip install -q -c constraints.txt -e '.[dev,torch]'
+	@touch $@
+
+$(VENV)/.tpu: $(VENV)/.dev
+	@echo "Installing the TPU compiler into $(VENV) (once; 700 MB)"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev,tpu]'
 	@touch $@
 
 # Pins every extra for Python 3.11 and newer. Run after changing a dependency in pyproject.toml.

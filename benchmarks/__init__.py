@@ -1,0 +1,1 @@
+"""What is measured, and results/<model>_<hardware>_<date>.md."""

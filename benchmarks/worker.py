@@ -1,0 +1,113 @@
+"""A contestant in a process of its own, so that its threads, its allocator and its failure are its own."""
+
+import dataclasses
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 120.0  # what a process may take at least to start: it imports jax or torch
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")
+
+
+class WorkerFailed(Exception):
+    """The contestant cannot be measured; the message is what its row says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What each contestant's process gets: time for a call, cores (None: all), additions to its environment."""
+
+    seconds: float
+    cores: int | None
+    environment: dict[str, str]
+
+
+class Worker:
+    """`factory(*arguments)` made in a new process, whose methods `call` runs there. Use as a context manager.
+
+    `limits` say what the process may use. A call that takes longer than its time ends the process.
+    """
+
+    def __init__(self, factory: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits):
+        self._time_limit = limits.seconds
+        context = multiprocessing.get_context("spawn")
+        self._connection, child = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child, factory, arguments, limits), daemon=True)
+        self._process.start()
+        child.close()  # so that the end of the process ends `recv` here
+
+    def __enter__(self) -> "Worker":
+        try:
+            self._answer(max(self._time_limit, START_SECONDS))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The result of the method. Raises WorkerFailed."""
+        self._connection.send((method, arguments))
+        return self._answer(self._time_limit)
+
+    def close(self) -> None:
+        """Ends the process and waits for it, which frees its memory."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _answer(self, seconds: float) -> Any:
+        if not self._connection.poll(seconds):
+            raise WorkerFailed(f"over the time limit of {seconds:g} s")
+        try:
+            kind, value = self._connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            self._process.join()
+            raise WorkerFailed(f"its process died (exit code {self._process.exitcode})") from error
+        if kind == "failed":
+            raise WorkerFailed(value)
+        return value
+
+
+def _serve(connection: Any, factory: Callable[..., Any], arguments: tuple[Any, ...], limits: Limits) -> None:
+    os.environ.update(limits.environment)
+    if limits.cores is not None:  # both libraries make as many threads as they may use cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: limits.cores])
+    try:
+        contestant = factory(*arguments)
+        connection.send(("done", None))
+        while True:
+            method, method_arguments = connection.recv()
+            connection.send(("done", getattr(contestant, method)(*method_arguments)))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except BaseException as error:  # whatever it is, it is a row of the table
+        text = f"{type(error).__name__}: {error}"
+        if any(mark in text for mark in _OUT_OF_MEMORY):
+            connection.send(("failed", "out of memory"))
+            return
+        traceback.print_exc()
+        connection.send(("failed", (text.strip().splitlines() or [""])[0][:200]))
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process's own memory that is resident (RssAnon): no file mappings, which mislead. 0 off Linux."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def busy_cpu_seconds() -> float | None:
+    """CPU seconds that all processes of this machine have used; None off Linux."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, interrupts, soft_interrupts, *_ = map(int, stat.read_text().split("\n")[0].split()[1:])
+    return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,175 @@
+"""The benchmarks run, at tiny sizes, and say what they must: the numbers themselves are no test's business."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_run import environment, run
+
+from benchmarks.peers import Measurement
+from benchmarks.rounds import Contestant, Row, cpu_ratio, measure, ratios
+from benchmarks.train import BenchmarkSettings, check_losses, contestants_of
+from benchmarks.worker import Limits, Worker, WorkerFailed
+from data_pipeline.cli import RunError
+from data_pipeline.settings import UsageError
+from data_pipeline.tokenizer import train_tokenizer
+
+TINY = ("--models", "demo", "--rows", "2", "--context", "64", "--loss-chunk", "32", "--rounds", "2", "--steps", "1")
+LIMITS = Limits(seconds=60, cores=None, environment={})
+
+
+def gsm8k_rows(folder: Path) -> tuple[str, str]:
+    """Forty short problems in GSM8K's layout, and a tokenizer for them."""
+    lines = [
+        json.dumps({"question": f"{a} and {b}?", "answer": f"{a} + {b} = <<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"})
+        for a in range(8)
+        for b in range(5)
+    ]
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(lines, 310).model)
+    return str(folder / "rows.jsonl.gz"), str(folder / "tokenizer.model")
+
+
+def results(folder: Path) -> dict[str, Any]:
+    (file,) = folder.glob("*.json")
+    return json.loads(file.read_text())
+
+
+class Sleeper:
+    """A contestant whose step takes as long as it says."""
+
+    def __init__(self, seconds: float, fails: str | None = None):
+        self._seconds, self._fails = seconds, fails
+
+    def run(self, num_steps: int) -> Measurement:
+        if self._fails == "memory":
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+        if self._fails == "death":
+            os._exit(7)
+        if self._fails == "time":
+            time.sleep(60)
+        return Measurement(self._seconds * num_steps, 2 * self._seconds * num_steps, [1.0] * num_steps)
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "cpu", "num_devices": 1, "peak_flops": None}
+
+    def peak_memory(self) -> int:
+        return 2**30
+
+
+def sleeper(name: str, seconds: float, fails: str | None = None, tokens: int = 10) -> Contestant:
+    return Contestant(name, "padded", Sleeper, (seconds, fails), positions=100, tokens=tokens)
+
+
+def measured(*contestants: Contestant, together: bool = True, limits: Limits = LIMITS) -> list[Row]:
+    return measure(contestants, warmup_steps=1, rounds=3, steps=2, together=together, patience=0, limits=limits)
+
+
+def test_a_variant_that_fails_is_a_row_and_not_the_end() -> None:
+    limits = Limits(seconds=2, cores=1, environment={})
+    contestants = [sleeper(name, 1.0, name) for name in ("memory", "death", "time")] + [sleeper("well", 0.5)]
+    memory, death, late, well = measured(*contestants, together=False, limits=limits)
+    assert memory.failure == "out of memory"
+    assert death.failure == "its process died (exit code 7)"
+    assert late.failure == "over the time limit of 2 s"
+    assert well.failure is None and well.step_seconds == [0.5] * 3 and well.peak_memory == 2**30
+
+
+def test_rates_and_ratios_are_those_computed_by_hand() -> None:
+    slow, fast = measured(sleeper("slow", 2.0, tokens=50), sleeper("fast", 0.5, tokens=100))
+    assert (slow.positions_per_second, slow.tokens_per_second) == (50, 25)
+    assert (fast.positions_per_second, fast.tokens_per_second) == (200, 200)
+    assert ratios(fast, slow) == [8.0] * 3
+    assert cpu_ratio(fast, slow) == 8.0
+
+
+def test_a_worker_says_what_its_contestant_could_not_do() -> None:
+    with Worker(Sleeper, (1.0,), LIMITS) as worker:
+        assert worker.call("run", 3).seconds == 3.0
+        with pytest.raises(WorkerFailed, match="has no attribute 'walk'"):
+            worker.call("walk")
+
+
+def test_contestants_that_compute_something_else_are_not_compared() -> None:
+    rows = [Row(sleeper("a", 1), first_losses=[2.0, 1.9]), Row(sleeper("b", 1), first_losses=[2.0, 1.9 * 1.01])]
+    check_losses(rows, "bfloat16")
+    with pytest.raises(RunError, match=r"a has the losses .* and b .* do not compute the same"):
+        check_losses(rows, "float32")
+
+
+def test_every_combination_of_the_lists_is_a_variant() -> None:
+    settings = BenchmarkSettings(models="demo", peers="ours", remat="none,full", scan_unroll="1,3", context=64)
+    settings = settings.model_copy(update={"loss_chunk": (32,)})
+    names = [contestant.name for contestant in contestants_of(settings, "demo")]
+    assert names == [f"ours, remat {r}, scan_unroll {u}" for r in ("none", "full") for u in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(models="huge"), "models='huge' is unknown; allowed: small"),
+        (dict(layouts="packed"), "layouts=packed needs data"),
+        (dict(data="rows.jsonl"), "data and tokenizer go together"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BenchmarkSettings(**flags)
+
+
+def test_a_context_that_the_model_cannot_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="--context 1024 is longer than demo's max_context=512"):
+        contestants_of(BenchmarkSettings(models="demo", context=1024), "demo")
+
+
+@pytest.mark.slow
+def test_packed_against_padded_counts_the_tokens_of_examples(tmp_path: Path) -> None:
+    data, tokenizer = gsm8k_rows(tmp_path)
+    flags = (*TINY, "--peers", "ours", "--layouts", "padded,packed", "--data", data, "--tokenizer", tokenizer)
+    flags = (*flags, "--context", "256")
+    done = run("benchmarks.train", *flags, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    padded, packed = results(tmp_path / "out")["rows"]
+    assert padded["contestant"] == "ours, padded" and packed["contestant"] == "ours, packed"
+    assert padded["positions_per_step"] == packed["positions_per_step"] == 2 * 256
+    assert packed["tokens_per_step"] > 3 * padded["tokens_per_step"]
+    for row in (padded, packed):
+        assert 0 < row["tokens_per_second_per_device"] < row["positions_per_second_per_device"]
+    assert len(packed["times_reference"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_torch_and_we_train_alike_and_both_have_a_row(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    done = run("benchmarks.train", *TINY, "--peers", "torch,torch-recompute,ours", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    rows = {row["contestant"]: row for row in results(tmp_path / "out")["rows"]}
+    assert set(rows) == {"torch", "torch-recompute", "ours"}
+    for row in rows.values():  # three warm-up steps: so the optimizers did the same as well
+        np.testing.assert_allclose(row["first_losses"], rows["ours"]["first_losses"], rtol=1e-4)
+        assert len(row["step_seconds"]) == 2 and row["peak_memory"] > 2**20
+    (report,) = (tmp_path / "out").glob("*.md")
+    assert all(
+        text in report.read_text() for text in ("python -m benchmarks.train", "| torch ", "load average", "torch 2.")
+    )
+
+
+@pytest.mark.slow
+def test_the_input_pipeline_is_measured(tmp_path: Path) -> None:
+    data, tokenizer = gsm8k_rows(tmp_path)
+    command = [sys.executable, "-m", "benchmarks.input_pipeline", "--data", data, "--tokenizer", tokenizer]
+    command += ["--rows", "2", "--context", "64", "--steps", "9", "--rate", "10000", "--out", str(tmp_path / "out")]
+    environment_here = {**environment(), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment_here, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    values = results(tmp_path / "out")
+    assert values["examples"] == 40 and values["step_seconds"] == pytest.approx(2 * 64 / 10_000)
+    assert values["wait_share"] >= 0 and values["positions_per_second"] > 0
