@@ -173,9 +173,14 @@ def _report(compiled: Any, topology: Topology, mesh: Mesh, in_kernels: float) ->
             "one_by_one_seconds": roofline.one_by_one,
             "bound": roofline.bound,
         },
-        "kernels": {"names": sorted(set(cost.opaque_kernels)), "flops_by_formula": in_kernels},
+        "kernels": {"names": sorted({_kernel_name(k) for k in cost.opaque_kernels}), "flops_by_formula": in_kernels},
         "loops_of_unknown_length": sorted(set(cost.unknown_loops)),
     }
+
+
+def _kernel_name(op_name: str) -> str:
+    """What the kernel was called, of the whole path of calls to it."""
+    return op_name.removesuffix("/pallas_call").rpartition("/")[2]
 
 
 def _speed(
@@ -207,10 +212,16 @@ def _advice(settings: TrainSettings, config: ModelConfig, mesh: Mesh, topology: 
         advice.append(f"accumulation_steps={settings.accumulation_steps * rows}: {rows} rows a device at once now")
     if settings.compute.loss_chunk > 128:
         advice.append("compute.loss_chunk=128: fewer logits at a time")
-    state = 16 * config.num_parameters / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    bytes_each = 16
+    if settings.optimizer.state_dtype == "bfloat16":
+        bytes_each = 12
+    else:
+        saved = 4 * config.num_parameters / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+        advice.append(f"optimizer.state_dtype=bfloat16: moments take {saved / GIB:.1f} GiB a device less")
+    state = bytes_each * config.num_parameters / (mesh.shape["fsdp"] * mesh.shape["tensor"])
     advice.append(
         f"more devices in mesh.fsdp (now {mesh.shape['fsdp']}) or mesh.tensor (now {mesh.shape['tensor']}): weights, "
-        f"moments and gradients in float32 take {state / GIB:.1f} of {topology.chip.hbm_bytes / GIB:.1f} GiB a device"
+        f"moments and gradients take {state / GIB:.1f} of {topology.chip.hbm_bytes / GIB:.1f} GiB a device"
     )
     return advice
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import yaml
 
 from data_pipeline.__main__ import DemoData, prepare_demo
+from data_pipeline.settings import load_settings
+from mathscale_jax.config import TrainSettings
+from mathscale_jax.train import train
 
 NUM_STEPS = 48  # enough that a test can still kill the process in mid-run
 
@@ -61,6 +64,11 @@ def run(module: str, *arguments: str, devices: int = 1, **options: object) -> su
         timeout=300,
         **options,
     )  # type: ignore[call-overload]
+
+
+def train_here(config: Path, *overrides: str) -> None:
+    """The training command in this process, on its eight devices. Raises what the command would report."""
+    train(load_settings(TrainSettings, str(config), overrides))
 
 
 def environment(devices: int = 1) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,18 +35,25 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["words and numbers 0123456789 for a few merges", "words again"], vocab_size=320)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """Steps 1, 2 and 3 of a training state."""
+    folder = tmp_path_factory.mktemp("saved")
     mesh = make_mesh(MeshSettings(fsdp=4, tensor=2))
     shardings = state_shardings(param_shardings(CONFIG, mesh), OPTIMIZER, mesh)
     params = jax.jit(lambda: model.init(CONFIG, 0), out_shardings=shardings.params)()
     state = init_state(params, OPTIMIZER, shardings)
-    with Writer(epath.Path(tmp_path), CheckpointSettings(keep=3), tokenizer) as writer:
+    with Writer(epath.Path(folder), CheckpointSettings(keep=3), tokenizer) as writer:
         for step in (1, 2, 3):
             meta = Meta(CONFIG, Template(), tokenizer.sha256, "random weights", training={})
             writer.save(step, state.params, meta, state.optimizer)
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, saved: Path) -> Path:
+    """A copy of them to damage."""
+    return shutil.copytree(saved, tmp_path / "run")
 
 
 def restore(folder: Path, mesh: MeshSettings | None = None) -> tuple[int, model.Params]:

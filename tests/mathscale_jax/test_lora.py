@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from small_run import run, write_config
+from small_run import train_here, write_config
 
+from data_pipeline.settings import UsageError
 from mathscale_jax import lora, model
 from mathscale_jax.checkpoint import open_checkpoint
 from mathscale_jax.config import ComputeSettings, LoraSettings, MeshSettings, ModelConfig
+from mathscale_jax.convert.__main__ import export_hf
 from mathscale_jax.mesh import make_mesh
 from mathscale_jax.model import LowRank, project
 from mathscale_jax.step import spec_shardings
@@ -34,6 +36,7 @@ def random_adapter(settings: LoraSettings) -> model.Params:
     return treedef.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
 
 
+@jax.jit
 def hidden(params: model.Params, adapter: object = None) -> jax.Array:
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 3, 64)
     positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
@@ -101,29 +104,30 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_lora_run_trains_its_adapter_alone_saves_it_alone_and_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_lora_run_trains_its_adapter_alone_saves_it_alone_and_goes_on_exactly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "mathscale")
     base, tuned, other = tmp_path / "base", tmp_path / "tuned", tmp_path / "other"
     for folder in (base, tuned, other):
         folder.mkdir()
-    assert run("mathscale_jax.train", "--config", str(write_config(base)), "num_steps=16").returncode == 0
+    train_here(write_config(base), "num_steps=16")
     changes = {
         "model": None,
         "init_from": str(base / "run"),
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "targets": ["q_proj", "v_proj", "down_proj"]},
-        "mesh": {"fsdp": 2, "tensor": 2},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
         "num_steps": 24,
         "checkpoint": {"every": 8},
     }
     whole, halved = write_config(tuned, **changes), write_config(other, **changes)
-    trained = run("mathscale_jax.train", "--config", str(whole), devices=4)
-    assert trained.returncode == 0, trained.stderr
+    train_here(whole)
     assert losses(tuned)[-1] < losses(tuned)[0] - 0.02
     # A run that ends at its second checkpoint and is begun again has the same losses, dropout included.
-    process = run("mathscale_jax.train", "--config", str(halved), devices=4)
-    assert process.returncode == 0
+    train_here(halved)
     (other / "run" / "checkpoints" / "24").rename(tmp_path / "away")
-    again = run("mathscale_jax.train", "--config", str(halved), devices=4)
-    assert "resuming" in again.stderr and losses(other) == losses(tuned)
+    train_here(halved)
+    assert f"resuming {other / 'run'} step 16" in caplog.text and losses(other) == losses(tuned)
 
     step = tuned / "run" / "checkpoints" / "24"
     assert (step / "adapter").exists() and not (step / "params").exists()
@@ -133,17 +137,16 @@ def test_a_lora_run_trains_its_adapter_alone_saves_it_alone_and_goes_on_exactly(
         changed = not np.array_equal(leaf, model.named_leaves(weights)[name])
         assert changed == (name in ("blocks.attention.query", "blocks.attention.value", "blocks.mlp.down")), name
     # The base goes on; the adapter still belongs to the step it was trained on, and is trained on that.
-    assert run("mathscale_jax.train", "--config", str(base / "config.yaml"), "num_steps=20").returncode == 0
-    more = run("mathscale_jax.train", "--config", str(whole), "num_steps=28", devices=4)
-    assert more.returncode == 0, more.stderr
+    train_here(base / "config.yaml", "num_steps=20")
+    train_here(whole, "num_steps=28")
     assert open_checkpoint(str(tuned / "run")).meta.base.step == 16
     # An adapter of an adapter is refused, and one whose base is gone.
     twice = write_config(other, **{**changes, "init_from": str(tuned / "run"), "output_dir": str(other / "twice")})
-    refused = run("mathscale_jax.train", "--config", str(twice), devices=4)
-    assert refused.returncode == 2 and "is an adapter: export it merged" in refused.stderr
+    with pytest.raises(UsageError, match="is an adapter: export it merged"):
+        train_here(twice)
     (base / "run").rename(base / "gone")
-    missing = run("mathscale_jax.convert", "export", str(tuned / "run"), str(tmp_path / "hf"), "--merge")
-    assert missing.returncode == 2 and "is an adapter of" in missing.stderr
+    with pytest.raises(UsageError, match="is an adapter of"):
+        export_hf(str(tuned / "run"), str(tmp_path / "hf"), merge=True)
 
 
 def test_targets_that_match_nothing_are_refused_and_named() -> None:

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from small_run import NUM_STEPS, command, environment, run, write_config
+from small_run import NUM_STEPS, command, environment, run, train_here, write_config
 
+from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
 from mathscale_jax.checkpoint import open_checkpoint
 
@@ -131,12 +132,13 @@ def test_a_finished_run_is_left_alone_and_a_changed_one_refused(tmp_path: Path) 
         ("num_steps=8", "num_steps: 8 are fewer than the 48 that are done"),
         ("data.layout=padded", "data.layout: 'packed' -> 'padded'"),
     ]:
-        refused = run(TRAIN, "--config", str(config), "num_steps=64", override)
-        assert refused.returncode == 2 and told in refused.stderr and "init_from" in refused.stderr
+        with pytest.raises(UsageError) as refused:
+            train_here(config, "num_steps=64", override)
+        assert told in str(refused.value) and "init_from" in str(refused.value)
     rows = tmp_path / "data" / "train.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
-    refused = run(TRAIN, "--config", str(config), "num_steps=64")
-    assert refused.returncode == 2 and "not the ones the run began with" in refused.stderr
+    changed = run(TRAIN, "--config", str(config), "num_steps=64")
+    assert changed.returncode == 2 and "not the ones the run began with" in changed.stderr
     assert losses(tmp_path) == before
 
 
@@ -182,8 +184,8 @@ def test_a_run_goes_on_without_the_weights_it_began_with_and_keeps_their_templat
     assert other.returncode == 0, other.stderr  # the same tokenizer, named
     text = (tuned / "data" / "train.jsonl").read_text()
     (tuned / "data" / "other.model").write_bytes(train_tokenizer([line[::-1] for line in text.splitlines()], 340).model)
-    refused = run(TRAIN, "--config", str(config), f"data.tokenizer={tuned}/data/other.model", "num_steps=28")
-    assert refused.returncode == 2 and "is not the tokenizer that" in refused.stderr
+    with pytest.raises(UsageError, match="is not the tokenizer that"):
+        train_here(config, f"data.tokenizer={tuned}/data/other.model", "num_steps=28")
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What the sampler draws: the right distribution, from the right randomness, as a plain forward pass would."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,10 +96,11 @@ def test_draws_depend_on_seed_problem_sample_and_position_only() -> None:
 
 def plain_greedy(config: ModelConfig, params: model.Params, prompt: list[int], count: int) -> list[int]:
     tokens = list(prompt)
+    logits = jax.jit(partial(model.logits, config))
     for _ in range(count):
         padded = np.zeros((1, 160), np.int32)
         padded[0, : len(tokens)] = tokens
-        tokens.append(int(np.argmax(model.logits(config, params, jnp.asarray(padded))[0, len(tokens) - 1])))
+        tokens.append(int(np.argmax(logits(params, jnp.asarray(padded))[0, len(tokens) - 1])))
         if tokens[-1] == EOS:
             break
     return tokens[len(prompt) :]

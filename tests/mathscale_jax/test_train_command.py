@@ -4,11 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from etils import epath
 from small_run import run, write_config
 
 from data_pipeline.settings import UsageError, load_settings
 from mathscale_jax.config import OptimizerSettings, TrainSettings
-from mathscale_jax.train import train
+from mathscale_jax.train import _check_room, train
 
 CONFIGS = sorted(path.name for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -92,7 +93,8 @@ def test_a_disk_without_room_for_one_checkpoint_is_said_before_any_step(
         train(settings)
     assert not (tmp_path / "run" / "checkpoints").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed * 8 // 12))
-    train(settings.model_copy(update={"optimizer": OptimizerSettings(state_dtype="bfloat16")}))
+    narrow = settings.model_copy(update={"optimizer": OptimizerSettings(state_dtype="bfloat16")})
+    _check_room(epath.Path(tmp_path), narrow, narrow.model)
 
 
 @pytest.mark.parametrize(
