@@ -87,8 +87,12 @@ def _for_platform(function: Callable[..., Any], window: int | None, *arrays: Arr
         return function(_Tile(largest(512), largest(512), window), *arrays)
 
     def row_by_row(*arrays: Array) -> Any:
-        # On CPUs, so that the scores of a tile stay in a core's cache: this is what makes it fast there.
-        tile = _Tile(largest(256 if group == 1 else 128), largest(128), window)
+        # On CPUs, so that the scores of a tile stay in a core's cache: this is what makes it fast there. Long rows
+        # have tiles large enough for two cores; in short ones these would hold too many scores that nobody reads.
+        queries, keys = (512, 256) if length % 512 == 0 else (256, 128)
+        tile = (
+            _Tile(largest(queries), largest(keys), window) if group == 1 else _Tile(largest(128), largest(128), window)
+        )
         return jax.lax.map(lambda row: jax.tree.map(lambda x: x[0], function(tile, *(x[None] for x in row))), arrays)
 
     return jax.lax.platform_dependent(*arrays, cpu=row_by_row, default=all_rows)

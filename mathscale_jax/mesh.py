@@ -140,11 +140,11 @@ def on_own_rows(
     matrix keeps its split over tensor, and `function` adds up over `tensor_axis` what that leaves in parts. The
     gradient of the matrix is summed over a device's own rows first, then scattered over fsdp, once: left to the
     partitioner, it crosses the network for every chunk of the loss, or stays whole on every device.
-    Without a mesh around it, or where the mesh does not divide the rows (a few samples drawn while training),
-    `function` is called plainly, with None for the axis.
+    Without a mesh around it, on a single device, or where the mesh does not divide the rows (a few samples drawn
+    while training), `function` is called plainly, with None for the axis.
     """
     mesh, split = jax.sharding.get_abstract_mesh(), partition_spec(*logical_axes)
-    if mesh.empty or rows[0].shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.empty or mesh.size == 1 or rows[0].shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return function(None, gather_over_fsdp(matrix, logical_axes), *rows)
 
     def local(matrix: jax.Array, *rows: jax.Array) -> jax.Array:

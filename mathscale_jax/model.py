@@ -48,14 +48,24 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...]
 
 
+# Cosines and sines of the rotary embedding, the same in every layer: [batch, length, 1, head_dim / 2] each.
+Rotation: TypeAlias = tuple[Array, Array]
+
+
+def rotation_of(positions: Int[Array, "batch length"], config: ModelConfig, dtype: Any) -> Rotation:
+    """By how much queries and keys turn at these positions; computed in float32, whatever the `dtype` asked for."""
+    half = config.head_dim // 2
+    frequencies = 1.0 / config.rope_theta ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
 def rotate(
-    x: Float[Array, "batch length heads head_dim"], positions: Int[Array, "batch length"], theta: float
+    x: Float[Array, "batch length heads head_dim"], rotation: Rotation
 ) -> Float[Array, "batch length heads head_dim"]:
     """Rotary embedding in the layout of the Hugging Face weights: dimension i turns with i + head_dim / 2."""
+    cos, sin = rotation
     half = x.shape[-1] // 2
-    frequencies = 1.0 / theta ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
@@ -117,7 +127,6 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         embed, head_dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        self.theta = config.rope_theta
         self.query = _matrix(rngs, (embed, heads, head_dim), ("embed", "heads", "head_dim"))
         self.key = _matrix(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
         self.value = _matrix(rngs, (embed, kv_heads, head_dim), ("embed", "kv_heads", "head_dim"))
@@ -126,13 +135,13 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length embed"],
-        positions: Int[Array, "batch length"],
+        rotation: Rotation,
         attend_fn: AttendFn,
         cache: Any,
         adapter: Adapter,
     ) -> tuple[Float[Array, "batch length embed"], Any]:
-        query = rotate(project(x, self.query[...], adapter.get("query")), positions, self.theta)
-        key = rotate(project(x, self.key[...], adapter.get("key")), positions, self.theta)
+        query = rotate(project(x, self.query[...], adapter.get("query")), rotation)
+        key = rotate(project(x, self.key[...], adapter.get("key")), rotation)
         value = project(x, self.value[...], adapter.get("value"))
         attended, stacked = attend_fn(query, key, value, cache)
         return project(attended, self.output[...], adapter.get("output")), stacked
@@ -165,13 +174,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length embed"],
-        positions: Int[Array, "batch length"],
+        rotation: Rotation,
         attend_fn: AttendFn,
         cache: Any,
         adapter: Mapping[str, Adapter],
     ) -> tuple[Float[Array, "batch length embed"], Any]:
         normed = self.attention_norm(x)
-        attended, stacked = self.attention(normed, positions, attend_fn, cache, adapter.get("attention", {}))
+        attended, stacked = self.attention(normed, rotation, attend_fn, cache, adapter.get("attention", {}))
         x = x + attended
         return x + self.mlp(self.mlp_norm(x), adapter.get("mlp", {})), stacked
 
@@ -183,6 +192,7 @@ class Llama(nnx.Module):
         def new_block(key: jax.Array) -> Any:
             return nnx.split(Block(config, nnx.Rngs(params=key)))[1]
 
+        self.config = config
         self.embedding = _matrix(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
         graphdef = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))[0]
         stacked = jax.vmap(new_block)(jax.random.split(rngs.params(), config.num_layers))
@@ -208,12 +218,13 @@ class Llama(nnx.Module):
 
         def run_block(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
             state, cache, adapter = layer
-            x, stacked = nnx.merge(graphdef, _gathered(state))(x, positions, attend_fn, cache, adapter)
+            x, stacked = nnx.merge(graphdef, _gathered(state))(x, rotation, attend_fn, cache, adapter)
             return constrain_rows(x), stacked
 
         # Looking up rows of a table split over fsdp would gather the whole batch; gather the table instead.
         x = on_own_rows(_look_up, self.embedding[...], ("vocab", "embed"), tokens)
         x = constrain_rows(x)
+        rotation = rotation_of(positions, self.config, x.dtype)
         x, stacked = jax.lax.scan(
             rematerialised(run_block, compute.remat), x, (layers, caches, adapter or {}), unroll=compute.scan_unroll
         )

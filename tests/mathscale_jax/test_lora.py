@@ -37,6 +37,11 @@ def random_adapter(settings: LoraSettings) -> model.Params:
 
 
 @jax.jit
+def new_params() -> model.Params:
+    return model.init(CONFIG, 0)
+
+
+@jax.jit
 def hidden(params: model.Params, adapter: object = None) -> jax.Array:
     tokens = jax.random.randint(jax.random.key(1), (2, 16), 3, 64)
     positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
@@ -45,7 +50,7 @@ def hidden(params: model.Params, adapter: object = None) -> jax.Array:
 
 @pytest.mark.parametrize("settings", [EVERYTHING, LoraSettings(targets=("o_proj",))], ids=["all", "o_proj"])
 def test_an_adapter_computes_what_its_merged_weights_do(settings: LoraSettings) -> None:
-    params, adapter = model.init(CONFIG, 0), random_adapter(settings)
+    params, adapter = new_params(), random_adapter(settings)
     apart = hidden(params, lora.low_ranks(adapter, settings))
     merged = hidden(lora.merge_all(params, adapter, settings))
     np.testing.assert_allclose(apart, merged, atol=1e-4 * np.abs(merged).max())
@@ -62,7 +67,7 @@ def test_merging_adds_alpha_over_rank_times_the_product() -> None:
 
 
 def test_a_new_adapter_changes_nothing_and_has_pefts_spread() -> None:
-    params, adapter = model.init(CONFIG, 0), lora.init(CONFIG, EVERYTHING, seed=0)
+    params, adapter = new_params(), lora.init(CONFIG, EVERYTHING, seed=0)
     np.testing.assert_array_equal(hidden(params, lora.low_ranks(adapter, EVERYTHING)), hidden(params))
     a = np.asarray(adapter["attention"]["query"]["a"])
     assert np.abs(a).max() <= 32**-0.5 and a.std() == pytest.approx(32**-0.5 / 3**0.5, rel=0.15)
