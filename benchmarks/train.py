@@ -147,10 +147,6 @@ def _variants(settings: BenchmarkSettings) -> list[tuple[ComputeSettings, str]]:
         "scan_unroll": settings.scan_unroll,
         "loss_chunk": settings.loss_chunk,
     }
-    if "attention" not in ComputeSettings.model_fields:
-        if settings.attention != ("auto",):
-            raise UsageError(f"--attention {','.join(settings.attention)}: this version has one attention only")
-        del lists["attention"]
     variants = []
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))

@@ -248,7 +248,8 @@ class Checkpoint:
         try:
             return read()
         except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
-            if is_disk_full(error) or "Out of memory" in str(error):
+            no_memory = re.search("out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE)
+            if no_memory or isinstance(error, MemoryError | PermissionError) or is_disk_full(error):
                 raise
             raise DamagedCheckpoint(
                 f"checkpoint {self.name} is damaged or incomplete and cannot be read: "
@@ -286,11 +287,11 @@ def steps_in(directory: epath.Path) -> list[int]:
 def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:
     """Opens a step of a checkpoint folder, or of the run folder that holds it.
 
-    `path` may end in @STEP or @best (the lowest validation loss); without it, and without `step`, the newest is
-    opened. Raises UsageError where there is none, or where the tokenizer beside it is not the one it was made with;
+    Without `step`, `path` may end in @STEP or @best (the lowest validation loss); else the newest is opened.
+    Raises UsageError where there is none, or where the tokenizer beside it is not the one it was made with;
     DamagedCheckpoint where its metadata cannot be read.
     """
-    folder, wanted = _split(path)
+    folder, wanted = _split(path) if step is None else (path, "")
     directory = _directory(folder)
     steps = steps_in(directory)
     if (directory / "config.json").exists():
@@ -300,7 +301,7 @@ def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:
             f"checkpoint {folder!r} holds no finished step; give a training run's folder, or what "
             "`python -m mathscale_jax.convert import` wrote"
         )
-    if wanted == "best" and step is None:
+    if wanted == "best":
         return _best([_open(folder, directory, step) for step in steps], folder)
     step = step if step is not None else int(wanted) if wanted else steps[-1]
     if step not in steps:
@@ -319,7 +320,9 @@ def newest_whole(path: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint
             return checkpoint, read(checkpoint)
         except DamagedCheckpoint as error:
             logger.warning("%s; the step before it is used instead", error)
-    raise DamagedCheckpoint(f"no step of {path} is whole: remove its checkpoints to begin anew")
+    raise DamagedCheckpoint(
+        f"no step of {path} could be read; what is wrong with each is said above. To begin anew, choose another folder"
+    )
 
 
 def set_aside_after(checkpoint: Checkpoint) -> None:

@@ -1,6 +1,8 @@
 """Writing checkpoints; see checkpoint.py for what lies in them."""
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,10 +15,37 @@ from data_pipeline.files import write_atomically
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import model
-from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, absolute, open_checkpoint, steps_in
+from mathscale_jax.checkpoint import TOKENIZER_FILE, DamagedCheckpoint, Meta, absolute, open_checkpoint, steps_in
 from mathscale_jax.checksums import checksums
 from mathscale_jax.config import CheckpointSettings
 from mathscale_jax.processes import is_primary
+
+
+@dataclasses.dataclass
+class _LowestLoss:
+    """Orbax's preservation policy for the `count` steps of the lowest validation loss.
+
+    Orbax's own forgets the losses of the steps that an earlier process saved; ours are in each step's metadata.
+    """
+
+    count: int
+    losses: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        known = [checkpoint.step for checkpoint in checkpoints if checkpoint.step in self.losses]
+        kept = sorted(known, key=lambda step: self.losses[step])[: self.count]
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _validation_losses(directory: epath.Path) -> dict[int, float]:
+    """Of the steps that are there already."""
+    losses = {}
+    for step in steps_in(directory):
+        with contextlib.suppress(DamagedCheckpoint):  # whoever reads that step will say so
+            loss = open_checkpoint(str(directory), step).meta.validation_loss
+            if loss is not None:
+                losses[step] = loss
+    return losses
 
 
 class Writer:
@@ -26,23 +55,18 @@ class Writer:
     """
 
     def __init__(self, directory: epath.Path, settings: CheckpointSettings, tokenizer: Tokenizer):
+        self._directory = directory = absolute(directory)
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(settings.keep)]
+        self._lowest_loss = _LowestLoss(settings.keep_best, _validation_losses(directory))
         if settings.keep_every is not None:
             kept.append(policies.EveryNSteps(settings.keep_every))
-        if settings.keep_best:
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: -metrics["validation_loss"],
-                n=settings.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-            kept.append(best)
+        kept.append(self._lowest_loss)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed run left half-written
         )
-        self._directory = directory = absolute(directory)
         self._manager = ocp.CheckpointManager(directory, options=options)
         # Always anew: a run that died before its first save may have left the tokenizer of other settings.
         if steps_in(directory) and open_checkpoint(str(directory)).tokenizer.sha256 != tokenizer.sha256:
@@ -62,8 +86,9 @@ class Writer:
             meta = dataclasses.replace(meta, checksums={item: checksums(arrays) for item, arrays in items.items()})
             args: dict[str, Any] = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
             args["meta"] = ocp.args.JsonSave(meta.to_json())
-            metrics = None if meta.validation_loss is None else {"validation_loss": meta.validation_loss}
-            started = self._manager.save(step, args=ocp.args.Composite(**args), metrics=metrics)
+            if meta.validation_loss is not None:
+                self._lowest_loss.losses[step] = meta.validation_loss
+            started = self._manager.save(step, args=ocp.args.Composite(**args))
         if not started:  # Orbax declines a step that is not newer than every folder it takes for one
             raise RunError(
                 f"step {step} was not saved: {self._directory} holds a folder of a later step; remove what is not yours"

@@ -51,6 +51,12 @@ def init(config: ModelConfig, settings: LoraSettings, seed: int) -> Params:
     return jax.tree_util.tree_map_with_path(array, specs, is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
+def num_parameters(config: ModelConfig, settings: LoraSettings) -> int:
+    """Of an adapter."""
+    specs = jax.tree.leaves(adapter_specs(config, settings), is_leaf=lambda x: isinstance(x, ParamSpec))
+    return sum(math.prod(spec.shape) for spec in specs)
+
+
 def low_ranks(adapter: Params, settings: LoraSettings, dropout_key: PRNGKeyArray | None = None) -> dict[str, Any]:
     """The adapter as the model takes it. With a `dropout_key` inputs are dropped, each layer and matrix its own."""
     low_ranks: dict[str, Any] = {}

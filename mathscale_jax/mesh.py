@@ -40,7 +40,8 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(settings, len(devices), devices[0].platform)
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    on_tpus = devices[0].platform == "tpu"  # of GPUs, each host has a slice_index of its own
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpus else 1
     if num_slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:

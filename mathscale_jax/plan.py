@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from data_pipeline.cli import RunError, logger, run_command
 from data_pipeline.files import write_json
 from data_pipeline.settings import UsageError, describe, load_settings
-from mathscale_jax import hlo, hlo_cost
+from mathscale_jax import hlo, hlo_cost, lora
 from mathscale_jax.aot import Memory, compile_sampler, devices_of, lower_train_step, memory_of, memory_of_failure
 from mathscale_jax.attention_kernels import splash_tiling
 from mathscale_jax.checkpoint import open_checkpoint
@@ -187,7 +187,8 @@ def _speed(
     step: dict[str, Any], settings: TrainSettings, config: ModelConfig, topology: Topology, num_devices: int
 ) -> dict[str, float]:
     tokens = settings.batch_size * settings.data.context / num_devices
-    formula = flops_per_token(config, settings.data.context)
+    adapter_parameters = None if settings.lora is None else lora.num_parameters(config, settings.lora)
+    formula = flops_per_token(config, settings.data.context, adapter_parameters)
 
     def at(seconds: float, name: str) -> dict[str, float]:
         rate = tokens / seconds

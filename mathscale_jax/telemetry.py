@@ -20,9 +20,15 @@ from mathscale_jax.config import ModelConfig, ProfileSettings
 from mathscale_jax.processes import is_primary
 
 
-def flops_per_token(config: ModelConfig, context: int) -> float:
-    """Training FLOPs of a token: 6 N for the weights, 12 L d T for attention (nothing off for causality)."""
-    return 6 * config.num_parameters + 12 * config.num_layers * config.num_heads * config.head_dim * context
+def flops_per_token(config: ModelConfig, context: int, adapter_parameters: int | None = None) -> float:
+    """Training FLOPs of a token: 6 N for the weights, 12 L d T for attention (nothing off for causality).
+
+    With an adapter, 4 N for the weights, which get no gradient, and 6 for each of the `adapter_parameters`.
+    """
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * context
+    if adapter_parameters is None:
+        return 6 * config.num_parameters + attention
+    return 4 * config.num_parameters + 6 * adapter_parameters + attention
 
 
 def peak_flops_per_device() -> float | None:
@@ -98,8 +104,8 @@ class Throughput:
     batch, a second of step time and device / the device's peak in bf16.
     """
 
-    def __init__(self, config: ModelConfig, context: int):
-        self._flops_per_token = flops_per_token(config, context)
+    def __init__(self, config: ModelConfig, context: int, adapter_parameters: int | None = None):
+        self._flops_per_token = flops_per_token(config, context, adapter_parameters)
         self._peak = peak_flops_per_device()
         self.reset()
 

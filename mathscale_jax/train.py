@@ -170,7 +170,8 @@ def train(settings: TrainSettings) -> None:
         dict(mesh.shape),
         compute.attention,
     )
-    throughput = Throughput(config, settings.data.context)
+    adapter_parameters = None if settings.lora is None else lora.num_parameters(config, settings.lora)
+    throughput = Throughput(config, settings.data.context, adapter_parameters)
     positions = settings.batch_size * settings.data.context
     agree = Agreement(mesh)
     with (

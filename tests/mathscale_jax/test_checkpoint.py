@@ -13,7 +13,7 @@ from data_pipeline.settings import UsageError
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from mathscale_jax import model
-from mathscale_jax.checkpoint import Meta, open_checkpoint
+from mathscale_jax.checkpoint import Meta, newest_whole, open_checkpoint, steps_in
 from mathscale_jax.checkpoint_writer import Writer
 from mathscale_jax.checksums import fingerprint
 from mathscale_jax.config import CheckpointSettings, MeshSettings, ModelConfig
@@ -60,6 +60,25 @@ def test_only_the_newest_steps_are_kept(saved: Path) -> None:
     assert open_checkpoint(str(saved), step=2).step == 2
     with pytest.raises(UsageError, match="no step 1; it has 2, 3"):
         open_checkpoint(str(saved), step=1)
+
+
+def test_the_best_step_is_kept_by_a_run_that_was_resumed(
+    tmp_path: Path, params: model.Params, tokenizer: Tokenizer
+) -> None:
+    """A second process must know the losses that the first one saved; @best is neither the newest nor the oldest."""
+    for sitting in ({1: 3.0, 2: 1.0, 3: 2.0}, {4: 4.0, 5: 5.0}, {6: 0.5, 7: 6.0}):
+        with Writer(epath.Path(tmp_path), CheckpointSettings(keep=1, keep_best=1), tokenizer) as writer:
+            for step, loss in sitting.items():
+                writer.save(step, params, Meta(CONFIG, Template(), tokenizer.sha256, "", validation_loss=loss))
+        best = 6 if 6 in sitting else 2
+        assert steps_in(epath.Path(tmp_path)) == sorted({best, max(sitting)})
+        assert open_checkpoint(f"{tmp_path}@best").step == best
+
+
+def test_a_folder_whose_name_ends_like_a_step_is_that_folder(tmp_path: Path, saved: Path) -> None:
+    named = tmp_path.with_name("run@2")
+    saved.rename(named)
+    assert newest_whole(str(named), lambda checkpoint: checkpoint.step)[1] == 3
 
 
 def test_weights_are_restored_onto_any_mesh(saved: Path, params: model.Params) -> None:

@@ -19,10 +19,10 @@ from data_pipeline.settings import load_settings
 from data_pipeline.tasks import read_problems
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer
-from mathscale_jax import model
+from mathscale_jax import lora, model
 from mathscale_jax import train as training
 from mathscale_jax.checkpoint import open_checkpoint, steps_in
-from mathscale_jax.config import ModelConfig, TrainSettings
+from mathscale_jax.config import LoraSettings, ModelConfig, TrainSettings
 from mathscale_jax.telemetry import MetricsLog, Throughput, Watchdog, flops_per_token
 
 TRAIN = "mathscale_jax.train"
@@ -214,7 +214,14 @@ def test_rates_are_tokens_over_the_time_of_steps_without_checkpoints(monkeypatch
 def test_flops_of_llama_2_7b_at_2048_are_those_counted_by_hand() -> None:
     # 6 x 6.738 G weights + 12 x 32 layers x 4096 wide x 2048 positions
     config = ModelConfig.model_validate({"preset": "llama2-7b"})
-    assert flops_per_token(config, 2048) == pytest.approx(6 * 6.738e9 + 12 * 32 * 4096 * 2048, rel=1e-3)
+    attention = 12 * 32 * 4096 * 2048
+    assert flops_per_token(config, 2048) == pytest.approx(6 * 6.738e9 + attention, rel=1e-3)
+    # An adapter of rank 8 on queries and values: 32 layers x 2 matrices x (4096 + 4096) x 8 weights; the frozen
+    # ones are multiplied forward and for the gradient of the activations, 2 FLOPs each.
+    settings = LoraSettings(rank=8, targets=("q_proj", "v_proj"))
+    assert lora.num_parameters(config, settings) == 32 * 2 * 8192 * 8
+    told = flops_per_token(config, 2048, lora.num_parameters(config, settings))
+    assert told == pytest.approx(4 * 6.738e9 + 6 * 32 * 2 * 8192 * 8 + attention, rel=1e-3)
 
 
 def test_metrics_after_the_resumed_step_are_cut_off(tmp_path: Path) -> None:

@@ -58,13 +58,18 @@ def test_matrices_are_split_over_fsdp_and_tensor_and_norms_are_not() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a mesh asks of a device, of a machine of several slices."""
+    """What a mesh asks of a device, of a machine of several slices of 2 x 2 chips."""
 
     id: int
     slice_index: int
     process_index: int = 0
-    platform: str = "gpu"
-    device_kind: str = "imagined"
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id // 2 % 2, self.id // 4, 0
 
 
 SLICES = [Device(id=number, slice_index=number % 2) for number in range(8)]  # dealt out, not in order
@@ -76,6 +81,14 @@ def test_the_data_axis_spans_slices_and_the_others_stay_inside_one() -> None:
     assert [{device.slice_index for device in replica.flat} for replica in mesh.devices] == [{0}, {1}]
     larger = make_mesh(MeshSettings(data=4, fsdp=2), SLICES).devices
     assert [{device.slice_index for device in replica.flat} for replica in larger] == [{0}, {0}, {1}, {1}]
+
+
+def test_hosts_of_gpus_are_not_slices() -> None:
+    """jax gives the GPUs of each host a slice_index of their own, and fsdp may span hosts."""
+    hosts = [Device(id=number, slice_index=number // 4, platform="gpu", device_kind="GPU") for number in range(8)]
+    assert [device.id for device in make_mesh(MeshSettings(), hosts).devices.flat] == list(range(8))
+    by_host = make_mesh(MeshSettings(data=2, fsdp=4), hosts).devices
+    assert [{device.slice_index for device in replica.flat} for replica in by_host] == [{0}, {1}]
 
 
 def test_a_data_axis_that_cannot_span_the_slices_is_refused() -> None:
