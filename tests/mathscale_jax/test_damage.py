@@ -130,7 +130,7 @@ def test_damaged_steps_are_set_aside_so_that_the_run_can_write_them_anew(folder:
 def test_no_whole_step_is_an_error(folder: Path) -> None:
     for step in (1, 2, 3):
         (folder / str(step) / "params").rename(folder / f"elsewhere-{step}")
-    with pytest.raises(DamagedCheckpoint, match=r"no step of .* is whole"):
+    with pytest.raises(DamagedCheckpoint, match=r"no step of .* could be read"):
         restore(folder)
 
 
