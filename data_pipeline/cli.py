@@ -36,6 +36,9 @@ class Stopped(Exception):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:  # the processes of a run tell each other of it
+        return Stopped, (str(self), self.exit_code)
+
 
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a request that a loop reads between two steps.

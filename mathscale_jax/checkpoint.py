@@ -11,6 +11,8 @@ itself before it was saved, and is compared after it is restored, whatever mesh 
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,11 +30,11 @@ from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import lora, model
 from mathscale_jax.checksums import array_checksum, digest
 from mathscale_jax.config import LORA_TARGETS, LoraSettings, ModelConfig
-from mathscale_jax.processes import any_process, is_primary
+from mathscale_jax.processes import all_or_none, from_primary, is_primary
 from mathscale_jax.step import TrainState
 
 TOKENIZER_FILE = "tokenizer.model"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 T = TypeVar("T")
 
 
@@ -75,7 +77,7 @@ class Meta:
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` reads back."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
+        tree = {
             "format_version": FORMAT_VERSION,
             **plain,
             "model": self.model.model_dump(mode="json"),
@@ -83,14 +85,18 @@ class Meta:
             "lora": None if self.lora is None else self.lora.model_dump(mode="json"),
             "base": None if self.base is None else dataclasses.asdict(self.base),
         }
+        return {**tree, "sha256": _sha256(tree)}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any], where: str) -> "Meta":
-        """Raises UsageError where the metadata was written by another version or is damaged."""
-        if tree.get("format_version") != FORMAT_VERSION:
+        """Raises UsageError where the metadata was written by another version, ValueError where it is damaged."""
+        version, sha256 = tree["format_version"], tree.pop("sha256", None)
+        if sha256 != _sha256(tree) and (version == FORMAT_VERSION or sha256 is not None):
+            raise ValueError("its metadata has changed since it was written")
+        if version != FORMAT_VERSION:
             raise UsageError(
-                f"checkpoint {where} has format version {tree.get('format_version')}; "
-                f"this program reads {FORMAT_VERSION}"
+                f"checkpoint {where} has format version {version}, this program reads {FORMAT_VERSION}: "
+                "export its weights with the version of mathscale_jax that wrote it, and import them with this one"
             )
         plain = {field.name: tree[field.name] for field in dataclasses.fields(cls)}
         return cls(
@@ -210,18 +216,12 @@ class Checkpoint:
 
     def _stored(self, item: str) -> dict[str, Any]:
         """What an item holds: name -> an object with shape and dtype."""
-        return dict(self._or_damaged(lambda: _HANDLER().metadata(self._folder / item).tree))
+        return dict(_or_damaged(self.name, lambda: _HANDLER().metadata(self._folder / item).tree))
 
     def _read(self, item: str, name: str, sharding: Any) -> jax.Array:
         """One array as it is stored, checked; on the first local device where `sharding` is None."""
-        array, error = None, None
-        try:
-            array = self._or_damaged(lambda: self._restore(item, name, sharding))
-        except RunError as failed:
-            error = failed
-        if any_process(error is not None):  # all go on to the checksum, which they compute together, or none
-            raise error or DamagedCheckpoint(f"checkpoint {self.name}: another process cannot read its {item} {name}")
-        assert array is not None
+        with all_or_none():  # go on to the checksum, which the processes compute together
+            array = _or_damaged(self.name, lambda: self._restore(item, name, sharding))
         expected = self.meta.checksums[item].get(name)
         if int(array_checksum(array)) != expected:
             raise DamagedCheckpoint(f"checkpoint {self.name} is damaged: the bits of its {item} {name} have changed")
@@ -244,20 +244,37 @@ class Checkpoint:
     def _folder(self) -> epath.Path:
         return self.directory / str(self.step)
 
-    def _or_damaged(self, read: Callable[[], T]) -> T:
-        try:
-            return read()
-        except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
-            no_memory = re.search("out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE)
-            if no_memory or isinstance(error, MemoryError | PermissionError) or is_disk_full(error):
-                raise
-            raise DamagedCheckpoint(
-                f"checkpoint {self.name} is damaged or incomplete and cannot be read: "
-                f"{type(error).__name__}: {first_line(error)}"
-            ) from error
-
 
 _HANDLER = ocp.PyTreeCheckpointHandler
+# What a disk or an object store says while it is out of order: nothing is known of the files then.
+_STORAGE_FAILS = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|UNAUTHENTICATED|PERMISSION_DENIED|"
+    "Input/output error|Stale file handle|timed out|[Cc]onnection"
+)
+
+
+def _or_damaged(where: str, read: Callable[[], T]) -> T:
+    """What `read` returns. Raises DamagedCheckpoint where files are at fault, RunError where the storage is."""
+    try:
+        return read()
+    except (UsageError, RunError):
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
+        said = f"{type(error).__name__}: {first_line(error)}"
+        no_memory = re.search("out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE)
+        if no_memory or isinstance(error, MemoryError | PermissionError) or is_disk_full(error):
+            raise
+        if isinstance(error, ConnectionError | TimeoutError) or _STORAGE_FAILS.search(str(error)):
+            raise RunError(
+                f"checkpoint {where} cannot be read: {said}\nthe storage is at fault and nothing was changed; "
+                "run the same command again when it works"
+            ) from error
+        raise DamagedCheckpoint(f"checkpoint {where} is damaged or incomplete and cannot be read: {said}") from error
+
+
+def _sha256(tree: dict[str, Any]) -> str:
+    """Of metadata, however its JSON is laid out."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _is_spec(x: Any) -> bool:
@@ -314,9 +331,12 @@ def newest_whole(path: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint
 
     Each damaged step that is passed over is named in a warning. Raises DamagedCheckpoint where none is whole.
     """
-    for step in reversed(steps_in(_directory(path))):
+    with all_or_none():
+        steps = steps_in(_directory(path))
+    for step in reversed(from_primary(steps)):  # a disk that processes share may show them different folders
         try:
-            checkpoint = open_checkpoint(path, step)
+            with all_or_none():
+                checkpoint = open_checkpoint(path, step)
             return checkpoint, read(checkpoint)
         except DamagedCheckpoint as error:
             logger.warning("%s; the step before it is used instead", error)
@@ -327,14 +347,14 @@ def newest_whole(path: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint
 
 def set_aside_after(checkpoint: Checkpoint) -> None:
     """Renames the steps after `checkpoint`, which are damaged, so that the run can write them anew."""
-    for step in steps_in(checkpoint.directory):
-        if step > checkpoint.step and is_primary():
-            damaged = checkpoint.directory / f"damaged-{step}"
-            if damaged.exists():
-                damaged.rmtree()
-            (checkpoint.directory / str(step)).rename(damaged)
-            logger.warning("step %d is kept as %s, for you to look at or remove", step, damaged)
-    any_process(False)  # the others wait for process 0
+    with all_or_none():  # the others wait for process 0
+        for step in steps_in(checkpoint.directory) if is_primary() else ():
+            if step > checkpoint.step:
+                damaged = checkpoint.directory / f"damaged-{step}"
+                if damaged.exists():
+                    damaged.rmtree()
+                (checkpoint.directory / str(step)).rename(damaged)
+                logger.warning("step %d is kept as %s, for you to look at or remove", step, damaged)
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -358,14 +378,11 @@ def _best(checkpoints: list[Checkpoint], path: str) -> Checkpoint:
 
 
 def _open(path: str, directory: epath.Path, step: int) -> Checkpoint:
-    where = f"{path} step {step}"
-    try:
-        tree = ocp.JsonCheckpointHandler().restore(directory / str(step) / "meta", ocp.args.JsonRestore())
-        meta = Meta.from_json(tree, where)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise DamagedCheckpoint(f"checkpoint {where} is damaged: its metadata cannot be read ({error})") from error
+    where, file = f"{path} step {step}", directory / str(step) / "meta"
+    meta = _or_damaged(
+        where,
+        lambda: Meta.from_json(ocp.JsonCheckpointHandler().restore(file, ocp.args.JsonRestore()), where),
+    )
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
     if tokenizer.sha256 != meta.tokenizer_sha256:
         raise UsageError(f"{directory / TOKENIZER_FILE} is not the tokenizer that {where} was made with")

@@ -185,7 +185,7 @@ def _kernel_name(op_name: str) -> str:
 
 def _speed(
     step: dict[str, Any], settings: TrainSettings, config: ModelConfig, topology: Topology, num_devices: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     tokens = settings.batch_size * settings.data.context / num_devices
     adapter_parameters = None if settings.lora is None else lora.num_parameters(config, settings.lora)
     formula = flops_per_token(config, settings.data.context, adapter_parameters)
@@ -198,6 +198,7 @@ def _speed(
         "tokens_per_step": settings.batch_size * settings.data.context,
         "flops_per_token_compiled": step["flops"] / tokens,
         "flops_per_token_formula": formula,
+        "formula": "6 N + 12 L d T" if adapter_parameters is None else "4 N + 12 L d T + 6 x the adapter's",
         **at(step["roofline"]["overlapped_seconds"], "overlapped"),
         **at(step["roofline"]["one_by_one_seconds"], "one_by_one"),
     }
@@ -315,11 +316,11 @@ def _si(value: float) -> str:
     return f"{value:.0f} "
 
 
-def _speed_lines(speed: dict[str, float]) -> list[str]:
+def _speed_lines(speed: dict[str, Any]) -> list[str]:
     compiled, formula = speed["flops_per_token_compiled"], speed["flops_per_token_formula"]
     return [
         f"  FLOPs a token       {_si(compiled)} compiled, recomputation included; {_si(formula)} by "
-        f"6 N + 12 L d T ({compiled / formula:.2f} times)",
+        f"{speed['formula']} ({compiled / formula:.2f} times)",
         f"  planned speed       at most {speed['tokens_per_second_per_device_overlapped']:.0f} tokens/s a device, MFU "
         f"{100 * speed['mfu_overlapped']:.1f} %; {speed['tokens_per_second_per_device_one_by_one']:.0f} and "
         f"{100 * speed['mfu_one_by_one']:.1f} % if nothing overlaps",

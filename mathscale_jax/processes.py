@@ -1,14 +1,21 @@
 """Several processes as one run: how they find each other, which rows each reads, how they agree to stop."""
 
+import contextlib
 import importlib.util
+import json
 import logging
 import os
+import pickle
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
@@ -16,6 +23,9 @@ from jaxtyping import Int
 from data_pipeline.cli import RunError, logger
 from data_pipeline.settings import Settings, UsageError
 from mathscale_jax.mesh import MESH_AXES, sharding_of
+
+# How long jax lets a process that ends with an error wait for the others, before it ends them all.
+_WHERE_ONE_FAILS: dict[str, Any] = {"shutdown_timeout_seconds": 30}
 
 
 class ProcessSettings(Settings):
@@ -44,9 +54,11 @@ def start_processes(settings: ProcessSettings | None = None) -> None:
     settings = settings or ProcessSettings()
     try:
         if settings.coordinator is not None:
-            jax.distributed.initialize(settings.coordinator, settings.num_processes, settings.process_id)
+            jax.distributed.initialize(
+                settings.coordinator, settings.num_processes, settings.process_id, **_WHERE_ONE_FAILS
+            )
         elif _on_several_slurm_tasks() or _on_tpu_vm():
-            jax.distributed.initialize()
+            jax.distributed.initialize(**_WHERE_ONE_FAILS)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes of this run did not find each other: {error}") from error
     if not is_primary():
@@ -58,11 +70,85 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def any_process(flag: bool) -> bool:
-    """Whether any process says so; each must call it at the same place, and waits for the others."""
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What fails inside on one process fails on all of them, with the error of the first that has one.
+
+    Each process must come to it at the same place, and waits for the others at its end; inside, none may wait for
+    another. Without it the others would wait for the one that failed until jax gives them up.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        own = error
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+        return
+    told = b"" if own is None else _pickled(own)
+    lengths = multihost_utils.process_allgather(np.int32(len(told)))
+    if not lengths.any():
+        return
+    buffer = np.zeros(lengths.max(), np.uint8)
+    buffer[: len(told)] = np.frombuffer(told, np.uint8)
+    first = int(np.argmax(lengths > 0))
+    pickled = np.asarray(multihost_utils.process_allgather(buffer))[first, : lengths[first]].tobytes()
+    if first == jax.process_index():
+        assert own is not None  # it told of one
+        raise own
+    raise pickle.loads(pickled) from own
+
+
+def from_primary(value: Any) -> Any:
+    """The value that process 0 gives, which JSON must be able to hold; each must call it at the same place."""
+    if jax.process_count() == 1:
+        return value
+    told = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    buffer = np.zeros(length, np.uint8)
+    if is_primary():
+        buffer[:] = told
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
+
+
+def check_same(value: str, what: str) -> None:
+    """Raises UsageError, which names `what`, on all processes where one of them has another value than process 0."""
+    of_primary = from_primary(value)
+    with all_or_none():
+        if value != of_primary:
+            raise UsageError(
+                f"process {jax.process_index()} has other {what} than process 0; give all processes the same"
+            )
+
+
+def check_shared(folder: epath.Path, what: str) -> None:
+    """Raises UsageError, which names `what`, on all processes where one of them sees another folder than process 0."""
+    if jax.process_count() == 1:
+        return
+    mark = folder / from_primary(f".seen-by-all-{uuid.uuid4().hex}")
+    with all_or_none():
+        if is_primary():
+            mark.write_text("for a moment, to see whether all processes have this folder\n")
+    try:
+        with all_or_none():
+            if not mark.exists():
+                raise UsageError(
+                    f"{what}={folder} is not one folder for all processes: process {jax.process_index()} does not see "
+                    "what process 0 wrote there; name one on a shared disk or in an object store"
+                )
+    finally:
+        if is_primary():
+            mark.unlink()
+
+
+def _pickled(error: Exception) -> bytes:
+    """An error that another process can raise: as plain text where it is not made for travelling."""
+    with contextlib.suppress(Exception):
+        told = pickle.dumps(error)
+        pickle.loads(told)
+        return told
+    return pickle.dumps(RunError(f"{type(error).__name__}: {error}"))
 
 
 def _on_several_slurm_tasks() -> bool:

@@ -41,7 +41,17 @@ from mathscale_jax.checkpoint_writer import Writer
 from mathscale_jax.config import LoraSettings, ModelConfig, TrainSettings, changes_that_forbid_resume
 from mathscale_jax.mesh import check_batch, make_mesh
 from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
-from mathscale_jax.processes import Agreement, ProcessSettings, is_primary, rows_of_process, start_processes
+from mathscale_jax.processes import (
+    Agreement,
+    ProcessSettings,
+    all_or_none,
+    check_same,
+    check_shared,
+    from_primary,
+    is_primary,
+    rows_of_process,
+    start_processes,
+)
 from mathscale_jax.step import (
     init_state,
     make_summed_loss,
@@ -65,45 +75,56 @@ def train(settings: TrainSettings) -> None:
     checkpoint_dir = output_dir / "checkpoints"
 
     # ---- where the run stands: resume, or start from weights, or from scratch -------------------------------
-    _check_folder(output_dir)
-    mesh = make_mesh(settings.mesh)
-    check_batch(settings.batch_size, settings.accumulation_steps, mesh)
-    saved = newest_whole(settings.output_dir, lambda _: None)[0] if steps_in(checkpoint_dir) else None
-    base = _base(settings, saved)
-    adapted = None if settings.lora is None or base is None else base.as_base()
-    given = saved or base
+    check_same(settings.model_dump_json(), "settings")
+    with all_or_none():
+        _check_folder(output_dir)
+        mesh = make_mesh(settings.mesh)
+        check_batch(settings.batch_size, settings.accumulation_steps, mesh)
+        begun = bool(steps_in(checkpoint_dir))
+    check_shared(output_dir, "output_dir")
+    saved = newest_whole(settings.output_dir, lambda _: None)[0] if from_primary(begun) else None
 
-    # ---- what the model is: architecture, tokenizer, chat template ------------------------------------------
-    config = settings.model or _model_of(given, settings)
-    tokenizer = _tokenizer(settings, given)
-    check_vocabulary(tokenizer, config, f"data.tokenizer {settings.data.tokenizer or '(from init_from)'}")
-    template = load_template(settings.data.template) if settings.data.template or not given else given.meta.template
-    shardings = param_shardings(config, mesh)
-    compute = with_backend(settings.compute, config, settings.data, mesh.devices.flat[0].platform)
+    with all_or_none():
+        base = _base(settings, saved)
+        adapted = None if settings.lora is None or base is None else base.as_base()
+        given = saved or base
 
-    # ---- input pipeline -------------------------------------------------------------------------------------
-    rows = load_rows(settings.data, tokenizer, template)
-    batches = Batches(
-        rows,
-        settings.data,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        num_steps=settings.num_steps,
-        num_epochs=settings.num_epochs,
-        rows_of_process=rows_of_process(mesh, settings.batch_size),
-    )
-    logger.info(
-        "%d examples in %d rows of %d tokens, %.1f %% filled; %d steps of %d rows are %.2f epochs",
-        len(rows),
-        batches.bins_per_epoch,
-        settings.data.context,
-        100 * batches.fill,
-        len(batches),
-        settings.batch_size,
-        settings.num_epochs or len(batches) * settings.batch_size / batches.bins_per_epoch,
-    )
-    validation = Validation(settings, tokenizer, template, mesh) if settings.validation else None
-    sampling = LoopSampling(settings, config, tokenizer, template) if settings.samples else None
+        # ---- what the model is: architecture, tokenizer, chat template --------------------------------------
+        config = settings.model or _model_of(given, settings)
+        tokenizer = _tokenizer(settings, given)
+        check_vocabulary(tokenizer, config, f"data.tokenizer {settings.data.tokenizer or '(from init_from)'}")
+        template = load_template(settings.data.template) if settings.data.template or not given else given.meta.template
+        shardings = param_shardings(config, mesh)
+        compute = with_backend(settings.compute, config, settings.data, mesh.devices.flat[0].platform)
+
+        # ---- input pipeline ---------------------------------------------------------------------------------
+        rows = load_rows(settings.data, tokenizer, template)
+        batches = Batches(
+            rows,
+            settings.data,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            num_steps=settings.num_steps,
+            num_epochs=settings.num_epochs,
+            rows_of_process=rows_of_process(mesh, settings.batch_size),
+        )
+        logger.info(
+            "%d examples in %d rows of %d tokens, %.1f %% filled; %d steps of %d rows are %.2f epochs",
+            len(rows),
+            batches.bins_per_epoch,
+            settings.data.context,
+            100 * batches.fill,
+            len(batches),
+            settings.batch_size,
+            settings.num_epochs or len(batches) * settings.batch_size / batches.bins_per_epoch,
+        )
+        validation = Validation(settings, tokenizer, template, mesh) if settings.validation else None
+        sampling = LoopSampling(settings, config, tokenizer, template) if settings.samples else None
+        if saved is not None:
+            _check_resume(saved, settings, rows, len(batches))
+        else:
+            _check_room(output_dir, settings, config)
+    check_same(rows.sha256, "tokenised examples")
 
     # ---- state ----------------------------------------------------------------------------------------------
     schedule = learning_rate_schedule(settings.optimizer, len(batches))
@@ -113,14 +134,13 @@ def train(settings: TrainSettings) -> None:
         trained_shardings = spec_shardings(lora.adapter_specs(config, settings.lora), mesh)
     all_shardings = state_shardings(trained_shardings, optimizer, mesh)
     if saved is not None:
-        _check_resume(saved, settings, rows, len(batches))
-        if saved.step == len(batches):
-            logger.info("all %d steps are done: nothing to do", saved.step)
-            return
         saved, state = newest_whole(settings.output_dir, lambda c: c.restore_state(all_shardings, optimizer))
         set_aside_after(saved)
-        logger.info("resuming %s", saved.name)
         first_step, origin = saved.step, _training(saved)["origin"]
+        if first_step == len(batches):
+            logger.info("all %d steps are done: nothing to do", first_step)
+            return
+        logger.info("resuming %s", saved.name)
         if _training(saved)["num_steps"] != len(batches):
             logger.warning(
                 "%d steps instead of %d: the learning rate follows the new length from here",
@@ -128,7 +148,6 @@ def train(settings: TrainSettings) -> None:
                 _training(saved)["num_steps"],
             )
     else:
-        _check_room(output_dir, settings, config)
         params, first_step = _first_params(settings, config, base, trained_shardings), 0
         state = init_state(params, optimizer, all_shardings)
         origin = "random weights" if base is None else base.meta.lineage
@@ -143,8 +162,10 @@ def train(settings: TrainSettings) -> None:
         "origin": origin,
     }
     meta = Meta(config, template, tokenizer.sha256, origin, training, lora=settings.lora, base=adapted)
-    if is_primary():
-        write_text(output_dir / "config.yaml", to_yaml(settings))
+    with all_or_none():
+        if is_primary():
+            write_text(output_dir / "config.yaml", to_yaml(settings))
+        log = MetricsLog(output_dir, first_step, settings.tensorboard)
 
     # ---- loop -----------------------------------------------------------------------------------------------
     step_fn = make_train_step(
@@ -177,7 +198,7 @@ def train(settings: TrainSettings) -> None:
     with (
         StopSignal() as stop,
         contextlib.closing(iterate(batches, first_step, settings.data.prefetch)) as host_batches,
-        contextlib.closing(MetricsLog(output_dir, first_step, settings.tensorboard)) as metrics_log,
+        contextlib.closing(log) as metrics_log,
         contextlib.closing(Profile(settings.profile, output_dir / "profile")) as profile,
         Writer(checkpoint_dir, settings.checkpoint, tokenizer) as writer,
         Progress(len(batches), "training", "steps", done=first_step) as bar,

@@ -1,5 +1,6 @@
 """A checkpoint that is not bit for bit what was saved is found out, and the newest whole step takes its place."""
 
+import errno
 import json
 import re
 import shutil
@@ -15,6 +16,8 @@ import pytest
 from etils import epath
 from small_run import environment, run, write_config
 
+from data_pipeline.cli import RunError
+from data_pipeline.settings import UsageError
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from mathscale_jax import model
@@ -118,6 +121,48 @@ def test_a_missing_item_is_found_and_the_step_before_is_used(
     assert "step 3 is damaged" in caplog.text
 
 
+def test_every_changed_byte_of_the_metadata_is_found(folder: Path) -> None:
+    file = folder / "3" / "meta" / "metadata"
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 7):
+        changed = bytearray(whole)
+        changed[place] = ord("7") if changed[place] != ord("7") else ord("8")
+        file.write_bytes(changed)
+        with pytest.raises(DamagedCheckpoint, match="step 3 is damaged"):
+            open_checkpoint(str(folder))
+    file.write_bytes(whole)
+    assert open_checkpoint(str(folder)).step == 3
+
+
+def test_metadata_of_another_version_says_what_to_do(folder: Path) -> None:
+    file = folder / "3" / "meta" / "metadata"
+    old = {key: value for key, value in json.loads(file.read_text()).items() if key != "sha256"}
+    file.write_text(json.dumps(old | {"format_version": 1}))
+    with pytest.raises(UsageError, match=r"format version 1, this program reads \d+: export .* with the version"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        ValueError("UNAVAILABLE: CURL error[28] Timeout was reached: HTTP response code: 503"),
+        TimeoutError("no answer"),
+    ],
+)
+def test_storage_that_fails_is_not_taken_for_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
+    with pytest.raises(RunError, match="the storage is at fault") as caught:
+        restore(folder)
+    assert not isinstance(caught.value, DamagedCheckpoint)
+    assert steps_in(epath.Path(folder)) == [1, 2, 3]
+
+
 def test_damaged_steps_are_set_aside_so_that_the_run_can_write_them_anew(folder: Path, tokenizer: Tokenizer) -> None:
     (folder / "3" / "optimizer").rename(folder / "elsewhere")
     set_aside_after(open_checkpoint(str(folder), 2))
@@ -151,14 +196,14 @@ def test_training_goes_on_from_the_newest_whole_step_with_the_same_losses(tmp_pa
 
     undisturbed = losses()
     checkpoints = tmp_path / "run" / "checkpoints"
-    (checkpoints / "48").rename(tmp_path / "48")  # as if it had been killed before its last checkpoint
     resave_with_one_bit_flipped(checkpoints / "32" / "params", "embedding")
+    resave_with_one_bit_flipped(checkpoints / "48" / "params", "output")  # the run is done, but not whole
     again = run("mathscale_jax.train", "--config", str(config))
     assert again.returncode == 0, again.stderr
-    assert "step 32 is damaged" in again.stderr and "damaged-32" in again.stderr and "step 16" in again.stderr
+    assert all(text in again.stderr for text in ("step 32 is damaged", "step 48 is damaged", "damaged-32", "step 16"))
     assert losses() == undisturbed
     names = {path.name for path in checkpoints.iterdir() if re.search(r"\d", path.name)}
-    assert names == {"16", "32", "48", "damaged-32"}
+    assert names == {"16", "32", "48", "damaged-32", "damaged-48"}
 
 
 RESTORE_UNDER_WATCH = """

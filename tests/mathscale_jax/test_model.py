@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,6 +94,31 @@ def test_remat_and_unrolling_change_neither_loss_nor_gradient(params: model.Para
     plain, other = loss_and_gradient(FLOAT32), loss_and_gradient(FLOAT32.model_copy(update=change))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+def _products(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """Matrix products in a program and what it calls, those of batches of matrices left out."""
+    count = 0
+    for eqn in jaxpr.eqns:
+        count += eqn.primitive.name == "dot_general" and eqn.params["dimension_numbers"][1] == ((), ())
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                count += _products(getattr(inner, "jaxpr", inner))
+    return count
+
+
+def test_remat_recomputes_the_products_that_its_name_says(params: model.Params) -> None:
+    tokens = jnp.zeros((2, 16), int)
+
+    def products(remat: str) -> int:
+        compute = ComputeSettings(dtype="float32", remat=remat)
+        loss = jax.grad(lambda params: model.logits(TINY, params, tokens, compute).sum())
+        return _products(jax.make_jaxpr(loss)(params).jaxpr)
+
+    none, dots, save_attention, full = map(products, ("none", "dots", "save-attention", "full"))
+    weights = 6  # query, key, value, output, gate and up; the gradient of down needs none of its own result
+    assert full - dots == weights and save_attention - none == weights
+    assert dots - none == full - save_attention > 0  # attention's own
 
 
 def test_bfloat16_is_close_to_float32(params: model.Params) -> None:

@@ -1,21 +1,28 @@
 """Two processes of four CPU devices each, on localhost, run the real training command as one."""
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from small_run import command, environment, run, write_config
 
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
-from mathscale_jax import processes
-from mathscale_jax.config import MeshSettings
+from data_pipeline.templates import Template
+from data_pipeline.tokenizer import train_tokenizer
+from mathscale_jax import model, processes
+from mathscale_jax.checkpoint import Meta
+from mathscale_jax.checkpoint_writer import Writer
+from mathscale_jax.config import CheckpointSettings, MeshSettings, ModelConfig
 from mathscale_jax.mesh import make_mesh
 from mathscale_jax.processes import ProcessSettings, rows_of_process, start_processes
 
@@ -142,6 +149,86 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path: Path) -
     assert len(losses(tmp_path)) == int(step)
 
 
+AGREEING = """
+import shutil, sys
+from pathlib import Path
+from etils import epath
+from data_pipeline.cli import Stopped
+from mathscale_jax.checkpoint import newest_whole
+from mathscale_jax.processes import (
+    ProcessSettings, all_or_none, check_same, check_shared, from_primary, is_primary, start_processes
+)
+
+folder, port, me = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+start_processes(ProcessSettings(coordinator=f"localhost:{port}", num_processes=2, process_id=me))
+own = folder / f"disk-of-{me}"  # as if each process had a disk of its own
+
+
+def fails_on(number, error):
+    with all_or_none():
+        if me == number:
+            raise error
+
+
+def steps():
+    print("resumes", newest_whole(str(own), lambda checkpoint: checkpoint.step)[1])
+
+
+for do in (
+    lambda: fails_on(None, None),
+    lambda: fails_on(1, FileNotFoundError("no such data")),
+    lambda: fails_on(1, Stopped("asked to stop", 75)),
+    lambda: print("told", from_primary(["of", me])),
+    lambda: check_same("equal", "settings"),
+    lambda: check_same(f"by {me}", "settings"),
+    lambda: check_shared(epath.Path(folder), "output_dir"),
+    lambda: check_shared(epath.Path(own), "output_dir"),
+    steps,
+):
+    try:
+        do()
+    except Exception as error:
+        print(type(error).__name__, getattr(error, "exit_code", ""), str(error).replace(str(folder), "FOLDER"))
+"""
+
+
+@pytest.mark.slow
+def test_what_one_process_meets_is_said_by_all(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["words and numbers 0123456789 for a few merges", "words again"], vocab_size=320)
+    config = ModelConfig.model_validate({"preset": "demo", "vocab_size": 320, "num_layers": 1, "hidden_size": 16})
+    disk = tmp_path / "disk-of-0"
+    with Writer(epath.Path(disk), CheckpointSettings(keep=3), tokenizer) as writer:
+        for step in (1, 2, 3):
+            writer.save(step, model.init(config, 0), Meta(config, Template(), tokenizer.sha256, "-", training={}))
+    shutil.copytree(disk, tmp_path / "disk-of-1")
+    (tmp_path / "disk-of-1" / "3" / "meta" / "metadata").unlink()  # only process 1 finds this one damaged
+    shutil.rmtree(tmp_path / "disk-of-0" / "2")  # and only it sees this one
+
+    port = str(free_port())
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", AGREEING, str(tmp_path), port, str(number)],
+            env=environment(devices=2),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0].splitlines() for process in pair]
+    expected = [
+        "FileNotFoundError  no such data",
+        "Stopped 75 asked to stop",
+        "told ['of', 0]",
+        "UsageError  process 1 has other settings than process 0; give all processes the same",
+        "UsageError  output_dir=FOLDER/disk-of-1 is not one folder for all processes: process 1 does not see what "
+        "process 0 wrote there; name one on a shared disk or in an object store",
+        "resumes 1",
+    ]
+    for lines in said:
+        assert [line for line in lines if not line.startswith("[Gloo]")] == expected
+    assert not list(tmp_path.glob(".seen*")) and not list(disk.glob(".seen*"))
+
+
 def test_rows_of_a_process_are_those_its_devices_hold() -> None:
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
     np.testing.assert_array_equal(rows_of_process(mesh, 8), np.arange(8))
@@ -175,14 +262,14 @@ def test_processes_are_found_by_flags_or_slurm_and_not_where_there_is_one(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     calls: list[tuple] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: calls.append(arguments))
     start_processes(ProcessSettings(**given))
     assert calls == ([] if expected is None else [expected])
 
 
 def test_a_tpu_vm_is_known_by_its_chips_and_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: calls.append(arguments))
     monkeypatch.setattr(processes, "_tpu_chips", lambda: True)
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name == "libtpu")
     start_processes()  # the tests run with JAX_PLATFORMS=cpu
@@ -192,7 +279,7 @@ def test_a_tpu_vm_is_known_by_its_chips_and_its_compiler(monkeypatch: pytest.Mon
 
 
 def test_processes_that_do_not_find_each_other_are_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("deadline exceeded")
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
