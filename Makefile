@@ -19,7 +19,7 @@ demo: $(VENV)/.core
 	@echo "Done. Open $(CURDIR)/$(DEMO)/eval/report.html in a browser."
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -n 2 -m "not torch"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not torch"
 
 # What compiles for TPUs, with the real compiler and no TPU; it is half a gigabyte, so `make test` does not ask for it.
 test-tpu: $(VENV)/.tpu
@@ -27,7 +27,7 @@ test-tpu: $(VENV)/.tpu
 
 # Live comparison with transformers, and the whole loop on a checkpoint that transformers wrote.
 parity: $(VENV)/.torch
-	$(BIN)/pytest -n 2 -m torch
+	$(BIN)/pytest -n 2 --dist loadfile -m torch
 
 # The planned figures of every TPU config, in its header and in benchmarks/results/.
 plan: $(VENV)/.tpu
