@@ -27,7 +27,7 @@ test-tpu: $(VENV)/.tpu
 
 # Live comparison with transformers, and the whole loop on a checkpoint that transformers wrote.
 parity: $(VENV)/.torch
-	$(BIN)/pytest -n 2 --dist loadfile -m torch
+	$(BIN)/pytest -n 2 -m torch
 
 # The planned figures of every TPU config, in its header and in benchmarks/results/.
 plan: $(VENV)/.tpu
