@@ -12,7 +12,8 @@ import numpy as np
 from benchmarks.worker import anonymous_memory
 from data_pipeline.loader import Batch
 from mathscale_jax.config import ComputeSettings, MeshSettings, ModelConfig, OptimizerSettings
-from mathscale_jax.convert.mapping import Leaf, leaves, model_config_to_hf
+from mathscale_jax.convert.configs import model_config_to_hf
+from mathscale_jax.convert.mapping import Leaf, leaves
 
 OPTIMIZER = OptimizerSettings()  # AdamW and gradient clipping as a run has them, at a constant learning rate
 

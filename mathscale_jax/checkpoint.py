@@ -57,6 +57,7 @@ class Meta:
 
     `training` holds what a resumed run must share with the one that wrote the step; None for imported weights.
     `lora` and `base` say that the step holds an adapter. `checksums` are by item and array; the writer adds them.
+    `companions` are small JSON files that were published beside the weights, by name: they go out with them again.
     """
 
     model: ModelConfig
@@ -67,6 +68,7 @@ class Meta:
     lora: LoraSettings | None = None
     base: Base | None = None
     validation_loss: float | None = None
+    companions: dict[str, Any] = dataclasses.field(default_factory=dict)
     checksums: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
     @property

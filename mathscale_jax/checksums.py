@@ -11,8 +11,11 @@ from mathscale_jax import model
 
 
 @jax.jit
-def array_checksum(array: jax.Array) -> jax.Array:
-    """32 bits over every element's bits and its place: a sum, so the same on any mesh and in any order."""
+def array_checksum(array: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """32 bits over every element's bits and its place: a sum, so the same on any mesh and in any order.
+
+    Of a range of an array along axis 0, `first` is the place of its first element: the ranges' checksums add up.
+    """
     if jnp.issubdtype(array.dtype, jnp.floating):
         bits = jax.lax.bitcast_convert_type(array, jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32)
     else:
@@ -20,6 +23,7 @@ def array_checksum(array: jax.Array) -> jax.Array:
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    place += jnp.asarray(first).astype(jnp.uint32)
     mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B1))  # then the finaliser of MurmurHash3
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -161,7 +161,10 @@ def train(settings: TrainSettings) -> None:
         "rows_sha256": rows.sha256,
         "origin": origin,
     }
-    meta = Meta(config, template, tokenizer.sha256, origin, training, lora=settings.lora, base=adapted)
+    companions = given.meta.companions if given else {}
+    meta = Meta(
+        config, template, tokenizer.sha256, origin, training, lora=settings.lora, base=adapted, companions=companions
+    )
     with all_or_none():
         if is_primary():
             write_text(output_dir / "config.yaml", to_yaml(settings))

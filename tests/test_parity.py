@@ -11,7 +11,8 @@ import pytest
 from data_pipeline.tokenizer import train_tokenizer
 from mathscale_jax import model
 from mathscale_jax.checkpoint import open_checkpoint
-from mathscale_jax.convert.__main__ import export_hf, import_hf
+from mathscale_jax.convert.exporting import export_hf
+from mathscale_jax.convert.importing import import_weights
 from mathscale_jax.sampler import Prompt, Sampler, SamplingSettings
 
 pytestmark = pytest.mark.torch
@@ -50,7 +51,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
     theirs.save_pretrained(tmp_path / "hf")
     tokenizer = train_tokenizer(["words and numbers 0123456789 for a few merges", "words again"], VOCAB)
     (tmp_path / "hf" / "tokenizer.model").write_bytes(tokenizer.model)
-    import_hf(str(tmp_path / "hf"), str(tmp_path / "checkpoint"), tokenizer=None, template="default", dtype=None)
+    import_weights(str(tmp_path / "hf"), str(tmp_path / "checkpoint"))
     return theirs, tmp_path
 
 
@@ -146,7 +147,7 @@ def test_one_adamw_step_agrees_with_torch(pair: tuple[Any, Path]) -> None:
 
     theirs.float().save_pretrained(folder / "stepped")
     shutil.copy(folder / "hf" / "tokenizer.model", folder / "stepped")
-    import_hf(str(folder / "stepped"), str(folder / "expected"), tokenizer=None, template="default", dtype=None)
+    import_weights(str(folder / "stepped"), str(folder / "expected"))
     before = checkpoint.restore_params()
     expected = open_checkpoint(str(folder / "expected")).restore_params()
     for old, new, ours in zip(*map(jax.tree.leaves, (before, expected, state.params)), strict=True):

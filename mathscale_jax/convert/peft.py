@@ -8,7 +8,7 @@ import safetensors.numpy
 from data_pipeline.files import write_json
 from mathscale_jax.checkpoint import Checkpoint
 from mathscale_jax.config import LORA_TARGETS
-from mathscale_jax.convert.mapping import TENSOR_NAMES
+from mathscale_jax.convert.mapping import HF
 
 
 def write_adapter(folder: Path, checkpoint: Checkpoint, base_model: str) -> None:
@@ -19,7 +19,7 @@ def write_adapter(folder: Path, checkpoint: Checkpoint, base_model: str) -> None
     tensors: dict[str, np.ndarray] = {}
     for target in settings.targets:
         module, name = LORA_TARGETS[target]
-        prefix = TENSOR_NAMES["blocks", module, name].removesuffix(".weight")
+        prefix = HF.names["blocks", module, name].removesuffix(".weight")
         low_rank = {part: np.asarray(array) for part, array in adapter[module][name].items()}
         for layer, (a, b) in enumerate(zip(low_rank["a"], low_rank["b"], strict=True)):
             stem = "base_model.model." + prefix.format(layer=layer)

@@ -11,10 +11,10 @@ import safetensors.numpy
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
 from mathscale_jax.checkpoint import open_checkpoint
-from mathscale_jax.convert import hf
-from mathscale_jax.convert.__main__ import export_hf, import_hf
-from mathscale_jax.convert.hf import HfFolder
-from mathscale_jax.convert.mapping import model_config_from_hf
+from mathscale_jax.convert import exporting
+from mathscale_jax.convert.configs import model_config_from_hf
+from mathscale_jax.convert.exporting import export_hf
+from mathscale_jax.convert.importing import import_weights
 
 TEXTS = [
     "a small corpus of words, digits 0123456789 and signs + - * / = ( )",
@@ -38,7 +38,7 @@ def source(request: pytest.FixtureRequest, golden: Path, tokenizer_file: Path, t
 
 
 def convert(source: Path, destination: Path, dtype: str | None = None) -> None:
-    import_hf(str(source), str(destination), tokenizer=None, template="default", dtype=dtype)
+    import_weights(str(source), str(destination), dtype=dtype)
 
 
 def test_import_then_export_gives_back_every_tensor_bit_for_bit(source: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_exported_config_says_what_the_source_said(source: Path, tmp_path: P
 
 
 def test_several_shards_are_read_and_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "MAX_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(exporting, "MAX_SHARD_BYTES", 50_000)
     convert(source, tmp_path / "checkpoint")
     export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "sharded"))
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
@@ -161,14 +161,14 @@ def _no_tokenizer(folder: Path) -> None:
     ("damage", "told"),
     [
         (_truncate, "model.safetensors is truncated or damaged"),
-        (_lose_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
+        (_lose_weights, "holds no weights: none of model.safetensors, .*, pytorch_model.bin.index.json"),
         (
             _lose_shard,
             "model-00001-of-00002.safetensors, which model.safetensors.index.json names, is missing",
         ),
         (_lose_tensor, "1 tensors of the model are missing, first model.layers.1.mlp.up_proj.weight"),
         (_add_tensor, "1 tensors are not of this model, first bias"),
-        (_change_shape, r"lm_head.weight has shape \(319, 48\), config.json makes it \(320, 48\)"),
+        (_change_shape, r"lm_head.weight has shape \(319, 48\), its config makes it \(320, 48\)"),
         (_change_config(model_type="gpt2"), "model_type='gpt2' is not supported"),
         (_change_config(tie_word_embeddings=True), "tie_word_embeddings=True is not supported"),
         (_change_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}), "rope_parameters"),
@@ -180,7 +180,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_change_config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5 is not supported"),
         (lambda folder: (folder / "config.json").write_text("[]"), "must hold a JSON object, not list"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": '), "is not valid JSON"),
-        (_mixed_dtypes, r"several dtypes \(BF16, F32\): give --dtype"),
+        (_mixed_dtypes, r"several dtypes \(bfloat16, float32\): give --dtype"),
         (_other_vocabulary, "310 pieces but the model's vocab_size is 320"),
         (_no_tokenizer, "tokenizer .* does not exist"),
     ],
@@ -192,37 +192,13 @@ def test_what_is_wrong_with_a_folder_is_said(source: Path, tmp_path: Path, damag
     assert not (tmp_path / "checkpoint").exists()
 
 
-def test_weights_are_read_from_the_layer_they_belong_to(golden: Path) -> None:
+def test_weights_are_read_from_the_layer_they_belong_to(golden: Path, tokenizer_file: Path, tmp_path: Path) -> None:
     tensors = safetensors.numpy.load_file(golden / "llama_gqa" / "model.safetensors")
-    with HfFolder(str(golden / "llama_gqa")) as folder:
-        params = hf.import_params(folder, _on_one_device(folder), "float32")
-    key = np.asarray(params["blocks"]["attention"]["key"])
+    import_weights(str(golden / "llama_gqa"), str(tmp_path), tokenizer=str(tokenizer_file), dtype="float32")
+    key = np.asarray(open_checkpoint(str(tmp_path)).leaf_reader()("blocks.attention.key"))
     theirs = tensors["model.layers.1.self_attn.k_proj.weight"].astype(np.float32)
     # Head 1, dimension 3 of the second layer's key is row 1 * head_dim + 3 of its matrix.
     np.testing.assert_array_equal(key[1, :, 1, 3], theirs[1 * 8 + 3])
-
-
-def _on_one_device(folder: HfFolder) -> object:
-    import jax
-
-    from mathscale_jax.config import MeshSettings
-    from mathscale_jax.mesh import make_mesh
-    from mathscale_jax.step import param_shardings
-
-    return param_shardings(folder.config, make_mesh(MeshSettings(data=1, fsdp=1), jax.devices()[:1]))
-
-
-@pytest.mark.parametrize("count", [1, 5, 7])
-def test_any_number_of_devices_can_import(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
-    """5 and 7 do not divide the width of 48: the weights are split over as many as do."""
-    import jax
-
-    some = jax.devices()[:count]
-    monkeypatch.setattr(jax, "devices", lambda: some)
-    convert(source, tmp_path / "checkpoint")
-    assert len(_leaves(tmp_path / "checkpoint")) == 12
 
 
 def test_object_stores_are_refused_for_hugging_face_folders(source: Path, tmp_path: Path) -> None:
@@ -230,7 +206,7 @@ def test_object_stores_are_refused_for_hugging_face_folders(source: Path, tmp_pa
     with pytest.raises(UsageError, match="local disk"):
         export_hf(str(tmp_path / "checkpoint"), "gs://bucket/model")
     with pytest.raises(UsageError, match="local disk"):
-        import_hf("gs://bucket/model", str(tmp_path / "other"), tokenizer=None, template="default", dtype=None)
+        import_weights("gs://bucket/model", str(tmp_path / "other"))
 
 
 def test_the_folder_of_a_run_is_no_destination(source: Path, tmp_path: Path) -> None:

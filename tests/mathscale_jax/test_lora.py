@@ -14,7 +14,7 @@ from data_pipeline.settings import UsageError
 from mathscale_jax import lora, model
 from mathscale_jax.checkpoint import open_checkpoint
 from mathscale_jax.config import ComputeSettings, LoraSettings, MeshSettings, ModelConfig
-from mathscale_jax.convert.__main__ import export_hf
+from mathscale_jax.convert.exporting import export_hf
 from mathscale_jax.mesh import make_mesh
 from mathscale_jax.model import LowRank, project
 from mathscale_jax.step import spec_shardings

@@ -7,13 +7,11 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import read_model
 
 from data_pipeline.settings import UsageError, validated
 from mathscale_jax import model
-from mathscale_jax.config import PRESETS, ComputeSettings, MeshSettings, ModelConfig
-from mathscale_jax.convert.hf import HfFolder, import_params
-from mathscale_jax.mesh import make_mesh
-from mathscale_jax.step import param_shardings
+from mathscale_jax.config import PRESETS, ComputeSettings, ModelConfig
 
 TINY = ModelConfig(
     vocab_size=64,
@@ -36,10 +34,8 @@ def params() -> model.Params:
 @pytest.mark.parametrize("name", ["llama_gqa", "mistral_window"])
 def test_logits_equal_those_of_transformers(golden: Path, name: str) -> None:
     reference = np.load(golden / name / "golden.npz")
-    with HfFolder(str(golden / name)) as folder:
-        shardings = param_shardings(folder.config, make_mesh(MeshSettings(data=-1, fsdp=1)))
-        params = import_params(folder, shardings, "float32")
-        ours = model.logits(folder.config, params, jnp.asarray(reference["tokens"], jnp.int32))
+    config, params = read_model(golden / name)
+    ours = model.logits(config, params, jnp.asarray(reference["tokens"], jnp.int32))
     # float32 noise, as large as transformers' own: both orders of summation are as good.
     assert np.abs(ours - reference["logits"]).max() < 4 * reference["float32_error"]
     assert np.abs(reference["logits"]).max() > 1e5 * reference["float32_error"]
@@ -48,11 +44,10 @@ def test_logits_equal_those_of_transformers(golden: Path, name: str) -> None:
 def test_the_sliding_window_matters_in_the_golden_checkpoint(golden: Path) -> None:
     """Otherwise the comparison above would say nothing about it."""
     reference = np.load(golden / "mistral_window" / "golden.npz")
-    with HfFolder(str(golden / "mistral_window")) as folder:
-        config = folder.config.model_copy(update={"sliding_window": None})
-        params = import_params(folder, param_shardings(config, make_mesh(MeshSettings(data=-1, fsdp=1))), "float32")
-    logits = np.asarray(model.logits(config, params, jnp.asarray(reference["tokens"], jnp.int32)))
-    window = folder.config.sliding_window
+    config, params = read_model(golden / "mistral_window")
+    window = config.sliding_window
+    without = config.model_copy(update={"sliding_window": None})
+    logits = np.asarray(model.logits(without, params, jnp.asarray(reference["tokens"], jnp.int32)))
     assert window is not None
     np.testing.assert_allclose(logits[:, :window], reference["logits"][:, :window], atol=1e-3)
     assert np.abs(logits[:, window:] - reference["logits"][:, window:]).max() > 0.1

@@ -1,0 +1,241 @@
+"""Checkpoints written from weights that are read while they are written: a model never has to fit into memory.
+
+What is written is the step that checkpoint_writer.py writes of arrays on devices, checksums included.
+"""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+from jax.experimental import multihost_utils
+
+from data_pipeline.cli import RunError
+from data_pipeline.files import write_atomically
+from data_pipeline.settings import UsageError
+from data_pipeline.tokenizer import Tokenizer
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, absolute
+from mathscale_jax.checksums import array_checksum
+from mathscale_jax.processes import all_or_none, is_primary
+
+# Pieces on their way at a time: as many as there are cores, but no more than this in bytes, or one.
+_BYTES_UNDER_WAY = 2**28
+_CHUNK_BYTES = 2**27  # of a piece on disk: what a device reads of it is not much more than its share
+_WEEK = 7 * 24 * 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array of which `read(i)` gives the i-th of equal ranges along axis 0, from any thread.
+
+    `pieces` says for people where each of them comes from.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: tuple[str, ...]
+    read: Callable[[int], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return int(np.prod(self.shape))
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of a piece."""
+        return self.size * self.dtype.itemsize // len(self.pieces)
+
+
+def write_lazily(
+    directory: epath.Path,
+    step: int,
+    arrays: Mapping[str, LazyArray],
+    meta: Meta,
+    tokenizer: Tokenizer,
+    wrote: Callable[[int], None],
+) -> None:
+    """Writes `arrays` (dotted names) as the parameters of a step that appears when all of it is on disk.
+
+    Every process of a run calls it and writes its share of the pieces; `wrote` is told the bytes of each, from any
+    thread. What `read` raises ends the writing and is raised here, and so is UsageError where values are NaN or
+    infinite, with every piece that holds some; nothing that looks whole is left then.
+    """
+    directory = absolute(directory)
+    work = _Work(arrays, wrote)
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry((LazyArray, _LazyHandler(work)))
+        ),
+        "meta": _LaterJson(),
+    }
+    options = ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
+        async_options=ocp.options.AsyncOptions(timeout_secs=_WEEK),  # for which processes wait for each other
+    )
+    tree: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
+    manager = ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
+    try:
+        save_args = {name: ocp.SaveArgs(shard_axes=(0,), chunk_byte_size=_CHUNK_BYTES) for name in arrays}
+        params = ocp.args.PyTreeSave(dict(arrays), save_args=save_args)
+        manager.save(step, args=ocp.args.Composite(params=params, meta=_LaterJsonSave(tree)))
+        with all_or_none():
+            work.wait()
+            work.check_finite()
+        sums = _of_all_processes(work.sums)
+        tree.set_result(dataclasses.replace(meta, checksums={"params": sums}).to_json())
+        with all_or_none():
+            if is_primary():
+                write_atomically(directory / TOKENIZER_FILE, lambda file: file.write(tokenizer.model))
+        manager.wait_until_finished()
+    except BaseException as error:
+        work.stopped = True
+        if not tree.done():
+            tree.set_exception(RunError(f"not written: {error}"))
+        raise
+    finally:
+        _close(manager, failed=work.stopped)
+
+
+def _close(manager: ocp.CheckpointManager, *, failed: bool) -> None:
+    try:
+        manager.close()
+    except Exception:
+        if not failed:
+            raise
+
+
+class _Work:
+    """This process's share of the pieces: which they are, what they add up to, and whether all are written."""
+
+    def __init__(self, arrays: Mapping[str, LazyArray], wrote: Callable[[int], None]):
+        self.wrote = wrote
+        self.sums = dict.fromkeys(sorted(arrays), 0)
+        self.not_finite: dict[str, int] = {}  # by piece
+        self.stopped = False
+        self._left = len(arrays)
+        self._error: BaseException | None = None
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        largest = max(array.piece_bytes for array in arrays.values())
+        self.at_once = max(1, min(os.cpu_count() or 1, _BYTES_UNDER_WAY // max(largest, 1)))
+
+    def add(self, name: str, piece: str, checksum: int, not_finite: int) -> None:
+        with self._lock:
+            self.sums[name] = (self.sums[name] + checksum) % 2**32
+            if not_finite:
+                self.not_finite[piece] = not_finite
+
+    def check_finite(self) -> None:
+        if self.not_finite:
+            listed = "\n  ".join(f"{piece}: {count}" for piece, count in sorted(self.not_finite.items()))
+            raise UsageError(f"NaN or infinite values, by tensor:\n  {listed}\nnothing was written")
+
+    def end_array(self, error: BaseException | None = None) -> None:
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or error
+            if error is not None:
+                self.stopped = True
+            if self._left == 0 or error is not None:
+                self._ended.set()
+
+    def wait(self) -> None:
+        while not self._ended.wait(0.2):  # in short turns, so that a signal is heeded
+            pass
+        if self._error is not None:
+            raise self._error
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes LazyArrays piece by piece as arrays like any other: they are read with Orbax's own handlers."""
+
+    def __init__(self, work: _Work):
+        super().__init__()
+        self._work = work
+
+    async def serialize(
+        self, values: Sequence[LazyArray], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[ocp.future.Future]:
+        """Starts writing; one future stands for all."""
+        every = self._write_all(values, infos, args or [ocp.SaveArgs()] * len(values))
+        return [ocp.future.CommitFutureAwaitingContractedSignals(every, name="lazy_arrays", timeout_secs=_WEEK)]
+
+    async def _write_all(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Sequence[Any]) -> None:
+        limit = asyncio.Semaphore(self._work.at_once)
+        await asyncio.gather(
+            *(self._write(i, *each, limit) for i, each in enumerate(zip(values, infos, args, strict=True)))
+        )
+
+    async def _write(self, number: int, array: LazyArray, info: Any, arg: Any, limit: asyncio.Semaphore) -> None:
+        try:
+            await info.await_path_creation()
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info, info.is_ocdbt_checkpoint, array.shape, array.shape, array.dtype, jax.process_index(), arg=arg
+            )
+            store = await tensorstore.open(tensorstore.Spec(spec), create=True, open=True, context=info.ts_context)
+            rows = array.shape[0] // len(array.pieces)
+            for i in range(len(array.pieces)):
+                if (number + i) % jax.process_count() == jax.process_index():
+                    async with limit:
+                        await self._write_piece(store[i * rows : (i + 1) * rows], info.name, array, i)
+            self._work.end_array()
+        except BaseException as error:
+            self._work.end_array(error)
+            raise
+
+    async def _write_piece(self, place: Any, name: str, array: LazyArray, i: int) -> None:
+        if self._work.stopped:
+            raise RunError("stopped")
+        piece = await asyncio.to_thread(array.read, i)
+        self._work.add(name, array.pieces[i], *await asyncio.to_thread(_inspected, piece, i * piece.size))
+        await place.write(piece.reshape(place.shape), can_reference_source_data_indefinitely=True)
+        self._work.wrote(piece.nbytes)
+
+
+class _LaterJson(ocp.JsonCheckpointHandler):
+    """Writes JSON that is known when everything else has been read: of a concurrent.futures.Future."""
+
+    async def async_save(self, directory: epath.Path, item: Any = None, args: Any = None) -> Any:
+        async def write() -> None:
+            (known,) = await super(_LaterJson, self).async_save(
+                directory, args=ocp.args.JsonSave(await asyncio.to_thread(args.item.result))
+            )
+            await asyncio.to_thread(known.result)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="later_json", timeout_secs=_WEEK)]
+
+
+@ocp.args.register_with_handler(_LaterJson, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _LaterJsonSave(ocp.args.CheckpointArgs):
+    item: concurrent.futures.Future[dict[str, Any]]
+
+
+def _inspected(piece: np.ndarray, first: int) -> tuple[int, int]:
+    """A piece's checksum, and how many of its values are NaN or infinite."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        checksum, not_finite = jax.device_get(_checksum_and_not_finite(piece, np.uint32(first % 2**32)))
+    return int(checksum), int(not_finite)
+
+
+@jax.jit
+def _checksum_and_not_finite(piece: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return array_checksum(piece, first), jnp.sum(~jnp.isfinite(piece))
+
+
+def _of_all_processes(sums: dict[str, int]) -> dict[str, int]:
+    if jax.process_count() == 1:
+        return sums
+    ours = np.asarray([sums[name] for name in sums], np.uint32)
+    everyones = np.asarray(multihost_utils.process_allgather(ours)).astype(np.uint64).sum(axis=0) % 2**32
+    return dict(zip(sums, map(int, everyones), strict=True))

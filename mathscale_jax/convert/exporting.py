@@ -1,0 +1,181 @@
+"""Checkpoints as Hugging Face folders: one stacked leaf in memory at a time."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from data_pipeline.cli import logger, make_folder
+from data_pipeline.files import write_json
+from data_pipeline.progress import Progress
+from data_pipeline.settings import UsageError
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, open_checkpoint
+from mathscale_jax.convert.configs import model_config_to_hf
+from mathscale_jax.convert.mapping import leaves
+from mathscale_jax.convert.peft import write_adapter
+from mathscale_jax.convert.sources import DTYPES, check_local
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MAX_SHARD_BYTES = 5 * 1000**3  # the size transformers cuts its own shards at
+_DTYPE_NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
+
+
+def export_hf(source: str, destination: str, *, dtype: str | None = None, merge: bool = False) -> None:
+    """Writes a checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer.model.
+
+    Of a LoRA run it is, with `merge`, the adapted model; without, PEFT's folder of the adapter alone, in float32.
+    The folder is made under a temporary name beside `destination` and renamed when it is whole.
+    Raises UsageError where the destination exists, the checkpoint does not, or an option does not fit it.
+    """
+    check_local(destination)
+    out = Path(destination)
+    if out.exists():
+        raise UsageError(f"{destination} exists: choose another folder, or remove it")
+    checkpoint = open_checkpoint(source)
+    adapter_alone = checkpoint.meta.lora is not None and not merge
+    if merge and checkpoint.meta.lora is None:
+        raise UsageError(f"--merge: {checkpoint.name} holds no adapter, all its weights are exported as they are")
+    if adapter_alone and dtype is not None:
+        raise UsageError(f"--dtype {dtype}: an adapter is exported in float32; leave it out, or give --merge")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(epath.Path(partial), "DST")
+    try:
+        if adapter_alone:
+            assert checkpoint.meta.base is not None
+            write_adapter(partial, checkpoint, checkpoint.meta.base.path)
+            _write_tokenizer(partial, checkpoint)
+        else:
+            _write_model(partial, checkpoint, dtype or checkpoint.stored_dtype())
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    logger.info("exported %s%s to %s", "the adapter of " if adapter_alone else "", checkpoint.name, destination)
+
+
+def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
+    every_leaf = list(leaves(checkpoint.meta.model))
+    shapes = {name: leaf.tensor_shape for leaf in every_leaf for name in leaf.tensors}
+    writer = SafetensorsWriter(folder, shapes, dtype)
+    read = checkpoint.leaf_reader()
+    with Progress(writer.num_bytes, "exporting", "bytes") as bar:
+        for leaf in every_leaf:
+            values = np.asarray(read(leaf.name))
+            for name, ours in zip(leaf.tensors, values if leaf.is_stacked else [values], strict=True):
+                bar.update(writer.write(name, leaf.to_tensor(ours)))
+    writer.close()
+    ids = {"bos_token_id": checkpoint.tokenizer.bos_id, "eos_token_id": checkpoint.tokenizer.eos_id}
+    write_json(folder / "config.json", {**model_config_to_hf(checkpoint.meta.model, dtype), **ids})
+    write_json(folder / "generation_config.json", ids)
+    _write_tokenizer(folder, checkpoint)
+
+
+def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    """The tokenizer as transformers reads it, and what was published with it; else by our rules.
+
+    A prompt begins with BOS, as it does in training and in our sampler.
+    """
+    tokenizer = checkpoint.tokenizer
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
+    for name, tree in checkpoint.meta.companions.items():
+        write_json(folder / name, tree)
+    if "tokenizer_config.json" in checkpoint.meta.companions:
+        return
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    pieces = {name: tokenizer.piece(token_id) for name, token_id in names.items()}
+    rules = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+    }
+    write_json(folder / "tokenizer_config.json", {**rules, **pieces})
+
+
+class SafetensorsWriter:
+    """Writes the tensors of a model in any order into shards whose layout is known beforehand.
+
+    safetensors' own writer wants all tensors of a file at once; stacked leaves give one tensor of every layer at
+    a time. So each file's header is written first, and every tensor then into its place.
+    """
+
+    def __init__(self, directory: Path, shapes: dict[str, tuple[int, ...]], dtype: str):
+        """`shapes` in the order in which tensors fill the shards."""
+        self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        self._arrays: dict[str, np.ndarray] = {}
+        shards = list(_shards(shapes, self._dtype.itemsize))
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._create(directory / file, {name: shapes[name] for name in names}, _DTYPE_NAMES[dtype])
+            weight_map |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            write_json(directory / INDEX_FILE, {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map})
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def write(self, name: str, tensor: np.ndarray) -> int:
+        """Puts a tensor into its place, and returns its bytes."""
+        self._arrays[name][...] = tensor
+        return self._arrays[name].nbytes
+
+    def close(self) -> None:
+        """Flushes every file to disk."""
+        for array in self._arrays.values():
+            array.flush()  # type: ignore[attr-defined]
+        self._arrays.clear()
+
+    def _create(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype_name: str) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, shape in shapes.items():
+            size = int(np.prod(shape)) * self._dtype.itemsize
+            header[name] = {
+                "dtype": dtype_name,
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            start = file.tell()
+            _allocate(file.fileno(), start + offset)
+        for name, shape in shapes.items():
+            place = start + header[name]["data_offsets"][0]
+            self._arrays[name] = np.memmap(path, self._dtype, "r+", place, shape)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Takes the disk space now: writing to a mapped file on a full disk would kill the process."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:  # macOS has no posix_fallocate
+        os.truncate(descriptor, size)
+
+
+def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+    names: list[str] = []
+    filled = 0
+    for name, shape in shapes.items():
+        size = int(np.prod(shape)) * itemsize
+        if names and filled + size > MAX_SHARD_BYTES:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    if names:
+        yield names

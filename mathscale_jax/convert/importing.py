@@ -1,0 +1,78 @@
+"""Published weights as checkpoints: read tensor by tensor while they are written, on as many hosts as there are."""
+
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from data_pipeline.cli import logger, make_folder
+from data_pipeline.progress import Progress
+from data_pipeline.settings import UsageError
+from data_pipeline.templates import load_template
+from data_pipeline.tokenizer import Tokenizer
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, check_vocabulary, steps_in
+from mathscale_jax.checkpoint_lazy import LazyArray, write_lazily
+from mathscale_jax.convert.mapping import Leaf, leaves
+from mathscale_jax.convert.sources import Source, check_local, fetch, open_source
+from mathscale_jax.processes import all_or_none, check_shared
+
+
+def import_weights(
+    source: str,
+    destination: str,
+    *,
+    tokenizer: str | None = None,
+    template: str = "default",
+    dtype: str | None = None,
+    max_context: int | None = None,
+) -> None:
+    """Writes published weights as step 0 of a checkpoint.
+
+    `source` is a folder in any format that `open_source` knows, or a model's name on Hugging Face's hub. `dtype` is
+    that of the weights written, by default the one they have. Every process of a run calls it.
+    Raises UsageError for what is wrong with them; nothing that looks whole is left then.
+    """
+    out = epath.Path(destination)
+    with all_or_none():
+        _check_destination(out)
+        chat_template = load_template(template)
+        check_local(source)
+        opened = open_source(fetch(source), max_context)
+    with opened:
+        with all_or_none():
+            file = tokenizer or str(opened.path / TOKENIZER_FILE)
+            pieces = Tokenizer.load(file)
+            check_vocabulary(pieces, opened.config, f"tokenizer {file}")
+            dtype = dtype or opened.dtype
+            make_folder(out, "DST")
+        check_shared(out, "DST")
+        lineage = f"imported from {Path(source).resolve().name} ({opened.kind})"
+        meta = Meta(opened.config, chat_template, pieces.sha256, lineage, companions=opened.companions)
+        arrays = {leaf.name: _lazy(opened, leaf, dtype) for leaf in leaves(opened.config, opened.layout)}
+        total = sum(array.piece_bytes * len(array.pieces) for array in arrays.values())
+        logger.info(
+            "importing %s: %.3g M parameters as %s, %.2f GB", opened.kind, opened.config.num_parameters / 1e6,
+            dtype, total / 1e9,
+        )  # fmt: skip
+        with Progress(total, "importing", "bytes") as bar:
+            write_lazily(out, 0, arrays, meta, pieces, bar.update)
+    logger.info("imported %s into %s", source, destination)
+
+
+def _check_destination(out: epath.Path) -> None:
+    if (out / "checkpoints").exists():
+        raise UsageError(f"{out} is the folder of a training run: choose another one")
+    if steps_in(out):
+        raise UsageError(f"{out} already holds a checkpoint: choose another folder, or remove it")
+
+
+def _lazy(source: Source, leaf: Leaf, dtype: str) -> LazyArray:
+    numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    return LazyArray(leaf.spec.shape, numpy_dtype, leaf.tensors, partial(_read, source, leaf, numpy_dtype))
+
+
+def _read(source: Source, leaf: Leaf, dtype: np.dtype, i: int) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, which is found and said
+        return leaf.from_tensor(source.read(leaf.tensors[i])).astype(dtype, copy=False)

@@ -1,0 +1,304 @@
+"""Published weights as people have them: safetensors, PyTorch's .bin, Meta's consolidated.*.pth, read tensor by tensor.
+
+Nothing of a file is in memory before a tensor of it is read, and no file can make this program run code.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from data_pipeline.cli import RunError, first_line
+from data_pipeline.settings import UsageError
+from mathscale_jax.checkpoint import TOKENIZER_FILE
+from mathscale_jax.config import ModelConfig
+from mathscale_jax.convert.configs import model_config_from_hf, model_config_from_meta
+from mathscale_jax.convert.mapping import HF, META, Layout, leaves
+
+# Small JSON files of a Hugging Face folder that go with the weights wherever they go.
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and ours
+DOWNLOAD_AGAIN = "download it again"
+
+
+class Source:
+    """Opened weights of a model this program knows: exactly its tensors, in the shapes that its config gives them.
+
+    `layout` says how they are named and laid out, `shapes` and `dtypes` what they are, `config` the architecture,
+    `companions` the small JSON files beside them by name. `read` gives one whole tensor in its dtype. Use as a
+    context manager.
+    """
+
+    path: Path
+    layout: Layout
+    kind: str  # for people
+    config: ModelConfig
+    companions: dict[str, Any]
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.companions = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._readers: dict[str, Callable[[], np.ndarray]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor. Raises RunError where its file cannot be read any more."""
+        try:
+            return self._readers[name]()
+        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+            raise RunError(f"{self.path}: {name} cannot be read: {first_line(error)}") from error
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights. Raises UsageError where they have several."""
+        names = sorted(set(self.dtypes.values()))
+        if len(names) > 1:
+            raise UsageError(f"{self.path}: weights of several dtypes ({', '.join(names)}): give --dtype")
+        return names[0]
+
+    def _add(self, name: str, shape: Sequence[int], dtype: str, read: Callable[[], np.ndarray]) -> None:
+        if name.endswith(self.layout.ignored):
+            return
+        if dtype not in DTYPES.values():
+            allowed = ", ".join(DTYPES.values())
+            raise UsageError(f"{self.path}: {name} has dtype {dtype}, which is not supported; allowed: {allowed}")
+        self.shapes[name], self.dtypes[name], self._readers[name] = tuple(shape), dtype, read
+
+    def _check(self, hint: str = "") -> None:
+        """Raises UsageError where the tensors are not those of `config`."""
+        expected = {name: leaf.tensor_shape for leaf in leaves(self.config, self.layout) for name in leaf.tensors}
+        missing, unknown = sorted(expected.keys() - self.shapes.keys()), sorted(self.shapes.keys() - expected.keys())
+        if missing:
+            raise UsageError(f"{self.path}: {len(missing)} tensors of the model are missing, first {missing[0]}{hint}")
+        if unknown:
+            raise UsageError(f"{self.path}: {len(unknown)} tensors are not of this model, first {unknown[0]}")
+        for name, shape in expected.items():
+            if self.shapes[name] != shape:
+                raise UsageError(
+                    f"{self.path}: {name} has shape {self.shapes[name]}, its config makes it {shape}{hint}"
+                )
+
+
+def open_source(path: str, max_context: int | None = None) -> Source:
+    """Opens a folder of weights, whatever its format. `max_context` is for Meta's, which do not say it.
+
+    Raises UsageError where a file is missing, truncated, holds code, or is of another model.
+    """
+    folder = Path(path)
+    if (folder / "params.json").exists() or list(folder.glob("consolidated.*.pth")):
+        return _Meta(folder, max_context)
+    if max_context is not None:
+        raise UsageError(f"--max-context {max_context}: only for Meta's weights; the config.json of {path} says it")
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"{path} has neither config.json (Hugging Face) nor params.json (Meta): give the folder that holds the "
+            "weights and one of them"
+        )
+    for kind in (_Safetensors, _Bin):
+        if (folder / kind.index).exists() or (folder / kind.single).exists():
+            return kind(folder)
+    names = [name for kind in (_Safetensors, _Bin) for name in (kind.single, kind.index)]
+    raise UsageError(f"{path} holds no weights: none of {', '.join(names)}")
+
+
+class _HuggingFace(Source):
+    """What both of Hugging Face's formats share: config.json, companions, one file or an index of many."""
+
+    layout = HF
+    single: str
+    index: str
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        config_file = path / "config.json"
+        self.config = model_config_from_hf(read_json(config_file), str(config_file))
+        self.companions = {name: read_json(path / name) for name in COMPANIONS if (path / name).exists()}
+        for name in self._file_names():
+            if not (path / name).exists():
+                raise UsageError(f"{path / name}, which {self.index} names, is missing: {DOWNLOAD_AGAIN}")
+            self._open(path / name)
+        self._check()
+
+    def _file_names(self) -> Sequence[str]:
+        index = self.path / self.index
+        if not index.exists():
+            return [self.single]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UsageError(f"{index} has no weight_map: {DOWNLOAD_AGAIN}")
+        return sorted(set(weight_map.values()))
+
+    def _open(self, file: Path) -> None:
+        raise NotImplementedError
+
+
+class _Safetensors(_HuggingFace):
+    kind = "Hugging Face safetensors"
+    single, index = "model.safetensors", "model.safetensors.index.json"
+
+    def _open(self, file: Path) -> None:
+        try:
+            opened: Any = self._stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+        except safetensors.SafetensorError as error:
+            raise UsageError(f"{file} is truncated or damaged ({error}): {DOWNLOAD_AGAIN}") from error
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            part = opened.get_slice(name)
+            dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
+            self._add(name, part.get_shape(), dtype, partial(opened.get_tensor, name))
+
+
+class _Bin(_HuggingFace):
+    kind = "Hugging Face .bin"
+    single, index = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+    def _open(self, file: Path) -> None:
+        for name, tensor in _torch_load(file).items():
+            self._add(name, tensor.shape, _dtype_of(tensor), partial(_to_numpy, tensor))
+
+
+class _Meta(Source):
+    """params.json and consolidated.00.pth onwards: every tensor cut in as many parts as there are files."""
+
+    layout = META
+    kind = "Meta .pth"
+    # Cut along their inputs, the other matrices along their outputs; norms are whole in every file.
+    _cut_by_input = ("attention.wo.weight", "feed_forward.w2.weight")
+
+    def __init__(self, path: Path, max_context: int | None):
+        super().__init__(path)
+        params_file = path / "params.json"
+        if not params_file.exists():
+            raise UsageError(f"{params_file} is missing: it says what model the consolidated.*.pth are of")
+        params = read_json(params_file)
+        files = sorted(path.glob("consolidated.*.pth"))
+        wanted = [path / f"consolidated.{i:02d}.pth" for i in range(max(len(files), 1))]
+        if files != wanted:
+            lost = next(file for file in wanted if file not in files)
+            raise UsageError(f"{lost} is missing: {DOWNLOAD_AGAIN}")
+        parts = [_torch_load(file) for file in files]
+        for file, part in zip(files, parts, strict=True):
+            if part.keys() != parts[0].keys():
+                other = sorted(part.keys() ^ parts[0].keys())[0]
+                raise UsageError(f"{file} and {files[0].name} do not hold the same tensors, first {other}")
+        for name in parts[0]:
+            self._join(name, [part[name] for part in parts], params.get("dim"))
+        self.config = model_config_from_meta(params, self.shapes, str(params_file), max_context)
+        self._check(f"; {len(files)} file(s) consolidated.*.pth were found: is one missing?")
+
+    def _join(self, name: str, parts: list[Any], width: Any) -> None:
+        first = parts[0]
+        shape = list(first.shape)
+        axis = None
+        if len(shape) > 1 and len(parts) > 1:
+            axis = 1 if name.endswith(self._cut_by_input) else 0
+            if name == "tok_embeddings.weight" and shape[1] != width:  # by its width in LLaMA-2, by its rows since
+                axis = 1
+            shape[axis] = sum(part.shape[axis] for part in parts)
+
+        def read() -> np.ndarray:
+            if axis is None:
+                return _to_numpy(first)
+            return np.concatenate([_to_numpy(part) for part in parts], axis)
+
+        self._add(name, shape, _dtype_of(first), read)
+
+
+def _torch_load(file: Path) -> dict[str, Any]:
+    """The tensors of a file that torch wrote, left on disk until they are used. Never runs what a file holds."""
+    try:
+        import pickle
+
+        import torch
+    except ImportError as error:
+        raise UsageError(f"{file}: reading it needs torch: pip install 'mathscale-jax[torch]'") from error
+    try:
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
+            raise UsageError(f"{file} holds more than weights and could run code: it is not loaded") from error
+        raise UsageError(f"{file} is truncated or damaged ({first_line(error)}): {DOWNLOAD_AGAIN}") from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        if "mmap can only be used" in str(error):
+            raise UsageError(
+                f"{file} is in torch's format from before version 1.6, or truncated: load and save it with torch, or "
+                f"{DOWNLOAD_AGAIN}"
+            ) from error
+        raise UsageError(f"{file} is truncated or damaged ({first_line(error)}): {DOWNLOAD_AGAIN}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UsageError(f"{file} is no dictionary of tensors by name: it is not the weights of a model")
+    return tensors
+
+
+def _dtype_of(tensor: Any) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _to_numpy(tensor: Any) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:  # which numpy does not know
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def check_local(path: str) -> None:
+    """Raises UsageError where a folder of published weights is said to lie in an object store."""
+    if "://" in path:
+        raise UsageError(f"{path}: published weights are read and written on a local disk; copy them from or to there")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a file. Raises UsageError where it is none, RunError where it cannot be read."""
+    try:
+        tree = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold a JSON object, not {type(tree).__name__}")
+    return tree
+
+
+def fetch(name: str) -> str:
+    """`name` where it is a local folder; else the folder that a model of this name on Hugging Face's hub lies in.
+
+    The hub's own cache keeps what was fetched; its token comes from the environment (HF_TOKEN). Raises UsageError
+    where it is neither, or the hub's client is not installed; RunError where the hub does not give it.
+    """
+    if Path(name).is_dir():
+        return name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UsageError(f"{name!r} is no folder; give one with config.json or params.json and the weights")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UsageError(
+            f"{name!r} is no folder; to fetch a model of this name from Hugging Face's hub: "
+            "pip install 'mathscale-jax[hub]'"
+        ) from error
+    wanted = ["config.json", TOKENIZER_FILE, *COMPANIONS]
+    try:
+        files = huggingface_hub.list_repo_files(name)
+        kind = next((kind for kind in (_Safetensors, _Bin) if {kind.single, kind.index} & set(files)), _Safetensors)
+        stem, _, suffix = kind.single.rpartition(".")
+        return huggingface_hub.snapshot_download(
+            name, allow_patterns=[*wanted, kind.single, kind.index, f"{stem}-*.{suffix}"]
+        )
+    except Exception as error:  # the hub's client raises many kinds, of several libraries
+        raise RunError(f"{name!r} is no folder, and the hub does not give it: {first_line(error)}") from error
