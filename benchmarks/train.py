@@ -18,11 +18,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
 
+from benchmarks.flags import Names, Numbers
 from benchmarks.peers import JaxPeer, TorchPeer
 from benchmarks.report import environment, row_as_json, train_table, write_results
 from benchmarks.rounds import Contestant, Row, measure
@@ -56,14 +57,6 @@ SIZES: dict[str, dict[str, Any]] = {
 # Relative difference of two losses that is rounding: measured, between torch and float64 as between torch and us.
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 PEERS = ("ours", "torch", "torch-compile", "torch-recompute")
-
-
-def _listed(value: Any) -> Any:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_listed)]
-Numbers = Annotated[tuple[pydantic.PositiveInt, ...], pydantic.BeforeValidator(_listed)]
 
 
 class BenchmarkSettings(Settings):

@@ -1,0 +1,180 @@
+"""python -m benchmarks.convert: how fast weights come in and go out, and in how much memory, against transformers.
+
+    python -m benchmarks.convert --tokenizer tokenizer.model
+
+Makes checkpoints of random bfloat16 weights, of TinyLlama's widths and two depths, as Hugging Face folders. Each is
+copied (what the disk gives), imported, exported again, and for comparison loaded and saved by transformers; one
+after the other, each in a process of its own. Memory is the anonymous memory of that process above what it has when
+everything is imported and nothing is read: it must not grow with the depth, but with one stacked parameter.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pydantic
+
+from benchmarks.flags import Numbers
+from benchmarks.report import environment, table, write_results
+from data_pipeline.cli import RunError, add_flags, from_flags, logger, run_command
+from data_pipeline.files import write_json
+from data_pipeline.settings import Settings
+from mathscale_jax.config import ModelConfig
+from mathscale_jax.convert.configs import model_config_to_hf
+from mathscale_jax.convert.exporting import SafetensorsWriter
+from mathscale_jax.convert.mapping import leaves
+
+# Each contestant: prints a line when it is ready, then reads {source} and writes {target}.
+_OURS = """
+from mathscale_jax.convert.exporting import export_hf
+from mathscale_jax.convert.importing import import_weights
+import jax.numpy
+jax.numpy.zeros(1).block_until_ready()
+print("ready", flush=True)
+"""
+CONTESTANTS = {
+    "copy of the files": """
+import os, shutil
+print("ready", flush=True)
+shutil.copytree({source!r}, {target!r})
+os.sync()
+""",
+    "import": _OURS + "import_weights({source!r}, {target!r})\n",
+    "export": _OURS + "export_hf({imported!r}, {target!r})\n",
+    "transformers, load and save": """
+import torch, transformers
+transformers.logging.set_verbosity_error()
+model_class = transformers.LlamaForCausalLM
+print("ready", flush=True)
+model_class.from_pretrained({source!r}, dtype="auto").save_pretrained({target!r})
+""",
+}
+
+
+class ConvertSettings(Settings):
+    """What is measured."""
+
+    tokenizer: str = pydantic.Field(description="tokenizer.model of 32,000 pieces")
+    layers: Numbers = pydantic.Field((22, 44), description="depths (22: 1.1 B parameters)")
+    width: pydantic.PositiveInt = pydantic.Field(2048, description="width of the residual stream, a multiple of 64")
+    folder: str | None = pydantic.Field(None, description="where the files lie meanwhile (default: a temporary folder)")
+    out: str | None = pydantic.Field(None, description="folder for the results as Markdown and JSON")
+
+
+def benchmark(settings: ConvertSettings, command: str) -> None:
+    """Measures, prints, and writes the results."""
+    load = os.getloadavg()[0]
+    rows, measured = [], []
+    with tempfile.TemporaryDirectory(dir=settings.folder) as temporary:
+        for num_layers in settings.layers:
+            folder = Path(temporary) / str(num_layers)
+            config = _config(num_layers, settings.width)
+            size = make_checkpoint(folder / "source", config, settings.tokenizer)
+            largest = max(np.prod(leaf.spec.shape) for leaf in leaves(config)) * 2
+            for name in CONTESTANTS:
+                seconds, memory = run(name, folder)
+                measured.append({"contestant": name, "parameters": config.num_parameters, "bytes": size,
+                                 "seconds": seconds, "memory": memory, "largest_leaf": int(largest)})  # fmt: skip
+                rows.append(
+                    [
+                        name,
+                        f"{config.num_parameters / 1e9:.2f} B, {size / 1e9:.2f} GB",
+                        f"{seconds:.1f}",
+                        f"{size / seconds / 1e9:.2f}",
+                        f"{memory / 1e9:.2f} GB",
+                        f"{memory / largest:.1f}",
+                    ]
+                )
+                logger.info("%s", "  ".join(rows[-1]))
+            shutil.rmtree(folder)
+    header = ["", "bfloat16 weights", "seconds", "GB/s", "memory above idle", "in largest stacked parameters"]
+    body = table(header, rows)
+    print(body, flush=True)
+    if settings.out is not None:
+        where = environment("cpu", load)
+        values = {"settings": settings.model_dump(exclude={"out", "folder", "tokenizer"}), "measured": measured}
+        logger.info("wrote %s", write_results(settings.out, "convert", where, command, body, values))
+
+
+def _config(num_layers: int, width: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=32_000, hidden_size=width, intermediate_size=width * 11 // 4, num_layers=num_layers,
+        num_heads=width // 64, num_kv_heads=max(1, width // 512), head_dim=64, max_context=2048,
+    )  # fmt: skip
+
+
+def make_checkpoint(folder: Path, config: ModelConfig, tokenizer: str) -> int:
+    """Writes a Hugging Face folder of random weights; returns the bytes of its tensors."""
+    folder.mkdir(parents=True)
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    write_json(folder / "config.json", model_config_to_hf(config, "bfloat16"))
+    writer = SafetensorsWriter(
+        folder, {name: leaf.tensor_shape for leaf in leaves(config) for name in leaf.tensors}, "bfloat16"
+    )
+    rng = np.random.default_rng(0)
+    total = writer.num_bytes
+    for leaf in leaves(config):
+        for name in leaf.tensors:
+            tensor = rng.standard_normal(leaf.tensor_shape, np.float32) * np.float32(0.02)
+            writer.write(name, tensor.astype(ml_dtypes.bfloat16))
+    writer.close()
+    return total
+
+
+def run(name: str, folder: Path) -> tuple[float, int]:
+    """Seconds from ready to the end, and the peak of anonymous memory above that of being ready, in bytes."""
+    target = folder / name.partition(",")[0].replace(" ", "-")
+    shutil.rmtree(target, ignore_errors=True)
+    program = CONTESTANTS[name].format(
+        source=str(folder / "source"), target=str(target), imported=str(folder / "import")
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    if process.stdout.readline().strip() != "ready":
+        raise RunError(f"{name}: {process.communicate()[1][-2000:]}")
+    idle = peak = _anonymous(process.pid)
+    started = time.perf_counter()
+    while process.poll() is None:
+        peak = max(peak, _anonymous(process.pid))
+        time.sleep(0.005)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise RunError(f"{name}: {process.communicate()[1][-2000:]}")
+    if name != "import":
+        shutil.rmtree(target)
+    return seconds, peak - idle
+
+
+def _anonymous(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_flags(parser, ConvertSettings)
+    settings = from_flags(ConvertSettings, parser.parse_args(argv))
+    benchmark(settings, shlex.join(["python", "-m", "benchmarks.convert", *(argv or sys.argv[1:])]))
+
+
+if __name__ == "__main__":
+    run_command(_main)
