@@ -41,11 +41,19 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request that a loop reads between two steps.
+    """Turns the first SIGINT or SIGTERM into a request that is heeded between two steps, or by `StopSignal.heed`.
 
     A second SIGINT is a KeyboardInterrupt: files are written whole and renamed, so nothing is damaged, and a save
     under way ends first. Use as a context manager around the loop.
     """
+
+    _active: "StopSignal | None" = None
+
+    @staticmethod
+    def heed() -> None:
+        """Raises Stopped where the one that is entered was asked to stop: to be called before the first step."""
+        if StopSignal._active is not None and StopSignal._active.exit_code is not None:
+            raise Stopped("stopped before the first step; the same command goes on", StopSignal._active.exit_code)
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
@@ -54,9 +62,11 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._handle)
+        StopSignal._active = self
         return self
 
     def __exit__(self, *_: object) -> None:
+        StopSignal._active = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -12,7 +12,9 @@ itself before it was saved, and is compared after it is restored, whatever mesh 
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -23,23 +25,20 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from data_pipeline.cli import RunError, first_line, is_disk_full, logger
+from data_pipeline.cli import RunError, logger
 from data_pipeline.settings import UsageError, validated
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import lora, model
 from mathscale_jax.checksums import array_checksum, digest
 from mathscale_jax.config import LORA_TARGETS, LoraSettings, ModelConfig
+from mathscale_jax.damage import DamagedCheckpoint, or_damaged
 from mathscale_jax.processes import all_or_none, from_primary, is_primary
 from mathscale_jax.step import TrainState
 
 TOKENIZER_FILE = "tokenizer.model"
 FORMAT_VERSION = 3
 T = TypeVar("T")
-
-
-class DamagedCheckpoint(RunError):
-    """A step that cannot be read, lacks a part, or is not bit for bit what was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,15 +217,18 @@ class Checkpoint:
 
     def _stored(self, item: str) -> dict[str, Any]:
         """What an item holds: name -> an object with shape and dtype."""
-        return dict(_or_damaged(self.name, lambda: _HANDLER().metadata(self._folder / item).tree))
+        return dict(or_damaged(self.name, self._folder, lambda: _HANDLER().metadata(self._folder / item).tree))
 
     def _read(self, item: str, name: str, sharding: Any) -> jax.Array:
         """One array as it is stored, checked; on the first local device where `sharding` is None."""
         with all_or_none():  # go on to the checksum, which the processes compute together
-            array = _or_damaged(self.name, lambda: self._restore(item, name, sharding))
-        expected = self.meta.checksums[item].get(name)
-        if int(array_checksum(array)) != expected:
-            raise DamagedCheckpoint(f"checkpoint {self.name} is damaged: the bits of its {item} {name} have changed")
+            array = or_damaged(self.name, self._folder, lambda: self._restore(item, name, sharding))
+        found = int(array_checksum(array))
+        with all_or_none():
+            if found != self.meta.checksums[item][name]:
+                raise DamagedCheckpoint(
+                    f"checkpoint {self.name} is damaged: the bits of its {item} {name} have changed"
+                )
         return array
 
     def _restore(self, item: str, name: str, sharding: Any) -> jax.Array:
@@ -248,30 +250,6 @@ class Checkpoint:
 
 
 _HANDLER = ocp.PyTreeCheckpointHandler
-# What a disk or an object store says while it is out of order: nothing is known of the files then.
-_STORAGE_FAILS = re.compile(
-    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|UNAUTHENTICATED|PERMISSION_DENIED|"
-    "Input/output error|Stale file handle|timed out|[Cc]onnection"
-)
-
-
-def _or_damaged(where: str, read: Callable[[], T]) -> T:
-    """What `read` returns. Raises DamagedCheckpoint where files are at fault, RunError where the storage is."""
-    try:
-        return read()
-    except (UsageError, RunError):
-        raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
-        said = f"{type(error).__name__}: {first_line(error)}"
-        no_memory = re.search("out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE)
-        if no_memory or isinstance(error, MemoryError | PermissionError) or is_disk_full(error):
-            raise
-        if isinstance(error, ConnectionError | TimeoutError) or _STORAGE_FAILS.search(str(error)):
-            raise RunError(
-                f"checkpoint {where} cannot be read: {said}\nthe storage is at fault and nothing was changed; "
-                "run the same command again when it works"
-            ) from error
-        raise DamagedCheckpoint(f"checkpoint {where} is damaged or incomplete and cannot be read: {said}") from error
 
 
 def _sha256(tree: dict[str, Any]) -> str:
@@ -295,7 +273,9 @@ def absolute(path: epath.Path) -> epath.Path:
 
 def steps_in(directory: epath.Path) -> list[int]:
     """The finished steps in a folder, oldest first, damaged ones too; none where there is no folder."""
-    if not directory.is_dir():
+    try:
+        next(iter(directory.iterdir()), None)  # an error of the disk is none of a folder that is not there
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # Orbax knows which steps are whole: on an object store, which has no rename, a marker says so.
     steps = ocp.utils.checkpoint_steps(absolute(directory))
@@ -338,6 +318,11 @@ def newest_whole(path: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint
     for step in reversed(from_primary(steps)):  # a disk that processes share may show them different folders
         try:
             with all_or_none():
+                if step not in steps_in(_directory(path)):
+                    raise RunError(
+                        f"process {jax.process_index()} does not see step {step} of {path}, which process 0 sees; "
+                        "run the same command again when the disk they share shows it to all"
+                    )
                 checkpoint = open_checkpoint(path, step)
             return checkpoint, read(checkpoint)
         except DamagedCheckpoint as error:
@@ -352,9 +337,8 @@ def set_aside_after(checkpoint: Checkpoint) -> None:
     with all_or_none():  # the others wait for process 0
         for step in steps_in(checkpoint.directory) if is_primary() else ():
             if step > checkpoint.step:
-                damaged = checkpoint.directory / f"damaged-{step}"
-                if damaged.exists():
-                    damaged.rmtree()
+                names = (f"damaged-{step}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+                damaged = next(path for path in map(checkpoint.directory.joinpath, names) if not path.exists())
                 (checkpoint.directory / str(step)).rename(damaged)
                 logger.warning("step %d is kept as %s, for you to look at or remove", step, damaged)
 
@@ -371,7 +355,8 @@ def _directory(path: str) -> epath.Path:
 
 
 def _best(checkpoints: list[Checkpoint], path: str) -> Checkpoint:
-    losses = [(c.meta.validation_loss, c) for c in checkpoints if c.meta.validation_loss is not None]
+    known = [(c.meta.validation_loss, c) for c in checkpoints if c.meta.validation_loss is not None]
+    losses = [(loss, checkpoint) for loss, checkpoint in known if math.isfinite(loss)]
     if not losses:
         raise UsageError(
             f"checkpoint {path!r} has no step with a validation loss; give @STEP, or train with validation"
@@ -381,8 +366,9 @@ def _best(checkpoints: list[Checkpoint], path: str) -> Checkpoint:
 
 def _open(path: str, directory: epath.Path, step: int) -> Checkpoint:
     where, file = f"{path} step {step}", directory / str(step) / "meta"
-    meta = _or_damaged(
+    meta = or_damaged(
         where,
+        directory / str(step),
         lambda: Meta.from_json(ocp.JsonCheckpointHandler().restore(file, ocp.args.JsonRestore()), where),
     )
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)

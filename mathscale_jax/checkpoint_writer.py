@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,11 @@ from data_pipeline.files import write_atomically
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import model
-from mathscale_jax.checkpoint import TOKENIZER_FILE, DamagedCheckpoint, Meta, absolute, open_checkpoint, steps_in
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, absolute, open_checkpoint, steps_in
 from mathscale_jax.checksums import checksums
 from mathscale_jax.config import CheckpointSettings
-from mathscale_jax.processes import is_primary
+from mathscale_jax.damage import DamagedCheckpoint
+from mathscale_jax.processes import all_or_none, is_primary
 
 
 @dataclasses.dataclass
@@ -43,7 +45,7 @@ def _validation_losses(directory: epath.Path) -> dict[int, float]:
     for step in steps_in(directory):
         with contextlib.suppress(DamagedCheckpoint):  # whoever reads that step will say so
             loss = open_checkpoint(str(directory), step).meta.validation_loss
-            if loss is not None:
+            if loss is not None and math.isfinite(loss):
                 losses[step] = loss
     return losses
 
@@ -58,7 +60,10 @@ class Writer:
         self._directory = directory = absolute(directory)
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(settings.keep)]
-        self._lowest_loss = _LowestLoss(settings.keep_best, _validation_losses(directory))
+        with all_or_none():
+            self._lowest_loss = _LowestLoss(settings.keep_best, _validation_losses(directory))
+            if steps_in(directory) and open_checkpoint(str(directory)).tokenizer.sha256 != tokenizer.sha256:
+                raise UsageError(f"{directory} holds checkpoints of another tokenizer; choose another folder")
         if settings.keep_every is not None:
             kept.append(policies.EveryNSteps(settings.keep_every))
         kept.append(self._lowest_loss)
@@ -68,11 +73,10 @@ class Writer:
             cleanup_tmp_directories=True,  # what a killed run left half-written
         )
         self._manager = ocp.CheckpointManager(directory, options=options)
-        # Always anew: a run that died before its first save may have left the tokenizer of other settings.
-        if steps_in(directory) and open_checkpoint(str(directory)).tokenizer.sha256 != tokenizer.sha256:
-            raise UsageError(f"{directory} holds checkpoints of another tokenizer; choose another folder")
-        if is_primary():
-            write_atomically(directory / TOKENIZER_FILE, lambda file: file.write(tokenizer.model))
+        with all_or_none():
+            # Always anew: a run that died before its first save may have left the tokenizer of other settings.
+            if is_primary():
+                write_atomically(directory / TOKENIZER_FILE, lambda file: file.write(tokenizer.model))
 
     def save(self, step: int, weights: model.Params, meta: Meta, optimizer: optax.OptState | None = None) -> None:
         """Starts saving `weights` (an adapter where `meta` has `lora`); returns when the arrays may be changed.
@@ -86,7 +90,7 @@ class Writer:
             meta = dataclasses.replace(meta, checksums={item: checksums(arrays) for item, arrays in items.items()})
             args: dict[str, Any] = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
             args["meta"] = ocp.args.JsonSave(meta.to_json())
-            if meta.validation_loss is not None:
+            if meta.validation_loss is not None and math.isfinite(meta.validation_loss):
                 self._lowest_loss.losses[step] = meta.validation_loss
             started = self._manager.save(step, args=ocp.args.Composite(**args))
         if not started:  # Orbax declines a step that is not newer than every folder it takes for one

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from data_pipeline.cli import RunError, logger
+from data_pipeline.cli import RunError, StopSignal, logger
 from data_pipeline.settings import Settings, UsageError
 from mathscale_jax.mesh import MESH_AXES, sharding_of
 
@@ -52,6 +53,7 @@ def start_processes(settings: ProcessSettings | None = None) -> None:
     Process 0 speaks for all: the others log warnings only. Raises RunError where the others are not found.
     """
     settings = settings or ProcessSettings()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if settings.coordinator is not None:
             jax.distributed.initialize(
@@ -61,6 +63,7 @@ def start_processes(settings: ProcessSettings | None = None) -> None:
             jax.distributed.initialize(**_WHERE_ONE_FAILS)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes of this run did not find each other: {error}") from error
+    signal.signal(signal.SIGTERM, on_sigterm)  # jax takes it for a service of its own, and swallows it
     if not is_primary():
         logger.setLevel(logging.WARNING)
 
@@ -74,12 +77,15 @@ def is_primary() -> bool:
 def all_or_none() -> Iterator[None]:
     """What fails inside on one process fails on all of them, with the error of the first that has one.
 
+    So does a signal to stop that has come by its end.
+
     Each process must come to it at the same place, and waits for the others at its end; inside, none may wait for
     another. Without it the others would wait for the one that failed until jax gives them up.
     """
     own: Exception | None = None
     try:
         yield
+        StopSignal.heed()
     except Exception as error:
         if jax.process_count() == 1:
             raise
@@ -139,7 +145,8 @@ def check_shared(folder: epath.Path, what: str) -> None:
                 )
     finally:
         if is_primary():
-            mark.unlink()
+            with contextlib.suppress(Exception):  # left there, it harms nobody
+                mark.unlink()
 
 
 def _pickled(error: Exception) -> bytes:

@@ -23,9 +23,11 @@ from mathscale_jax.processes import is_primary
 def flops_per_token(config: ModelConfig, context: int, adapter_parameters: int | None = None) -> float:
     """Training FLOPs of a token: 6 N for the weights, 12 L d T for attention (nothing off for causality).
 
+    N counts every weight, the embedding too; T is the context, or a sliding window where that is shorter.
     With an adapter, 4 N for the weights, which get no gradient, and 6 for each of the `adapter_parameters`.
     """
-    attention = 12 * config.num_layers * config.num_heads * config.head_dim * context
+    seen = min(context, config.sliding_window or context)
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * seen
     if adapter_parameters is None:
         return 6 * config.num_parameters + attention
     return 4 * config.num_parameters + 6 * adapter_parameters + attention

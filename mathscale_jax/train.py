@@ -38,6 +38,7 @@ from mathscale_jax.checkpoint import (
     steps_in,
 )
 from mathscale_jax.checkpoint_writer import Writer
+from mathscale_jax.checksums import digest
 from mathscale_jax.config import LoraSettings, ModelConfig, TrainSettings, changes_that_forbid_resume
 from mathscale_jax.mesh import check_batch, make_mesh
 from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
@@ -71,6 +72,11 @@ def train(settings: TrainSettings) -> None:
     Every process of a run calls it. Raises UsageError for what cannot be meant, before the first step; RunError
     for what went wrong; Stopped where a signal to any process ended it, with everything saved.
     """
+    with StopSignal() as stop:
+        _train(settings, stop)
+
+
+def _train(settings: TrainSettings, stop: StopSignal) -> None:
     output_dir = epath.Path(settings.output_dir)
     checkpoint_dir = output_dir / "checkpoints"
 
@@ -124,7 +130,10 @@ def train(settings: TrainSettings) -> None:
             _check_resume(saved, settings, rows, len(batches))
         else:
             _check_room(output_dir, settings, config)
-    check_same(rows.sha256, "tokenised examples")
+    check_same(rows.sha256, "data: tokenised examples")
+    check_same(validation.sha256 if validation else "", "validation: tokenised examples")
+    check_same(sampling.sha256 if sampling else "", "samples: problems")
+    check_same(digest(base.meta.checksums[base.meta.weights_item]) if base else "", "init_from: weights")
 
     # ---- state ----------------------------------------------------------------------------------------------
     schedule = learning_rate_schedule(settings.optimizer, len(batches))
@@ -199,7 +208,6 @@ def train(settings: TrainSettings) -> None:
     positions = settings.batch_size * settings.data.context
     agree = Agreement(mesh)
     with (
-        StopSignal() as stop,
         contextlib.closing(iterate(batches, first_step, settings.data.prefetch)) as host_batches,
         contextlib.closing(log) as metrics_log,
         contextlib.closing(Profile(settings.profile, output_dir / "profile")) as profile,

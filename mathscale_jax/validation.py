@@ -1,5 +1,7 @@
 """What is looked at while training: the loss on problems that are not trained on, and answers to a few of them."""
 
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -31,14 +33,20 @@ class Validation:
         self._every = settings.validation.every
         self._num_rows = settings.batch_size // settings.accumulation_steps
         self._mesh = mesh
+        self._rows = load_rows(data, tokenizer, template)
         self._batches = Batches(
-            load_rows(data, tokenizer, template),
+            self._rows,
             data,
             batch_size=self._num_rows,
             seed=0,
             num_epochs=1,
             rows_of_process=rows_of_process(mesh, self._num_rows),
         )
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokenised examples."""
+        return self._rows.sha256
 
     def due(self, step: int) -> bool:
         """Whether it is this step's turn by the settings; checkpoints are validated besides."""
@@ -79,6 +87,15 @@ class LoopSampling:
                     f"samples.source: problem {prompt.problem_id!r} has a prompt of {len(prompt.tokens)} tokens, the "
                     f"model's context is {config.max_context}; name another dataset"
                 )
+
+    @property
+    def sha256(self) -> str:
+        """Of the problems and their tokenised prompts."""
+        told = [
+            [problem.id, problem.answer, prompt.tokens]
+            for problem, prompt in zip(self._problems, self._prompts, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
     def due(self, step: int) -> bool:
         """Whether it is this step's turn by the settings."""

@@ -1,5 +1,6 @@
 """What a checkpoint keeps, on which mesh it can be read, and how damage shows."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -65,8 +66,8 @@ def test_only_the_newest_steps_are_kept(saved: Path) -> None:
 def test_the_best_step_is_kept_by_a_run_that_was_resumed(
     tmp_path: Path, params: model.Params, tokenizer: Tokenizer
 ) -> None:
-    """A second process must know the losses that the first one saved; @best is neither the newest nor the oldest."""
-    for sitting in ({1: 3.0, 2: 1.0, 3: 2.0}, {4: 4.0, 5: 5.0}, {6: 0.5, 7: 6.0}):
+    """A second process must know the losses that the first one saved; @best is neither the newest nor NaN."""
+    for sitting in ({1: math.nan, 2: 1.0, 3: 2.0}, {4: 4.0, 5: 5.0}, {6: 0.5, 7: 6.0}):
         with Writer(epath.Path(tmp_path), CheckpointSettings(keep=1, keep_best=1), tokenizer) as writer:
             for step, loss in sitting.items():
                 writer.save(step, params, Meta(CONFIG, Template(), tokenizer.sha256, "", validation_loss=loss))

@@ -21,9 +21,10 @@ from data_pipeline.settings import UsageError
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from mathscale_jax import model
-from mathscale_jax.checkpoint import DamagedCheckpoint, Meta, newest_whole, open_checkpoint, set_aside_after, steps_in
+from mathscale_jax.checkpoint import Meta, newest_whole, open_checkpoint, set_aside_after, steps_in
 from mathscale_jax.checkpoint_writer import Writer
 from mathscale_jax.config import CheckpointSettings, MeshSettings, ModelConfig
+from mathscale_jax.damage import DamagedCheckpoint, or_damaged
 from mathscale_jax.mesh import make_mesh
 from mathscale_jax.step import init_state, param_shardings, state_shardings
 
@@ -147,6 +148,9 @@ def test_metadata_of_another_version_says_what_to_do(folder: Path) -> None:
     [
         OSError(errno.EIO, "Input/output error"),
         ValueError("UNAVAILABLE: CURL error[28] Timeout was reached: HTTP response code: 503"),
+        ValueError("INTERNAL: CURL error: Could not resolve host: storage.googleapis.com"),
+        OSError(errno.ENOTCONN, "Transport endpoint is not connected"),
+        RuntimeError("Server disconnected"),
         TimeoutError("no answer"),
     ],
 )
@@ -157,10 +161,40 @@ def test_storage_that_fails_is_not_taken_for_damage(
         raise trouble
 
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", fail)
-    with pytest.raises(RunError, match="the storage is at fault") as caught:
+    with pytest.raises(RunError, match="nothing says that it is damaged") as caught:
         restore(folder)
     assert not isinstance(caught.value, DamagedCheckpoint)
     assert steps_in(epath.Path(folder)) == [1, 2, 3]
+
+
+def test_a_disk_that_does_not_answer_is_not_taken_for_missing_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """os.path.exists says no where a disk fails, so a file that is not there proves nothing."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (folder / "3" / "meta").rename(folder / "elsewhere")
+    monkeypatch.setattr(type(epath.Path(folder)), "iterdir", fail)
+    with pytest.raises(RunError, match="nothing says that it is damaged"):
+        or_damaged("x", epath.Path(folder) / "3", (folder / "3" / "meta" / "metadata").read_text)
+    with pytest.raises(OSError, match="Input/output error"):
+        steps_in(epath.Path(folder))
+
+
+def test_a_path_that_sounds_like_an_error_is_none(folder: Path) -> None:
+    named = folder.rename(folder.with_name("UNAVAILABLE: connection"))
+    for file in data_files(named / "3" / "params"):
+        file.unlink()
+    assert restore(named)[0] == 2
+
+
+def test_what_was_set_aside_before_is_kept(folder: Path) -> None:
+    (folder / "damaged-3").mkdir()
+    (folder / "damaged-3" / "kept").touch()
+    set_aside_after(open_checkpoint(str(folder), 2))
+    assert (folder / "damaged-3" / "kept").exists() and (folder / "damaged-3-2" / "params").exists()
 
 
 def test_damaged_steps_are_set_aside_so_that_the_run_can_write_them_anew(folder: Path, tokenizer: Tokenizer) -> None:

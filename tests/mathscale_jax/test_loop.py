@@ -216,6 +216,9 @@ def test_flops_of_llama_2_7b_at_2048_are_those_counted_by_hand() -> None:
     config = ModelConfig.model_validate({"preset": "llama2-7b"})
     attention = 12 * 32 * 4096 * 2048
     assert flops_per_token(config, 2048) == pytest.approx(6 * 6.738e9 + attention, rel=1e-3)
+    # Mistral sees 4096 positions back, however long the row: 12 x 32 layers x 4096 wide x 4096 positions.
+    mistral = ModelConfig.model_validate({"preset": "mistral-7b"})
+    assert flops_per_token(mistral, 32_768) == pytest.approx(6 * 7.242e9 + 12 * 32 * 4096 * 4096, rel=1e-3)
     # An adapter of rank 8 on queries and values: 32 layers x 2 matrices x (4096 + 4096) x 8 weights; the frozen
     # ones are multiplied forward and for the gradient of the activations, 2 FLOPs each.
     settings = LoraSettings(rank=8, targets=("q_proj", "v_proj"))

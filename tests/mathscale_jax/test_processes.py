@@ -150,10 +150,10 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step(tmp_path: Path) -
 
 
 AGREEING = """
-import shutil, sys
+import os, shutil, signal, sys
 from pathlib import Path
 from etils import epath
-from data_pipeline.cli import Stopped
+from data_pipeline.cli import Stopped, StopSignal
 from mathscale_jax.checkpoint import newest_whole
 from mathscale_jax.processes import (
     ProcessSettings, all_or_none, check_same, check_shared, from_primary, is_primary, start_processes
@@ -174,6 +174,19 @@ def steps():
     print("resumes", newest_whole(str(own), lambda checkpoint: checkpoint.step)[1])
 
 
+def unseen():  # a step that process 0 alone sees
+    if not is_primary():
+        (own / "1").rename(own / "hidden")
+    steps()
+
+
+def signalled():
+    with StopSignal():
+        if not is_primary():
+            os.kill(os.getpid(), signal.SIGTERM)
+        fails_on(None, None)
+
+
 for do in (
     lambda: fails_on(None, None),
     lambda: fails_on(1, FileNotFoundError("no such data")),
@@ -184,6 +197,8 @@ for do in (
     lambda: check_shared(epath.Path(folder), "output_dir"),
     lambda: check_shared(epath.Path(own), "output_dir"),
     steps,
+    unseen,
+    signalled,
 ):
     try:
         do()
@@ -223,6 +238,9 @@ def test_what_one_process_meets_is_said_by_all(tmp_path: Path) -> None:
         "UsageError  output_dir=FOLDER/disk-of-1 is not one folder for all processes: process 1 does not see what "
         "process 0 wrote there; name one on a shared disk or in an object store",
         "resumes 1",
+        "RunError  process 1 does not see step 1 of FOLDER/disk-of-1, which process 0 sees; run the same command again "
+        "when the disk they share shows it to all",
+        "Stopped 75 stopped before the first step; the same command goes on",
     ]
     for lines in said:
         assert [line for line in lines if not line.startswith("[Gloo]")] == expected
