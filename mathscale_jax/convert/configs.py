@@ -102,13 +102,10 @@ def model_config_from_meta(
     theta = float(tree.get("rope_theta") or 10_000.0)
     if max_context is None and theta not in _META_CONTEXTS:
         raise UsageError(f"{where} does not say the model's context, nor does rope_theta={theta:g}: give --max-context")
-    vocab_size, width = shapes["tok_embeddings.weight"]
-    if width != tree["dim"]:
-        raise UsageError(f"{where}: dim={tree['dim']}, but tok_embeddings.weight is {width} wide")
     return validated(
         ModelConfig,
         {
-            "vocab_size": vocab_size,
+            "vocab_size": shapes["tok_embeddings.weight"][0],
             "hidden_size": tree["dim"],
             "intermediate_size": shapes["layers.0.feed_forward.w1.weight"][0],
             "num_layers": tree["n_layers"],

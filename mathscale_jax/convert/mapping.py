@@ -160,9 +160,10 @@ def halves_to_neighbours(matrix: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _transposed(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous transposed copy, a few rows at a time: four times as fast as numpy's own."""
-    rows = 16
-    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    """A contiguous transposed copy: a few rows at a time, as bits, which is many times as fast as numpy's own."""
+    rows, bits = 16, np.dtype(f"u{matrix.dtype.itemsize}")
+    matrix, dtype = matrix.view(bits), matrix.dtype
+    out = np.empty(matrix.shape[::-1], bits)
     for start in range(0, len(matrix), rows):
         out[:, start : start + rows] = matrix[start : start + rows].T
-    return out
+    return out.view(dtype)

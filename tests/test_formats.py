@@ -1,0 +1,184 @@
+"""Weights in the formats that torch writes, made here by transformers and torch. Needs the torch extra."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipeline.settings import UsageError
+from data_pipeline.tokenizer import train_tokenizer
+from mathscale_jax import model
+from mathscale_jax.checkpoint import open_checkpoint, steps_in
+from mathscale_jax.convert.importing import import_weights
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch")
+
+VOCAB, HEADS, KV_HEADS, WIDTH = 320, 8, 4, 64
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """transformers' model, and a folder with its weights as .bin (in bin/) and as Meta's two parts (in meta/)."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("published")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=3, num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS, max_position_embeddings=4096, rms_norm_eps=1e-5, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.12)
+    tokenizer = train_tokenizer(["words and numbers 0123456789 for a few merges", "words again"], VOCAB)
+    for name in ("bin", "meta"):
+        (folder / name).mkdir()
+        (folder / name / "tokenizer.model").write_bytes(tokenizer.model)
+    config.save_pretrained(folder / "bin")
+    (folder / "bin" / "generation_config.json").write_text('{"temperature": 0.6}')
+    weights = theirs.state_dict()
+    names = sorted(weights)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        torch.save({name: weights[name] for name in part}, folder / "bin" / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "bin" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    params = {"dim": WIDTH, "n_heads": HEADS, "n_kv_heads": KV_HEADS, "n_layers": 3, "norm_eps": 1e-5, "vocab_size": -1}
+    (folder / "meta" / "params.json").write_text(json.dumps(params))
+    for number, part in enumerate(_meta_parts(weights)):
+        torch.save(part, folder / "meta" / f"consolidated.{number:02d}.pth")
+    return theirs, folder
+
+
+def _meta_parts(weights: dict[str, Any]) -> list[dict[str, Any]]:
+    """Meta's names and layout, cut in two as fairscale's layers are: by their outputs, or by their inputs."""
+    names = {
+        "self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
+        "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
+        "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.down_proj": ("feed_forward.w2", 1),
+        "mlp.up_proj": ("feed_forward.w3", 0), "input_layernorm": ("attention_norm", None),
+        "post_attention_layernorm": ("ffn_norm", None),
+    }  # fmt: skip
+    whole = {
+        "tok_embeddings.weight": (weights["model.embed_tokens.weight"], 1),
+        "norm.weight": (weights["model.norm.weight"], None),
+        "output.weight": (weights["lm_head.weight"], 0),
+        "rope.freqs": (torch.ones(4), None),
+    }
+    for layer in range(3):
+        for theirs, (ours, axis) in names.items():
+            tensor = weights[f"model.layers.{layer}.{theirs}.weight"]
+            if theirs.endswith(("q_proj", "k_proj")):
+                # A head's row i and i + 4 (halves of 8) lie beside each other there.
+                rows = [
+                    head * 8 + half * 4 + i for head in range(len(tensor) // 8) for i in range(4) for half in (0, 1)
+                ]
+                tensor = tensor[rows]
+            whole[f"layers.{layer}.{ours}.weight"] = (tensor, axis)
+    return [
+        {name: t.clone() if axis is None else t.chunk(2, axis)[part].clone() for name, (t, axis) in whole.items()}
+        for part in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("format", ["bin", "meta"])
+def test_logits_are_those_of_transformers(published: tuple[Any, Path], tmp_path: Path, format: str) -> None:
+    theirs, folder = published
+    import_weights(str(folder / format), str(tmp_path))
+    checkpoint = open_checkpoint(str(tmp_path))
+    tokens = torch.randint(0, VOCAB, (2, 60))
+    with torch.no_grad():
+        expected = theirs(tokens).logits.numpy()
+    ours = model.logits(checkpoint.meta.model, checkpoint.restore_params(), jnp.asarray(tokens.numpy(), jnp.int32))
+    np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
+    assert checkpoint.meta.model.max_context == 4096
+    assert checkpoint.meta.companions == ({"generation_config.json": {"temperature": 0.6}} if format == "bin" else {})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_in_two_bytes_come_in_bit_for_bit(published: tuple[Any, Path], tmp_path: Path, dtype: str) -> None:
+    theirs, folder = published
+    narrow = shutil.copytree(folder / "bin", tmp_path / "narrow")
+    for file in narrow.glob("*.bin"):
+        tensors = torch.load(file, weights_only=True)
+        torch.save({name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}, file)
+    import_weights(str(narrow), str(tmp_path / "out"))
+    checkpoint = open_checkpoint(str(tmp_path / "out"))
+    assert checkpoint.stored_dtype() == dtype
+    expected = theirs.state_dict()["lm_head.weight"].to(getattr(torch, dtype)).T.contiguous().view(torch.int16).numpy()
+    np.testing.assert_array_equal(np.asarray(checkpoint.leaf_reader()("output")).view(np.int16), expected)
+
+
+class _Harmful:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def _hold_code(folder: Path) -> None:
+    torch.save({"x": _Harmful(folder / "ran")}, folder / "pytorch_model-00001-of-00002.bin")
+
+
+def _pickle_only(folder: Path) -> None:
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(pickle.dumps({"x": _Harmful(folder / "ran")}))
+
+
+def _truncate(folder: Path) -> None:
+    file = next(path for pattern in ("*.bin", "*.pth") for path in sorted(folder.glob(pattern)))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _lose_part(folder: Path) -> None:
+    (folder / "consolidated.00.pth").unlink()
+
+
+def _lose_last_part(folder: Path) -> None:
+    (folder / "consolidated.01.pth").unlink()
+
+
+def _lose_params(folder: Path) -> None:
+    (folder / "params.json").unlink()
+
+
+def _other_base(folder: Path) -> None:
+    file = folder / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_theta": 5e5}))
+
+
+def _nothing_but_a_tensor(folder: Path) -> None:
+    torch.save(torch.zeros(3), folder / "pytorch_model-00001-of-00002.bin")
+
+
+@pytest.mark.parametrize(
+    ("format", "damage", "told"),
+    [
+        ("bin", _hold_code, "00001-of-00002.bin holds more than weights and could run code: it is not loaded"),
+        ("bin", _pickle_only, "00001-of-00002.bin"),
+        ("bin", _truncate, "00001-of-00002.bin is truncated or damaged"),
+        ("bin", _nothing_but_a_tensor, "is no dictionary of tensors by name"),
+        ("meta", _truncate, "consolidated.00.pth is truncated or damaged"),
+        ("meta", _lose_part, "consolidated.00.pth is missing"),
+        ("meta", _lose_last_part, r"shape .*; 1 file\(s\) consolidated.\*.pth were found: is one missing\?"),
+        ("meta", _lose_params, "params.json is missing"),
+        ("meta", _other_base, "rope_theta=500000: give --max-context"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(
+    published: tuple[Any, Path], tmp_path: Path, format: str, damage: Any, told: str
+) -> None:
+    folder = shutil.copytree(published[1] / format, tmp_path / "folder")
+    damage(folder)
+    with pytest.raises(UsageError, match=told):
+        import_weights(str(folder), str(tmp_path / "out"))
+    assert not (folder / "ran").exists()
+    assert not (tmp_path / "out").exists() or not steps_in(tmp_path / "out")
