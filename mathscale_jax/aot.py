@@ -103,6 +103,7 @@ def compile_sampler(config: ModelConfig, devices: Sequence[jax.Device]) -> tuple
     step = decode.decode_chunk.lower(
         config, compute, params, prefix, state, key, replicated(settings.num_samples), replicated(),
         num_steps=1, temperature=settings.temperature, top_p=settings.top_p, eos_id=2,
+        num_pieces=config.vocab_size,
     )  # fmt: skip
     return mesh, {"prefill": prefill, "decode": step.compile()}
 

@@ -38,6 +38,7 @@ from mathscale_jax.step import TrainState
 
 TOKENIZER_FILE = "tokenizer.model"
 FORMAT_VERSION = 3
+MAX_PADDING = 1024  # vocabularies are padded to a multiple of 8 to 512, and have room for added tokens
 T = TypeVar("T")
 
 
@@ -378,9 +379,15 @@ def _open(path: str, directory: epath.Path, step: int) -> Checkpoint:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, what: str) -> None:
-    """Raises UsageError where a tokenizer and a model do not belong together."""
-    if tokenizer.vocab_size != config.vocab_size:
+    """Raises UsageError where a tokenizer and a model do not belong together.
+
+    A vocabulary may be padded: rows of the model beyond the pieces are kept, trained like any other and never drawn.
+    """
+    padding = config.vocab_size - tokenizer.vocab_size
+    if not 0 <= padding <= MAX_PADDING:
         raise UsageError(
-            f"{what} has {tokenizer.vocab_size} pieces but the model's vocab_size is {config.vocab_size}; "
-            "use the tokenizer the model was made with"
+            f"{what} has {tokenizer.vocab_size} pieces but the model's vocab_size is {config.vocab_size}; use the "
+            f"tokenizer the model was made with (at most {MAX_PADDING} rows may pad a vocabulary)"
         )
+    if padding:
+        logger.info("the vocabulary of %d pieces is padded to %d", tokenizer.vocab_size, config.vocab_size)

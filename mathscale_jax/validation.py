@@ -103,7 +103,13 @@ class LoopSampling:
 
     def answer(self, step: int, params: model.Params) -> float:
         """Draws, writes the texts, and returns the share of right answers. Call it inside `jax.set_mesh`."""
-        sampler = Sampler(self._config, params, eos_id=self._tokenizer.eos_id, dtype=self._dtype)
+        sampler = Sampler(
+            self._config,
+            params,
+            eos_id=self._tokenizer.eos_id,
+            num_pieces=self._tokenizer.vocab_size,
+            dtype=self._dtype,
+        )
         rows = []
         for problem, drawn in zip(self._problems, sampler.sample(self._prompts, self._sampling), strict=True):
             for sample_id, tokens in enumerate(drawn.tokens):

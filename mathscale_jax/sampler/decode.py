@@ -98,7 +98,7 @@ def grow(state: DecodeState, capacity: int) -> DecodeState:
 
 @partial(
     jax.jit,
-    static_argnames=("config", "compute", "num_steps", "temperature", "top_p", "eos_id"),
+    static_argnames=("config", "compute", "num_steps", "temperature", "top_p", "eos_id", "num_pieces"),
     donate_argnames="state",
 )
 def decode_chunk(
@@ -115,10 +115,12 @@ def decode_chunk(
     temperature: float,
     top_p: float,
     eos_id: int,
+    num_pieces: int,
 ) -> DecodeState:
     """At most `num_steps` more tokens in every row, and no more than `limit` in all; fewer where all wrote EOS.
 
-    The state must have room for them.
+    The state must have room for them. Only the first `num_pieces` tokens of the vocabulary are drawn: what pads it
+    stands for no text.
     """
     last_position = jnp.minimum(state.position + num_steps, limit)
 
@@ -128,7 +130,7 @@ def decode_chunk(
     def step(state: DecodeState) -> DecodeState:
         positions = jnp.full_like(sample_ids, state.position)
         uniform = Draws.uniform(problem_key, sample_ids, positions)
-        drawn = next_tokens(state.logits, uniform, temperature, top_p)
+        drawn = next_tokens(state.logits[:, :num_pieces], uniform, temperature, top_p)
         drawn = jnp.where(state.finished, eos_id, drawn)
         logits, key, value = _forward(config, compute, params, prefix, state, drawn)
         at_cache = (0, 0, 0, state.position, 0)

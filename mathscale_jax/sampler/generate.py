@@ -51,6 +51,7 @@ class Sampler:
     `params` may have any dtype and sharding; they are cast to `dtype` once. A problem is decoded in the same way
     whoever asks for it and whatever other problems are asked for, so its samples are reproducible by
     (weights, prompt, settings) on the same kind of device.
+    Tokens from `num_pieces` on, which pad a vocabulary, are never drawn.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Sampler:
         params: model.Params,
         *,
         eos_id: int,
+        num_pieces: int,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
     ):
-        self.config, self.eos_id = config, eos_id
+        self.config, self.eos_id, self.num_pieces = config, eos_id, num_pieces
         self.compute = ComputeSettings(dtype=dtype, remat="none")
         self.params = jax.jit(model.cast, static_argnums=1)(params, dtype)
 
@@ -74,6 +76,7 @@ class Sampler:
             config,
             checkpoint.restore_params(shardings, dtype),
             eos_id=checkpoint.tokenizer.eos_id,
+            num_pieces=checkpoint.tokenizer.vocab_size,
             dtype=dtype,
         )
 
@@ -123,6 +126,7 @@ class Sampler:
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 eos_id=self.eos_id,
+                num_pieces=self.num_pieces,
             )
         return self._collect(prompt, np.asarray(state.tokens), int(state.position))
 

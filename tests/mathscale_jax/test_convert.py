@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
 from mathscale_jax.checkpoint import open_checkpoint
@@ -150,7 +153,7 @@ def _change_config(**change: object) -> object:
 
 
 def _other_vocabulary(folder: Path) -> None:
-    (folder / "tokenizer.model").write_bytes(train_tokenizer(TEXTS, vocab_size=310).model)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(TEXTS, vocab_size=325).model)
 
 
 def _no_tokenizer(folder: Path) -> None:
@@ -181,7 +184,7 @@ def _no_tokenizer(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("[]"), "must hold a JSON object, not list"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": '), "is not valid JSON"),
         (_mixed_dtypes, r"several dtypes \(bfloat16, float32\): give --dtype"),
-        (_other_vocabulary, "310 pieces but the model's vocab_size is 320"),
+        (_other_vocabulary, "325 pieces but the model's vocab_size is 320"),
         (_no_tokenizer, "tokenizer .* does not exist"),
     ],
 )
@@ -199,6 +202,43 @@ def test_weights_are_read_from_the_layer_they_belong_to(golden: Path, tokenizer_
     theirs = tensors["model.layers.1.self_attn.k_proj.weight"].astype(np.float32)
     # Head 1, dimension 3 of the second layer's key is row 1 * head_dim + 3 of its matrix.
     np.testing.assert_array_equal(key[1, :, 1, 3], theirs[1 * 8 + 3])
+
+
+def test_a_padded_vocabulary_is_taken(golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "mathscale")
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(train_tokenizer(TEXTS, vocab_size=310).model)
+    import_weights(str(golden / "llama_gqa"), str(tmp_path / "out"), tokenizer=str(file))
+    assert "the vocabulary of 310 pieces is padded to 320" in caplog.text
+    checkpoint = open_checkpoint(str(tmp_path / "out"))
+    assert (checkpoint.tokenizer.vocab_size, checkpoint.meta.model.vocab_size) == (310, 320)
+
+
+def test_a_name_on_the_hub_is_fetched_with_what_is_needed_of_it(
+    golden: Path, tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client is a stand-in here: there is no network in tests."""
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(golden / "llama_gqa")
+
+    hub = types.SimpleNamespace(
+        list_repo_files=lambda _: ["model.safetensors", "x.bin"], snapshot_download=snapshot_download
+    )
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    import_weights("some/model", str(tmp_path / "out"), tokenizer=str(tokenizer_file))
+    ((name, patterns),) = asked
+    assert name == "some/model" and "model-*.safetensors" in patterns and "tokenizer.model" in patterns
+    hub.list_repo_files = lambda _: (_ for _ in ()).throw(OSError("401 Client Error: gated"))
+    with pytest.raises(RunError, match="the hub does not give it: 401 Client Error"):
+        import_weights("some/gated", str(tmp_path / "other"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UsageError, match=r"pip install 'mathscale-jax\[hub\]'"):
+        import_weights("some/other", str(tmp_path / "other"))
+    with pytest.raises(UsageError, match="is no folder; give one with"):
+        import_weights("/not/there", str(tmp_path / "other"))
 
 
 def test_object_stores_are_refused_for_hugging_face_folders(source: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def params() -> model.Params:
 
 @pytest.fixture(scope="module")
 def sampler(params: model.Params) -> Sampler:
-    return Sampler(CONFIG, params, eos_id=EOS, dtype="float32")
+    return Sampler(CONFIG, params, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32")
 
 
 def expected_probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
@@ -111,11 +111,19 @@ def test_greedy_decoding_equals_running_the_whole_text_again_for_every_token(
     config: ModelConfig, params: model.Params
 ) -> None:
     settings = SamplingSettings(num_samples=1, temperature=0, max_tokens=70)
-    sampler = Sampler(config, params, eos_id=EOS, dtype="float32")
+    sampler = Sampler(config, params, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32")
     prompts = [[1, 5, 9, 4], [1, *range(3, 23)] * 3 + [1, 20]]  # the second is longer than one padding unit
     results = sampler.sample([Prompt(str(i), p) for i, p in enumerate(prompts)], settings)
     for prompt, result in zip(prompts, results, strict=True):
         assert result.tokens[0].tolist() == plain_greedy(config, params, prompt, 70)
+
+
+def test_what_pads_a_vocabulary_is_never_drawn(params: model.Params) -> None:
+    sampler = Sampler(CONFIG, params, eos_id=EOS, num_pieces=CONFIG.vocab_size - 5, dtype="float32")
+    settings = SamplingSettings(num_samples=256, temperature=20.0, max_tokens=16)
+    (result,) = sampler.sample([Prompt("p", [1, 7, 3])], settings)
+    drawn = set(np.concatenate(result.tokens).tolist())
+    assert drawn == set(range(CONFIG.vocab_size - 5))
 
 
 def test_second_tokens_follow_the_model_given_the_first(params: model.Params, sampler: Sampler) -> None:
@@ -187,7 +195,11 @@ def test_impossible_settings_are_refused(wrong: dict) -> None:
 def test_weights_that_are_not_numbers_are_refused(params: model.Params) -> None:
     broken = {**params, "output": params["output"].at[0, 0].set(jnp.nan)}
     with pytest.raises(RunError, match="not finite"):
-        next(Sampler(CONFIG, broken, eos_id=EOS, dtype="float32").sample([Prompt("p", [1, 2])], SamplingSettings()))
+        next(
+            Sampler(CONFIG, broken, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32").sample(
+                [Prompt("p", [1, 2])], SamplingSettings()
+            )
+        )
 
 
 def test_greedy_with_many_samples_is_refused() -> None:
