@@ -20,9 +20,10 @@ from data_pipeline.settings import UsageError
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import train_tokenizer
 from mathscale_jax import model, processes
-from mathscale_jax.checkpoint import Meta
+from mathscale_jax.checkpoint import Meta, open_checkpoint
 from mathscale_jax.checkpoint_writer import Writer
 from mathscale_jax.config import CheckpointSettings, MeshSettings, ModelConfig
+from mathscale_jax.convert.importing import import_weights
 from mathscale_jax.mesh import make_mesh
 from mathscale_jax.processes import ProcessSettings, rows_of_process, start_processes
 
@@ -303,3 +304,32 @@ def test_processes_that_do_not_find_each_other_are_one_error(monkeypatch: pytest
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     with pytest.raises(RunError, match="did not find each other: deadline exceeded"):
         start_processes(ProcessSettings(coordinator="a:1", num_processes=2, process_id=0))
+
+
+@pytest.mark.slow
+def test_two_processes_import_weights_together_each_its_share(golden: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(train_tokenizer(["words and numbers 0123456789 for a few merges", "words again"], 320).model)
+    source = str(golden / "llama_gqa")
+    import_weights(source, str(tmp_path / "alone"), tokenizer=str(tokenizer))
+    arguments = ["import", source, str(tmp_path / "together"), "--tokenizer", str(tokenizer)]
+    port = free_port()
+    where = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
+    pair = [
+        subprocess.Popen(
+            command("mathscale_jax.convert", *arguments, *where, str(number)),
+            env=environment(devices=2),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    alone, together = (open_checkpoint(str(tmp_path / name)) for name in ("alone", "together"))
+    assert alone.meta == together.meta
+    for a, b in zip(*(jax.tree.leaves(c.restore_params()) for c in (alone, together)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    shares = (tmp_path / "together" / "0" / "params").glob("ocdbt.process_*")
+    written = [sum(file.stat().st_size for file in share.rglob("*")) for share in shares]
+    assert len(written) == 2 and min(written) > 0.2 * sum(written)
