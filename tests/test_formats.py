@@ -1,5 +1,6 @@
 """Weights in the formats that torch writes, made here by transformers and torch. Needs the torch extra."""
 
+import copy
 import json
 import os
 import pickle
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
 from mathscale_jax import model
 from mathscale_jax.checkpoint import open_checkpoint, steps_in
 from mathscale_jax.convert.importing import import_weights
+from mathscale_jax.convert.verify import verify
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
@@ -115,6 +118,52 @@ def test_weights_in_two_bytes_come_in_bit_for_bit(published: tuple[Any, Path], t
     assert checkpoint.stored_dtype() == dtype
     expected = theirs.state_dict()["lm_head.weight"].to(getattr(torch, dtype)).T.contiguous().view(torch.int16).numpy()
     np.testing.assert_array_equal(np.asarray(checkpoint.leaf_reader()("output")).view(np.int16), expected)
+
+
+def _hf(published: tuple[Any, Path], folder: Path, weights: dict[str, Any] | None = None) -> str:
+    """A folder that transformers wrote of its model, with some tensors replaced."""
+    theirs, made = published
+    changed = copy.deepcopy(theirs)
+    changed.load_state_dict({**theirs.state_dict(), **(weights or {})})
+    changed.save_pretrained(folder)
+    shutil.copy(made / "bin" / "tokenizer.model", folder)
+    return str(folder)
+
+
+def test_verify_finds_the_same_model(published: tuple[Any, Path], tmp_path: Path) -> None:
+    import_weights(str(published[1] / "meta"), str(tmp_path / "ours"))
+    page = verify(str(tmp_path / "ours"), _hf(published, tmp_path / "hf"))
+    assert "whole, every checksum agrees" in page and "the same model" in page
+    assert "top 5 agree 100.0 %" in page and "Meta .pth" in page
+
+
+def test_verify_knows_permuted_queries_and_keys(published: tuple[Any, Path], tmp_path: Path) -> None:
+    """As a conversion leaves them that forgets Meta's order."""
+    weights, forgotten = published[0].state_dict(), {}
+    for name, tensor in weights.items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            order = [8 * head + 4 * half + i for head in range(len(tensor) // 8) for i in range(4) for half in (0, 1)]
+            forgotten[name] = tensor[order]
+    import_weights(_hf(published, tmp_path / "wrong", forgotten), str(tmp_path / "ours"))
+    with pytest.raises(RunError, match=r"NOT the same model: .* q/k look permuted"):
+        verify(str(tmp_path / "ours"), _hf(published, tmp_path / "right"))
+
+
+def test_verify_names_what_the_architectures_differ_in(published: tuple[Any, Path], tmp_path: Path) -> None:
+    source = Path(_hf(published, tmp_path / "hf"))
+    import_weights(str(source), str(tmp_path / "ours"))
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"differ in rope_theta \(10000.0 here, 1000000.0 there\)"):
+        verify(str(tmp_path / "ours"), str(source))
+
+
+def test_verify_of_other_weights_says_so(published: tuple[Any, Path], tmp_path: Path) -> None:
+    import_weights(_hf(published, tmp_path / "hf"), str(tmp_path / "ours"))
+    other = {"lm_head.weight": published[0].state_dict()["lm_head.weight"] + 0.01 * torch.randn(VOCAB, WIDTH)}
+    with pytest.raises(RunError, match="NOT the same model"):
+        verify(str(tmp_path / "ours"), _hf(published, tmp_path / "other", other))
 
 
 class _Harmful:

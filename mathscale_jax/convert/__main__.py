@@ -1,6 +1,7 @@
 """python -m mathscale_jax.convert: published weights to a checkpoint, and back.
 
     python -m mathscale_jax.convert import Llama-2-7b-hf checkpoints/llama2-7b
+    python -m mathscale_jax.convert verify checkpoints/llama2-7b Llama-2-7b-hf
     python -m mathscale_jax.convert export checkpoints/llama2-7b Llama-2-7b-again
 
 A conversion that is stopped leaves nothing that looks whole; run it again.
@@ -13,6 +14,7 @@ from data_pipeline.cli import add_flags, from_flags, run_command
 from data_pipeline.templates import DEFAULT_TEMPLATE
 from mathscale_jax.convert.exporting import export_hf
 from mathscale_jax.convert.importing import import_weights
+from mathscale_jax.convert.verify import TOLERANCES, verify
 from mathscale_jax.processes import ProcessSettings, start_processes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,6 +55,17 @@ def _main(argv: Sequence[str] | None) -> None:
     exporter.add_argument(
         "--merge", action="store_true", help="of a LoRA run: the adapted model (default: the adapter, for peft)"
     )
+    verifier = commands.add_parser("verify", help="whether a checkpoint is whole, and computes what it should")
+    verifier.add_argument("source", metavar="CKPT", help="checkpoint or run folder; @STEP or @best behind it")
+    verifier.add_argument(
+        "reference",
+        metavar="HF_DIR",
+        nargs="?",
+        help="folder whose logits by transformers must be these (extra torch)",
+    )
+    verifier.add_argument(
+        "--compute", choices=tuple(TOLERANCES), default="float32", help="dtype of both computations (default: float32)"
+    )
     for sub in (importer, exporter):
         sub.add_argument("--dtype", choices=DTYPES, help="dtype of the weights written (default: as they are stored)")
     arguments = parser.parse_args(argv)
@@ -66,6 +79,8 @@ def _main(argv: Sequence[str] | None) -> None:
             dtype=arguments.dtype,
             max_context=arguments.max_context,
         )
+    elif arguments.command == "verify":
+        print(verify(arguments.source, arguments.reference, arguments.compute))
     else:
         export_hf(arguments.source, arguments.destination, dtype=arguments.dtype, merge=arguments.merge)
 
