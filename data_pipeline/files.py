@@ -1,5 +1,7 @@
 """Files written whole: a reader sees the old content or the new, never a part."""
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
+
+from data_pipeline.settings import UsageError
 
 # JSON escapes control characters, but not these three, at which str.splitlines and others break a line.
 _LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
@@ -37,6 +41,25 @@ def write_atomically(path: Path | epath.Path, write: Callable[[BinaryIO], Any]) 
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: epath.Path, what: str) -> Iterator[None]:
+    """Keeps other processes from the same `folder` meanwhile; the lock goes with the process, however it ends.
+
+    Raises UsageError, which names `what`, where another one has it. An object store has no locks: nothing is done.
+    """
+    if "://" in str(folder):
+        yield
+        return
+    with (Path(folder) / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{what}={folder} is in use by another run: wait for it, or choose another") from error
+        except OSError:  # a disk without locks
+            pass
+        yield
 
 
 def write_text(path: Path | epath.Path, text: str) -> None:

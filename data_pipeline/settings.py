@@ -170,3 +170,18 @@ def require_file(path: str | Path, what: str) -> epath.Path:
     if file.is_dir():
         raise UsageError(f"{what} {str(path)!r} is a folder, not a file")
     return file
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lines "key: old -> new", with dotted keys in order, for all that differs between two nested dictionaries."""
+
+    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else key).items()
+        }
+
+    old, new = flatten(before), flatten(now)
+    keys = sorted(old.keys() | new.keys())
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]

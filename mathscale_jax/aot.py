@@ -33,7 +33,7 @@ DECODE_PROMPT, DECODE_RESPONSE = 256, 512
 def devices_of(topology: Topology) -> list[jax.Device]:
     """The slice's devices, which can be compiled for and nothing else. Raises UsageError where libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
-        raise UsageError("planning needs libtpu, the TPU compiler: pip install 'mathscale_jax[tpu]'")
+        raise UsageError("planning needs libtpu, the TPU compiler: pip install -c constraints.txt -e '.[tpu]'")
     jax.config.update("jax_platforms", "cpu")  # or jax would look for a TPU in this machine
     # libtpu asks a TPU VM's metadata server, and locks the chips, unless told that there is nothing of the kind.
     nowhere = {
@@ -49,7 +49,10 @@ def devices_of(topology: Topology) -> list[jax.Device]:
         options = topology.chip.topology_options
         description = topologies.get_topology_desc(topology.name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
-        raise UsageError(f"--topology {topology.name}: {str(error).splitlines()[0]}") from error
+        raise UsageError(
+            f"--topology {topology.name}: libtpu knows no such slice (they are made of whole hosts, for example of 2x2 "
+            f"chips): {str(error).splitlines()[0]}"
+        ) from error
     return list(description.devices)
 
 

@@ -296,6 +296,8 @@ def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:
     steps = steps_in(directory)
     if (directory / "config.json").exists():
         raise UsageError(f"{folder!r} is a Hugging Face folder: `python -m mathscale_jax.convert import` it first")
+    if not directory.exists():
+        raise UsageError(f"checkpoint {folder!r} does not exist")
     if not steps:
         raise UsageError(
             f"checkpoint {folder!r} holds no finished step; give a training run's folder, or what "
@@ -327,7 +329,7 @@ def newest_whole(path: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint
                 checkpoint = open_checkpoint(path, step)
             return checkpoint, read(checkpoint)
         except DamagedCheckpoint as error:
-            logger.warning("%s; the step before it is used instead", error)
+            logger.warning("%s; it is passed over", error)
     raise DamagedCheckpoint(
         f"no step of {path} could be read; what is wrong with each is said above. To begin anew, choose another folder"
     )

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pydantic
 
 from data_pipeline.loader import DataSettings, Source
-from data_pipeline.settings import Settings
+from data_pipeline.settings import Settings, differences
 
 AttentionBackend = Literal["auto", "xla", "splash", "cudnn", "pallas"]
 
@@ -285,18 +285,6 @@ MAY_CHANGE_ON_RESUME = (
 
 def changes_that_forbid_resume(before: TrainSettings, now: TrainSettings) -> list[str]:
     """Lines "key: old -> new" for every change between two settings that resuming does not allow."""
-
-    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v for key, sub in value.items() for k, v in flatten(sub, f"{prefix}.{key}" if prefix else key).items()
-        }
-
-    old, new = flatten(before.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE_ON_RESUME)
-    ]
+    lines = differences(before.model_dump(mode="json"), now.model_dump(mode="json"))
+    may_change = tuple(f"{key}{end}" for key in MAY_CHANGE_ON_RESUME for end in ":.")
+    return [line for line in lines if not line.startswith(may_change)]

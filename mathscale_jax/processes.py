@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import signal
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from data_pipeline.cli import RunError, StopSignal, logger
-from data_pipeline.settings import Settings, UsageError
+from data_pipeline.settings import Settings, UsageError, differences
 from mathscale_jax.mesh import MESH_AXES, sharding_of
 
 # How long jax lets a process that ends with an error wait for the others, before it ends them all.
@@ -41,6 +42,8 @@ class ProcessSettings(Settings):
         given = [self.coordinator, self.num_processes, self.process_id]
         if any(value is not None for value in given) and any(value is None for value in given):
             raise ValueError("give all three of coordinator, num_processes and process_id, or none of them")
+        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"coordinator={self.coordinator!r} must be HOST:PORT, for example host0:8476")
         if self.num_processes is not None and self.process_id is not None and self.process_id >= self.num_processes:
             raise ValueError(f"process_id={self.process_id} must be below num_processes={self.num_processes}")
         return self
@@ -56,6 +59,10 @@ def start_processes(settings: ProcessSettings | None = None) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if settings.coordinator is not None:
+            logger.info(
+                "process %d of %d meets the others through %s (gives up after 5 minutes)",
+                settings.process_id, settings.num_processes, settings.coordinator,
+            )  # fmt: skip
             jax.distributed.initialize(
                 settings.coordinator, settings.num_processes, settings.process_id, **_WHERE_ONE_FAILS
             )
@@ -118,13 +125,17 @@ def from_primary(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes())
 
 
-def check_same(value: str, what: str) -> None:
-    """Raises UsageError, which names `what`, on all processes where one of them has another value than process 0."""
+def check_same(value: Any, what: str) -> None:
+    """Raises UsageError, which names `what`, on all processes where one of them has another value than process 0.
+
+    Of dictionaries as JSON has them it names the keys.
+    """
     of_primary = from_primary(value)
     with all_or_none():
         if value != of_primary:
+            keys = f" ({'; '.join(differences(of_primary, value))})" if isinstance(value, dict) else ""
             raise UsageError(
-                f"process {jax.process_index()} has other {what} than process 0; give all processes the same"
+                f"process {jax.process_index()} has other {what} than process 0{keys}; give all processes the same"
             )
 
 

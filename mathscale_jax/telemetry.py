@@ -86,7 +86,7 @@ def _tensorboard_writer(directory: epath.Path, resumed_step: int) -> Any:
         import tensorboardX  # heavy, and only for those who want it
     except ImportError as error:
         raise UsageError(
-            "tensorboard=true needs tensorboardX: pip install 'mathscale-jax[tensorboard]', or leave it out"
+            "tensorboard=true needs tensorboardX: pip install -c constraints.txt -e '.[tensorboard]', or leave it out"
         ) from error
     # What an earlier run wrote after the step that this one goes on from is purged by TensorBoard itself.
     return tensorboardX.SummaryWriter(str(directory), purge_step=resumed_step + 1) if is_primary() else None

@@ -18,8 +18,18 @@ from typing import Any
 import jax
 from etils import epath
 
-from data_pipeline.cli import RunError, Stopped, StopSignal, add_flags, from_flags, logger, make_folder, run_command
-from data_pipeline.files import write_json, write_text
+from data_pipeline.cli import (
+    RunError,
+    Stopped,
+    StopSignal,
+    add_flags,
+    first_line,
+    from_flags,
+    logger,
+    make_folder,
+    run_command,
+)
+from data_pipeline.files import locked, write_json, write_text
 from data_pipeline.loader import Batches, iterate, load_rows
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError, describe, load_settings, to_yaml, validated
@@ -72,18 +82,20 @@ def train(settings: TrainSettings) -> None:
     Every process of a run calls it. Raises UsageError for what cannot be meant, before the first step; RunError
     for what went wrong; Stopped where a signal to any process ended it, with everything saved.
     """
-    with StopSignal() as stop:
-        _train(settings, stop)
+    with StopSignal() as stop, contextlib.ExitStack() as held:
+        _train(settings, stop, held)
 
 
-def _train(settings: TrainSettings, stop: StopSignal) -> None:
+def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack) -> None:
     output_dir = epath.Path(settings.output_dir)
     checkpoint_dir = output_dir / "checkpoints"
 
     # ---- where the run stands: resume, or start from weights, or from scratch -------------------------------
-    check_same(settings.model_dump_json(), "settings")
+    check_same(settings.model_dump(mode="json"), "settings")
     with all_or_none():
         _check_folder(output_dir)
+        if is_primary():
+            held.enter_context(locked(output_dir, "output_dir"))
         mesh = make_mesh(settings.mesh)
         check_batch(settings.batch_size, settings.accumulation_steps, mesh)
         begun = bool(steps_in(checkpoint_dir))
@@ -124,6 +136,12 @@ def _train(settings: TrainSettings, stop: StopSignal) -> None:
             settings.batch_size,
             settings.num_epochs or len(batches) * settings.batch_size / batches.bins_per_epoch,
         )
+        if settings.batch_size > batches.bins_per_epoch:
+            logger.warning(
+                "batch_size=%d is more than the %d rows of all examples", settings.batch_size, batches.bins_per_epoch
+            )
+        if settings.profile and settings.profile.first_step > len(batches):
+            logger.warning("profile.first_step=%d is never reached", settings.profile.first_step)
         validation = Validation(settings, tokenizer, template, mesh) if settings.validation else None
         sampling = LoopSampling(settings, config, tokenizer, template) if settings.samples else None
         if saved is not None:
@@ -299,13 +317,14 @@ def _say_not_finite(
     settings: TrainSettings, step: int, values: dict[str, Any], batches: Batches, rows: TokenizedRows
 ) -> str:
     """What to say of a step whose loss is NaN or infinite; the ids of its batch's examples go into a file."""
+    saved = steps_in(epath.Path(settings.output_dir) / "checkpoints")
     file = epath.Path(settings.output_dir) / f"not-finite-step-{step}.json"
     if is_primary():
         write_json(file, {"step": step, **values, "examples": [rows.ids[i] for i in batches.examples(step - 1)]})
     return (
         f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; it is not saved, and the ids "
-        f"of its examples are in {file}. Lower optimizer.learning_rate in another output_dir, from the beginning or "
-        f"from the last step saved (init_from={settings.output_dir})"
+        f"of its examples are in {file}. Lower optimizer.learning_rate in another output_dir, from the beginning"
+        + (f" or from the last step saved (init_from={settings.output_dir})" if saved else "")
     )
 
 
@@ -386,10 +405,18 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a setting of the file")
     group = parser.add_argument_group("several processes", "found without these on TPU pods and under Slurm")
     add_flags(group, ProcessSettings)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     settings = load_settings(TrainSettings, arguments.config, arguments.overrides)
     start_processes(from_flags(ProcessSettings, arguments))
-    train(settings)
+    try:
+        train(settings)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise RunError(
+            f"another process of this run cannot be reached any more: {first_line(error)}\nit says why; "
+            "what was saved is whole, and the same commands go on"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

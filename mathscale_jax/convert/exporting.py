@@ -59,6 +59,8 @@ def export_hf(source: str, destination: str, *, dtype: str | None = None, merge:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if adapter_alone:
+        logger.info("peft loads it over its base: export that too, and name its folder in adapter_config.json")
     logger.info("exported %s%s to %s", "the adapter of " if adapter_alone else "", checkpoint.name, destination)
 
 

@@ -26,7 +26,9 @@ def write_adapter(folder: Path, checkpoint: Checkpoint, base_model: str) -> None
             # torch's linear layers are [out, in]; contiguous, as safetensors writes memory as it lies.
             tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, settings.rank).T)
             tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b.reshape(settings.rank, -1).T)
-    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # Not save_file, which makes a file that only its owner can read.
+    content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(content)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -225,7 +225,7 @@ def _torch_load(file: Path) -> dict[str, Any]:
 
         import torch
     except ImportError as error:
-        raise UsageError(f"{file}: reading it needs torch: pip install 'mathscale-jax[torch]'") from error
+        raise UsageError(f"{file}: reading it needs torch: pip install -c constraints.txt -e '.[torch]'") from error
     try:
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -290,7 +290,7 @@ def fetch(name: str) -> str:
     except ImportError as error:
         raise UsageError(
             f"{name!r} is no folder; to fetch a model of this name from Hugging Face's hub: "
-            "pip install 'mathscale-jax[hub]'"
+            "pip install -c constraints.txt -e '.[hub]'"
         ) from error
     wanted = ["config.json", TOKENIZER_FILE, *COMPANIONS]
     try:

@@ -95,7 +95,7 @@ def _their_logits(folder: str, checkpoint: Checkpoint, dtype: str) -> list[Logit
         import torch
         import transformers
     except ImportError as error:
-        raise UsageError("comparing with transformers needs it: pip install 'mathscale-jax[torch]'") from error
+        raise UsageError("comparing needs transformers: pip install -c constraints.txt -e '.[torch]'") from error
     logger.info("loading %s with transformers", folder)
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(

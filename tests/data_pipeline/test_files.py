@@ -4,13 +4,16 @@ import io
 import json
 import logging
 import os
+import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 import data_pipeline.progress
-from data_pipeline.files import read_json_lines, write_atomically, write_json, write_json_lines, write_text
+from data_pipeline.files import locked, read_json_lines, write_atomically, write_json, write_json_lines, write_text
 from data_pipeline.progress import Progress, progress
+from data_pipeline.settings import UsageError
 
 AWKWARD = 'line\nfeed \r\n return, \u2028 and \u2029 and \x85, "quotes" \\ \u00bd \U0001f95a \x00'
 
@@ -136,3 +139,16 @@ def test_a_row_is_one_line_for_every_reader(tmp_path):
     lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [row, row]
     assert "é" in lines[0]
+
+
+def test_a_folder_is_locked_for_others_until_the_process_that_has_it_ends(tmp_path):
+    program = "import sys, time; from etils import epath; from data_pipeline.files import locked\n"
+    program += f"with locked(epath.Path({str(tmp_path)!r}), 'output_dir'): print('locked', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "locked\n"
+    with pytest.raises(UsageError, match=r"output_dir=.* is in use by another run"):
+        locked(epath.Path(tmp_path), "output_dir").__enter__()
+    other.kill()
+    other.wait()
+    with locked(epath.Path(tmp_path), "output_dir"):
+        pass

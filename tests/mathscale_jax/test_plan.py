@@ -199,7 +199,7 @@ def test_without_libtpu_the_command_says_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run_plan("--config", "configs/demo.yaml", "--topology", "v5e:2x2") == 2
-    assert "pip install 'mathscale_jax[tpu]'" in capsys.readouterr().err
+    assert "-e '.[tpu]'" in capsys.readouterr().err
 
 
 # ---- figures --------------------------------------------------------------------------------------------------

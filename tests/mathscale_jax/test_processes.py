@@ -194,7 +194,8 @@ for do in (
     lambda: fails_on(1, Stopped("asked to stop", 75)),
     lambda: print("told", from_primary(["of", me])),
     lambda: check_same("equal", "settings"),
-    lambda: check_same(f"by {me}", "settings"),
+    lambda: check_same(f"by {me}", "examples"),
+    lambda: check_same({"a": {"b": me, "c": 0}}, "settings"),
     lambda: check_shared(epath.Path(folder), "output_dir"),
     lambda: check_shared(epath.Path(own), "output_dir"),
     steps,
@@ -235,7 +236,8 @@ def test_what_one_process_meets_is_said_by_all(tmp_path: Path) -> None:
         "FileNotFoundError  no such data",
         "Stopped 75 asked to stop",
         "told ['of', 0]",
-        "UsageError  process 1 has other settings than process 0; give all processes the same",
+        "UsageError  process 1 has other examples than process 0; give all processes the same",
+        "UsageError  process 1 has other settings than process 0 (a.b: 0 -> 1); give all processes the same",
         "UsageError  output_dir=FOLDER/disk-of-1 is not one folder for all processes: process 1 does not see what "
         "process 0 wrote there; name one on a shared disk or in an object store",
         "resumes 1",
@@ -259,6 +261,8 @@ def test_the_processes_are_named_completely_or_not_at_all() -> None:
     for given in [{"coordinator": "localhost:1"}, {"num_processes": 2, "process_id": 0}]:
         with pytest.raises(ValueError, match="all three"):
             ProcessSettings(**given)
+    with pytest.raises(ValueError, match="coordinator='localhost' must be HOST:PORT"):
+        ProcessSettings(coordinator="localhost", num_processes=2, process_id=0)
     with pytest.raises(ValueError, match="below num_processes=2"):
         ProcessSettings(coordinator="localhost:1", num_processes=2, process_id=2)
 
