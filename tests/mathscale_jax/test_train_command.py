@@ -32,7 +32,7 @@ CONFIGS = sorted(path.name for path in (Path(__file__).parents[2] / "configs").g
         (["mesh.data=3"], "does not divide the 8 cpu device(s)"),
         (["mesh.tensor=8", "mesh.fsdp=1"], "heads dimension of 4 cannot be split over mesh axis tensor of 8"),
         (["batch_size=4"], "cannot be split over mesh.data*mesh.fsdp=8"),
-        (["model.vocab_size=341"], "340 pieces but the model's vocab_size is 341"),
+        (["model.vocab_size=330"], "340 pieces but the model's vocab_size is 330"),
         (["data.tokenizer=none.model"], "tokenizer 'none.model' does not exist"),
         (["data.sources.0.path=none.jsonl"], "source file 'none.jsonl' does not exist"),
         (["data.sources.0.path=EMPTY"], "the dataset is empty"),
