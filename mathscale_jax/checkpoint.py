@@ -140,14 +140,11 @@ class Checkpoint:
         specs = model.param_specs(self.meta.model)
         treedef = jax.tree.structure(specs, is_leaf=_is_spec)
         by_name = model.named_leaves(shardings) if shardings is not None else dict.fromkeys(_names(specs))
-        read = self.leaf_reader()
+        read = self._leaf_reader()
         return jax.tree.unflatten(treedef, [read(name, by_name[name]).astype(dtype) for name in _names(specs)])
 
-    def leaf_reader(self) -> Callable[..., jax.Array]:
-        """A function (dotted name, sharding or None for one device) -> that parameter as it is stored.
-
-        For reading a model piece by piece. An adapter is added to the leaves it belongs to.
-        """
+    def _leaf_reader(self) -> Callable[..., jax.Array]:
+        """A function (dotted name, sharding or None for one device) -> that parameter, an adapter added."""
         if self.meta.lora is None:
             return lambda name, sharding=None: self._read("params", name, sharding)
         base, settings = self.open_base(), self.meta.lora
@@ -218,12 +215,12 @@ class Checkpoint:
 
     def _stored(self, item: str) -> dict[str, Any]:
         """What an item holds: name -> an object with shape and dtype."""
-        return dict(or_damaged(self.name, self._folder, lambda: _HANDLER().metadata(self._folder / item).tree))
+        return dict(or_damaged(self.name, self.folder, lambda: _HANDLER().metadata(self.folder / item).tree))
 
     def _read(self, item: str, name: str, sharding: Any) -> jax.Array:
         """One array as it is stored, checked; on the first local device where `sharding` is None."""
         with all_or_none():  # go on to the checksum, which the processes compute together
-            array = or_damaged(self.name, self._folder, lambda: self._restore(item, name, sharding))
+            array = or_damaged(self.name, self.folder, lambda: self._restore(item, name, sharding))
         found = int(array_checksum(array))
         with all_or_none():
             if found != self.meta.checksums[item][name]:
@@ -243,10 +240,11 @@ class Checkpoint:
             partial_restore=True,
         )
         # The handler by itself: Orbax's checkpointers wait for all processes, so one that fails would stall the rest.
-        return _HANDLER().restore(self._folder / item, args=args)[name]
+        return _HANDLER().restore(self.folder / item, args=args)[name]
 
     @property
-    def _folder(self) -> epath.Path:
+    def folder(self) -> epath.Path:
+        """Where the step lies."""
         return self.directory / str(self.step)
 
 

@@ -1,6 +1,7 @@
-"""Checkpoints written from weights that are read while they are written: a model never has to fit into memory.
+"""Checkpoints piece by piece, in the host's memory: a model never has to fit into it, nor onto the devices.
 
-What is written is the step that checkpoint_writer.py writes of arrays on devices, checksums included.
+What is written is the step that checkpoint_writer.py writes of arrays on devices, checksums included, and either is
+read.
 """
 
 import asyncio
@@ -8,7 +9,8 @@ import concurrent.futures
 import dataclasses
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,8 +24,11 @@ from data_pipeline.cli import RunError
 from data_pipeline.files import write_atomically
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer
-from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, absolute
+from mathscale_jax import lora
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, Meta, absolute
 from mathscale_jax.checksums import host_checksum
+from mathscale_jax.config import LORA_TARGETS
+from mathscale_jax.damage import DamagedCheckpoint, or_damaged
 from mathscale_jax.processes import all_or_none, is_primary
 
 # Pieces on their way at a time: as many as there are cores, but no more than this in bytes, or one.
@@ -113,6 +118,56 @@ def _close(manager: ocp.CheckpointManager, *, failed: bool) -> None:
     except Exception:
         if not failed:
             raise
+
+
+class LazyReader:
+    """Reads the parameters of a checkpoint piece by piece; an adapter is added to the ones it belongs to."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._adapter: dict[str, dict[str, np.ndarray]] = {}
+        self._lora = checkpoint.meta.lora
+        if self._lora is not None:
+            adapter = jax.device_get(checkpoint.restore_adapter())
+            targets = (LORA_TARGETS[target] for target in self._lora.targets)
+            self._adapter = {f"blocks.{module}.{matrix}": adapter[module][matrix] for module, matrix in targets}
+        self._stored = checkpoint if self._lora is None else checkpoint.open_base()
+
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The parameter `name` in ranges along axis 0, as they lie on disk: a layer each, or more.
+
+        Raises DamagedCheckpoint, after the last one, where its bits are not those that were saved.
+        """
+        start = 0
+        for piece in self._checked(name):
+            stop = start + len(piece)
+            if name in self._adapter and self._lora is not None:
+                low_rank = self._adapter[name]
+                piece = np.asarray(_merge(piece, low_rank["a"][start:stop], low_rank["b"][start:stop], self._lora))
+            yield piece
+            start = stop
+
+    def _checked(self, name: str) -> Iterator[np.ndarray]:
+        where, folder = self._stored.name, self._stored.folder
+        # Both of a disk and of an object store: the folder as a URL.
+        url = str(folder / "params") if "://" in str(folder) else f"file://{folder / 'params'}"
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}}
+        store: Any = or_damaged(where, folder, lambda: tensorstore.open(spec, open=True, read=True).result())
+        rows: int = store.chunk_layout.read_chunk.shape[0]
+        size, total = int(np.prod(store.shape[1:])), 0
+        for start in range(0, store.shape[0], rows):
+            read = partial(_read_range, store, start, min(start + rows, store.shape[0]))
+            piece = or_damaged(where, folder, read)
+            total += host_checksum(piece, start * size)[0]
+            yield piece
+        if total % 2**32 != self._stored.meta.checksums["params"][name]:
+            raise DamagedCheckpoint(f"checkpoint {where} is damaged: the bits of its params {name} have changed")
+
+
+def _read_range(store: Any, start: int, stop: int) -> np.ndarray:
+    return np.asarray(store[start:stop].read().result())
+
+
+_merge = jax.jit(lora.merge, static_argnums=3)
 
 
 class _Work:

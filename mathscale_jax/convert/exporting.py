@@ -1,4 +1,4 @@
-"""Checkpoints as Hugging Face folders: one stacked leaf in memory at a time."""
+"""Checkpoints as Hugging Face folders: a layer of a matrix in memory at a time."""
 
 import json
 import os
@@ -17,8 +17,9 @@ from data_pipeline.files import write_json
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, open_checkpoint
+from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.convert.configs import model_config_to_hf
-from mathscale_jax.convert.mapping import leaves
+from mathscale_jax.convert.mapping import Leaf, leaves
 from mathscale_jax.convert.peft import write_adapter
 from mathscale_jax.convert.sources import DTYPES, check_local
 
@@ -68,17 +69,25 @@ def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
     every_leaf = list(leaves(checkpoint.meta.model))
     shapes = {name: leaf.tensor_shape for leaf in every_leaf for name in leaf.tensors}
     writer = SafetensorsWriter(folder, shapes, dtype)
-    read = checkpoint.leaf_reader()
+    reader = LazyReader(checkpoint)
     with Progress(writer.num_bytes, "exporting", "bytes") as bar:
         for leaf in every_leaf:
-            values = np.asarray(read(leaf.name))
-            for name, ours in zip(leaf.tensors, values if leaf.is_stacked else [values], strict=True):
+            for name, ours in zip(leaf.tensors, _slices(reader, leaf), strict=True):
                 bar.update(writer.write(name, leaf.to_tensor(ours)))
     writer.close()
     ids = {"bos_token_id": checkpoint.tokenizer.bos_id, "eos_token_id": checkpoint.tokenizer.eos_id}
     write_json(folder / "config.json", {**model_config_to_hf(checkpoint.meta.model, dtype), **ids})
     write_json(folder / "generation_config.json", ids)
     _write_tokenizer(folder, checkpoint)
+
+
+def _slices(reader: LazyReader, leaf: Leaf) -> Iterator[np.ndarray]:
+    """What one published tensor each is made of."""
+    if not leaf.is_stacked:
+        yield np.concatenate(list(reader.pieces(leaf.name)))
+        return
+    for piece in reader.pieces(leaf.name):
+        yield from piece
 
 
 def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:

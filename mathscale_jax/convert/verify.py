@@ -13,6 +13,7 @@ from data_pipeline.progress import progress
 from data_pipeline.settings import UsageError
 from mathscale_jax import model
 from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
+from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.config import ComputeSettings, ModelConfig
 from mathscale_jax.convert.configs import model_config_from_hf
 from mathscale_jax.convert.mapping import leaves
@@ -53,10 +54,10 @@ def verify(path: str, hf_folder: str | None = None, dtype: str = "float32") -> s
 
 def _description(checkpoint: Checkpoint) -> list[str]:
     meta, config = checkpoint.meta, checkpoint.meta.model
-    read, sizes = checkpoint.leaf_reader(), dict[str, int]()
+    reader, sizes = LazyReader(checkpoint), dict[str, int]()
     for leaf in progress(list(leaves(config)), "verifying", "parameters"):
-        array = read(leaf.name)
-        sizes[str(array.dtype)] = sizes.get(str(array.dtype), 0) + array.nbytes
+        for piece in reader.pieces(leaf.name):
+            sizes[str(piece.dtype)] = sizes.get(str(piece.dtype), 0) + piece.nbytes
     size = ", ".join(f"{size / 1e9:.3f} GB of {dtype}" for dtype, size in sorted(sizes.items()))
     window = "" if config.sliding_window is None else f", sliding window {config.sliding_window}"
     lines = [

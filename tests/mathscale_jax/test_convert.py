@@ -14,6 +14,7 @@ from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
 from mathscale_jax.checkpoint import open_checkpoint
+from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.convert import exporting
 from mathscale_jax.convert.configs import model_config_from_hf
 from mathscale_jax.convert.exporting import export_hf
@@ -198,7 +199,7 @@ def test_what_is_wrong_with_a_folder_is_said(source: Path, tmp_path: Path, damag
 def test_weights_are_read_from_the_layer_they_belong_to(golden: Path, tokenizer_file: Path, tmp_path: Path) -> None:
     tensors = safetensors.numpy.load_file(golden / "llama_gqa" / "model.safetensors")
     import_weights(str(golden / "llama_gqa"), str(tmp_path), tokenizer=str(tokenizer_file), dtype="float32")
-    key = np.asarray(open_checkpoint(str(tmp_path)).leaf_reader()("blocks.attention.key"))
+    key = np.concatenate(list(LazyReader(open_checkpoint(str(tmp_path))).pieces("blocks.attention.key")))
     theirs = tensors["model.layers.1.self_attn.k_proj.weight"].astype(np.float32)
     # Head 1, dimension 3 of the second layer's key is row 1 * head_dim + 3 of its matrix.
     np.testing.assert_array_equal(key[1, :, 1, 3], theirs[1 * 8 + 3])
