@@ -9,6 +9,7 @@ everything is imported and nothing is read: it must not grow with the depth, but
 """
 
 import argparse
+import importlib.util
 import os
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from benchmarks.report import environment, table, write_results
 from data_pipeline.cli import RunError, add_flags, from_flags, logger, run_command
 from data_pipeline.files import write_json
 from data_pipeline.settings import Settings
+from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax.config import ModelConfig
 from mathscale_jax.convert.configs import model_config_to_hf
 from mathscale_jax.convert.exporting import SafetensorsWriter
@@ -63,7 +65,7 @@ model_class.from_pretrained({source!r}, dtype="auto").save_pretrained({target!r}
 class ConvertSettings(Settings):
     """What is measured."""
 
-    tokenizer: str = pydantic.Field(description="tokenizer.model of 32,000 pieces")
+    tokenizer: str = pydantic.Field(description="tokenizer.model; its pieces are the vocabulary")
     layers: Numbers = pydantic.Field((22, 44), description="depths (22: 1.1 B parameters)")
     width: pydantic.PositiveInt = pydantic.Field(2048, description="width of the residual stream, a multiple of 64")
     folder: str | None = pydantic.Field(None, description="where the files lie meanwhile (default: a temporary folder)")
@@ -77,10 +79,13 @@ def benchmark(settings: ConvertSettings, command: str) -> None:
     with tempfile.TemporaryDirectory(dir=settings.folder) as temporary:
         for num_layers in settings.layers:
             folder = Path(temporary) / str(num_layers)
-            config = _config(num_layers, settings.width)
+            config = config_of(num_layers, settings.width, settings.tokenizer)
             size = make_checkpoint(folder / "source", config, settings.tokenizer)
             largest = max(np.prod(leaf.spec.shape) for leaf in leaves(config)) * 2
             for name in CONTESTANTS:
+                if "transformers" in name and not importlib.util.find_spec("transformers"):
+                    rows.append([name, "not measured: needs the extra torch", *[""] * 4])
+                    continue
                 seconds, memory = run(name, folder)
                 measured.append({"contestant": name, "parameters": config.num_parameters, "bytes": size,
                                  "seconds": seconds, "memory": memory, "largest_leaf": int(largest)})  # fmt: skip
@@ -105,9 +110,11 @@ def benchmark(settings: ConvertSettings, command: str) -> None:
         logger.info("wrote %s", write_results(settings.out, "convert", where, command, body, values))
 
 
-def _config(num_layers: int, width: int) -> ModelConfig:
+def config_of(num_layers: int, width: int, tokenizer: str) -> ModelConfig:
+    """TinyLlama's proportions at another width and depth."""
     return ModelConfig(
-        vocab_size=32_000, hidden_size=width, intermediate_size=width * 11 // 4, num_layers=num_layers,
+        vocab_size=Tokenizer.load(tokenizer).vocab_size,
+        hidden_size=width, intermediate_size=width * 11 // 4, num_layers=num_layers,
         num_heads=width // 64, num_kv_heads=max(1, width // 512), head_dim=64, max_context=2048,
     )  # fmt: skip
 
@@ -137,13 +144,15 @@ def run(name: str, folder: Path) -> tuple[float, int]:
     program = CONTESTANTS[name].format(
         source=str(folder / "source"), target=str(target), imported=str(folder / "import")
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    said = folder / "stderr"
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE, stderr=stderr, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
     assert process.stdout is not None
     if process.stdout.readline().strip() != "ready":
-        raise RunError(f"{name}: {process.communicate()[1][-2000:]}")
+        raise RunError(f"{name}: {said.read_text()[-2000:]}")
     idle = peak = _anonymous(process.pid)
     started = time.perf_counter()
     while process.poll() is None:
@@ -151,7 +160,7 @@ def run(name: str, folder: Path) -> tuple[float, int]:
         time.sleep(0.005)
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise RunError(f"{name}: {process.communicate()[1][-2000:]}")
+        raise RunError(f"{name}: {said.read_text()[-2000:]}")
     if name != "import":
         shutil.rmtree(target)
     return seconds, peak - idle

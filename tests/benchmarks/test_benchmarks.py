@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from small_run import environment, run
 
+from benchmarks import convert
 from benchmarks.peers import Measurement
 from benchmarks.rounds import Contestant, Row, cpu_ratio, measure, ratios
 from benchmarks.train import BenchmarkSettings, check_losses, contestants_of
@@ -40,6 +41,37 @@ def gsm8k_rows(folder: Path) -> tuple[str, str]:
 def results(folder: Path) -> dict[str, Any]:
     (file,) = folder.glob("*.json")
     return json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_conversions_take_memory_that_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Twenty more layers are held neither by an import nor by an export."""
+    tokenizer, memory, sizes = gsm8k_rows(tmp_path)[1], {}, []
+    for num_layers in (4, 24):
+        folder = tmp_path / str(num_layers)
+        sizes.append(
+            convert.make_checkpoint(folder / "source", convert.config_of(num_layers, 1024, tokenizer), tokenizer)
+        )
+        for name in ("import", "export"):
+            memory[name, num_layers] = convert.run(name, folder)[1]
+    grown = sizes[1] - sizes[0]
+    assert grown > 400e6
+    for name in ("import", "export"):
+        assert memory[name, 24] - memory[name, 4] < 0.25 * grown, memory
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_conversions_measures_each_contestant(tmp_path: Path) -> None:
+    tokenizer, out = gsm8k_rows(tmp_path)[1], tmp_path / "out"
+    arguments = ["--tokenizer", tokenizer, "--layers", "1,2", "--width", "64", "--out", str(out)]
+    done = run("benchmarks.convert", *arguments)
+    assert done.returncode == 0, done.stderr
+    measured = results(out)["measured"]
+    assert [row["contestant"] for row in measured][:3] == ["copy of the files", "import", "export"]
+    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in measured)
+    assert {row["parameters"] for row in measured} == {
+        convert.config_of(depth, 64, tokenizer).num_parameters for depth in (1, 2)
+    }
 
 
 class Sleeper:
