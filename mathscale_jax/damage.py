@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from etils import epath
 
-from data_pipeline.cli import RunError, first_line, is_disk_full
+from data_pipeline.cli import RunError, Stopped, first_line, is_disk_full
 from data_pipeline.settings import UsageError
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ def or_damaged(where: str, folder: epath.Path, read: Callable[[], T]) -> T:
     """
     try:
         return read()
-    except (UsageError, RunError, MemoryError):
+    except (UsageError, RunError, Stopped, MemoryError):
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for one thing: it cannot be read
         if re.search("out of memory|RESOURCE_EXHAUSTED", str(error), re.IGNORECASE) or is_disk_full(error):
