@@ -91,7 +91,10 @@ def write_lazily(
     tree: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
     manager = ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
     try:
-        save_args = {name: ocp.SaveArgs(shard_axes=(0,), chunk_byte_size=_CHUNK_BYTES) for name in arrays}
+        save_args = {  # a layer a chunk; shard_axes splits an axis to its elements, so not of a vocabulary
+            name: ocp.SaveArgs(shard_axes=(0,) if len(array.pieces) > 1 else (), chunk_byte_size=_CHUNK_BYTES)
+            for name, array in arrays.items()
+        }
         params = ocp.args.PyTreeSave(dict(arrays), save_args=save_args)
         manager.save(step, args=ocp.args.Composite(params=params, meta=_LaterJsonSave(tree)))
         with all_or_none():
