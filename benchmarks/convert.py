@@ -8,10 +8,8 @@ after the other, each in a process of its own. Memory is the anonymous memory of
 everything is imported and nothing is read: it must not grow with the depth, but with one stacked parameter.
 """
 
-import argparse
 import importlib.util
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +22,10 @@ import ml_dtypes
 import numpy as np
 import pydantic
 
-from benchmarks.flags import Numbers
+from benchmarks.flags import Numbers, settings_and_command
 from benchmarks.report import environment, table, write_results
-from data_pipeline.cli import RunError, add_flags, from_flags, logger, run_command
+from benchmarks.worker import anonymous_memory
+from data_pipeline.cli import RunError, logger, run_command
 from data_pipeline.files import write_json
 from data_pipeline.settings import Settings
 from data_pipeline.tokenizer import Tokenizer
@@ -153,10 +152,10 @@ def run(name: str, folder: Path) -> tuple[float, int]:
     assert process.stdout is not None
     if process.stdout.readline().strip() != "ready":
         raise RunError(f"{name}: {said.read_text()[-2000:]}")
-    idle = peak = _anonymous(process.pid)
+    idle = peak = anonymous_memory(process.pid)
     started = time.perf_counter()
     while process.poll() is None:
-        peak = max(peak, _anonymous(process.pid))
+        peak = max(peak, anonymous_memory(process.pid))
         time.sleep(0.005)
     seconds = time.perf_counter() - started
     if process.returncode:
@@ -166,23 +165,8 @@ def run(name: str, folder: Path) -> tuple[float, int]:
     return seconds, peak - idle
 
 
-def _anonymous(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
-
-
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_flags(parser, ConvertSettings)
-    settings = from_flags(ConvertSettings, parser.parse_args(argv))
-    benchmark(settings, shlex.join(["python", "-m", "benchmarks.convert", *(argv or sys.argv[1:])]))
+    benchmark(*settings_and_command("benchmarks.convert", __doc__, ConvertSettings, argv))
 
 
 if __name__ == "__main__":

@@ -7,20 +7,18 @@ consumer takes `rate` tokens a second, sleeping as long as its step would run on
 batches is compared with its step time. Then batches are made as fast as they can be.
 """
 
-import argparse
 import contextlib
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import pydantic
 
+from benchmarks.flags import settings_and_command
 from benchmarks.report import environment, table, write_results
-from data_pipeline.cli import add_flags, from_flags, logger, run_command
+from data_pipeline.cli import logger, run_command
 from data_pipeline.loader import Batches, DataSettings, Source, iterate, load_rows
 from data_pipeline.settings import Settings
 from data_pipeline.templates import load_template
@@ -111,14 +109,7 @@ def benchmark(settings: PipelineSettings, command: str) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.input_pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_flags(parser, PipelineSettings)
-    settings = from_flags(PipelineSettings, parser.parse_args(argv))
-    benchmark(settings, shlex.join(["python", "-m", "benchmarks.input_pipeline", *(argv or sys.argv[1:])]))
+    benchmark(*settings_and_command("benchmarks.input_pipeline", __doc__, PipelineSettings, argv))
 
 
 if __name__ == "__main__":

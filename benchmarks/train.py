@@ -12,23 +12,20 @@ sides have trained the warm-up steps from the same weights on the same batch, an
 MFU counts 6 N + 12 L d T FLOPs a token, nothing off for causality, against the device's bf16 peak.
 """
 
-import argparse
 import itertools
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pydantic
 
-from benchmarks.flags import Names, Numbers
+from benchmarks.flags import Names, Numbers, settings_and_command
 from benchmarks.peers import JaxPeer, TorchPeer
 from benchmarks.report import environment, row_as_json, train_table, write_results
 from benchmarks.rounds import Contestant, Row, measure
 from benchmarks.worker import Limits
-from data_pipeline.cli import RunError, add_flags, from_flags, logger, run_command
+from data_pipeline.cli import RunError, logger, run_command
 from data_pipeline.loader import Batch, Batches, DataSettings, Source, load_rows
 from data_pipeline.settings import Settings, UsageError, validated
 from data_pipeline.templates import load_template
@@ -246,12 +243,7 @@ def benchmark(settings: BenchmarkSettings, command: str) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser, BenchmarkSettings)
-    settings = from_flags(BenchmarkSettings, parser.parse_args(argv))
-    benchmark(settings, shlex.join(["python", "-m", "benchmarks.train", *(argv or sys.argv[1:])]))
+    benchmark(*settings_and_command("benchmarks.train", __doc__, BenchmarkSettings, argv))
 
 
 if __name__ == "__main__":

@@ -95,13 +95,16 @@ def _serve(connection: Any, factory: Callable[..., Any], arguments: tuple[Any, .
         connection.send(("failed", (text.strip().splitlines() or [""])[0][:200]))
 
 
-def anonymous_memory() -> int:
-    """Bytes of this process's own memory that is resident (RssAnon): no file mappings, which mislead. 0 off Linux."""
-    status = Path("/proc/self/status")
-    if not status.exists():
+def anonymous_memory(process: int | str = "self") -> int:
+    """Bytes of a process's own memory that is resident (RssAnon): no file mappings, which mislead.
+
+    0 off Linux, and of a process that has ended.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
         return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
 def busy_cpu_seconds() -> float | None:

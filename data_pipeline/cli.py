@@ -36,9 +36,6 @@ class Stopped(Exception):
         super().__init__(message)
         self.exit_code = exit_code
 
-    def __reduce__(self) -> tuple[type, tuple[str, int]]:  # the processes of a run tell each other of it
-        return Stopped, (str(self), self.exit_code)
-
 
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a request that is heeded between two steps, or by `StopSignal.heed`.
@@ -51,9 +48,9 @@ class StopSignal:
 
     @staticmethod
     def heed() -> None:
-        """Raises Stopped where the one that is entered was asked to stop: to be called before the first step."""
+        """Raises Stopped where the one that is entered was asked to stop: to be called before its loop begins."""
         if StopSignal._active is not None and StopSignal._active.exit_code is not None:
-            raise Stopped("stopped before the first step; the same command goes on", StopSignal._active.exit_code)
+            raise Stopped("stopped before it began; the same command goes on", StopSignal._active.exit_code)
 
     def __init__(self) -> None:
         self.exit_code: int | None = None

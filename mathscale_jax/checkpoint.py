@@ -31,7 +31,7 @@ from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import lora, model
 from mathscale_jax.checksums import array_checksum, digest
-from mathscale_jax.config import LORA_TARGETS, LoraSettings, ModelConfig
+from mathscale_jax.config import LoraSettings, ModelConfig
 from mathscale_jax.damage import DamagedCheckpoint, or_damaged
 from mathscale_jax.processes import all_or_none, from_primary, is_primary
 from mathscale_jax.step import TrainState
@@ -149,7 +149,7 @@ class Checkpoint:
             return lambda name, sharding=None: self._read("params", name, sharding)
         base, settings = self.open_base(), self.meta.lora
         adapter = jax.device_get(self.restore_adapter())
-        adapted = {".".join(("blocks", *LORA_TARGETS[target])): LORA_TARGETS[target] for target in settings.targets}
+        adapted = lora.adapted_matrices(settings)
         merge = jax.jit(lora.merge, static_argnums=3, donate_argnums=0)
 
         def read(name: str, sharding: Any = None) -> jax.Array:

@@ -27,7 +27,6 @@ from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import lora
 from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, Meta, absolute
 from mathscale_jax.checksums import host_checksum
-from mathscale_jax.config import LORA_TARGETS
 from mathscale_jax.damage import DamagedCheckpoint, or_damaged
 from mathscale_jax.processes import all_or_none, is_primary
 
@@ -131,8 +130,8 @@ class LazyReader:
         self._lora = checkpoint.meta.lora
         if self._lora is not None:
             adapter = jax.device_get(checkpoint.restore_adapter())
-            targets = (LORA_TARGETS[target] for target in self._lora.targets)
-            self._adapter = {f"blocks.{module}.{matrix}": adapter[module][matrix] for module, matrix in targets}
+            matrices = lora.adapted_matrices(self._lora)
+            self._adapter = {name: adapter[module][matrix] for name, (module, matrix) in matrices.items()}
         self._stored = checkpoint if self._lora is None else checkpoint.open_base()
 
     def pieces(self, name: str) -> Iterator[np.ndarray]:

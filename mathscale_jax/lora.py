@@ -70,6 +70,11 @@ def low_ranks(adapter: Params, settings: LoraSettings, dropout_key: PRNGKeyArray
     return low_ranks
 
 
+def adapted_matrices(settings: LoraSettings) -> dict[str, tuple[str, str]]:
+    """The dotted name of each parameter that an adapter adds to, and its (module, matrix)."""
+    return {".".join(("blocks", *LORA_TARGETS[target])): LORA_TARGETS[target] for target in settings.targets}
+
+
 def merge(
     weight: Float[Array, "layers *shape"], a: Float[Array, "layers *inputs rank"], b: Array, settings: LoraSettings
 ) -> Float[Array, "layers *shape"]:

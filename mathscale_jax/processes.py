@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import os
-import pickle
 import re
 import signal
 import uuid
@@ -22,12 +21,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from data_pipeline.cli import RunError, StopSignal, logger
+from data_pipeline.cli import RunError, Stopped, StopSignal, logger
 from data_pipeline.settings import Settings, UsageError, differences
+from mathscale_jax.damage import DamagedCheckpoint
 from mathscale_jax.mesh import MESH_AXES, sharding_of
 
 # How long jax lets a process that ends with an error wait for the others, before it ends them all.
 _WHERE_ONE_FAILS: dict[str, Any] = {"shutdown_timeout_seconds": 30}
+# Errors that one process tells the others of as what they are, the narrower first.
+_KINDS: tuple[type[Exception], ...] = (DamagedCheckpoint, RunError, UsageError)
 
 
 class ProcessSettings(Settings):
@@ -89,28 +91,45 @@ def all_or_none() -> Iterator[None]:
     Each process must come to it at the same place, and waits for the others at its end; inside, none may wait for
     another. Without it the others would wait for the one that failed until jax gives them up.
     """
+    if jax.process_count() == 1:
+        yield
+        StopSignal.heed()
+        return
     own: Exception | None = None
     try:
         yield
         StopSignal.heed()
     except Exception as error:
-        if jax.process_count() == 1:
-            raise
         own = error
-    if jax.process_count() == 1:
-        return
-    told = b"" if own is None else _pickled(own)
+    told = b"" if own is None else _told(own)
     lengths = multihost_utils.process_allgather(np.int32(len(told)))
     if not lengths.any():
         return
     buffer = np.zeros(lengths.max(), np.uint8)
     buffer[: len(told)] = np.frombuffer(told, np.uint8)
     first = int(np.argmax(lengths > 0))
-    pickled = np.asarray(multihost_utils.process_allgather(buffer))[first, : lengths[first]].tobytes()
-    if first == jax.process_index():
-        assert own is not None  # it told of one
+    heard = np.asarray(multihost_utils.process_allgather(buffer))[first, : lengths[first]].tobytes()
+    if own is not None and first == jax.process_index():
         raise own
-    raise pickle.loads(pickled) from own
+    raise _heard(heard) from own
+
+
+def _told(error: Exception) -> bytes:
+    """An error as another process can raise it: by its kind where that decides what happens next."""
+    if isinstance(error, Stopped):
+        return json.dumps([Stopped.__name__, str(error), error.exit_code]).encode()
+    for kind in _KINDS:
+        if isinstance(error, kind):
+            return json.dumps([kind.__name__, str(error)]).encode()
+    return json.dumps([RunError.__name__, f"{type(error).__name__}: {error}"]).encode()
+
+
+def _heard(told: bytes) -> Exception:
+    """The error that `_told` told of."""
+    kind, *arguments = json.loads(told)
+    if kind == Stopped.__name__:
+        return Stopped(*arguments)
+    return {known.__name__: known for known in _KINDS}[kind](*arguments)
 
 
 def from_primary(value: Any) -> Any:
@@ -158,15 +177,6 @@ def check_shared(folder: epath.Path, what: str) -> None:
         if is_primary():
             with contextlib.suppress(Exception):  # left there, it harms nobody
                 mark.unlink()
-
-
-def _pickled(error: Exception) -> bytes:
-    """An error that another process can raise: as plain text where it is not made for travelling."""
-    with contextlib.suppress(Exception):
-        told = pickle.dumps(error)
-        pickle.loads(told)
-        return told
-    return pickle.dumps(RunError(f"{type(error).__name__}: {error}"))
 
 
 def _on_several_slurm_tasks() -> bool:

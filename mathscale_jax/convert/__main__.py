@@ -14,10 +14,9 @@ from data_pipeline.cli import add_flags, from_flags, run_command
 from data_pipeline.templates import DEFAULT_TEMPLATE
 from mathscale_jax.convert.exporting import export_hf
 from mathscale_jax.convert.importing import import_weights
+from mathscale_jax.convert.sources import DTYPES
 from mathscale_jax.convert.verify import TOLERANCES, verify
 from mathscale_jax.processes import ProcessSettings, start_processes
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _main(argv: Sequence[str] | None) -> None:
@@ -67,7 +66,9 @@ def _main(argv: Sequence[str] | None) -> None:
         "--compute", choices=tuple(TOLERANCES), default="float32", help="dtype of both computations (default: float32)"
     )
     for sub in (importer, exporter):
-        sub.add_argument("--dtype", choices=DTYPES, help="dtype of the weights written (default: as they are stored)")
+        sub.add_argument(
+            "--dtype", choices=tuple(DTYPES.values()), help="dtype of the weights written (default: as they are stored)"
+        )
     arguments = parser.parse_args(argv)
     if arguments.command == "import":
         start_processes(from_flags(ProcessSettings, arguments))

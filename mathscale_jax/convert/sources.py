@@ -3,6 +3,7 @@
 Nothing of a file is in memory before a tensor of it is read, and no file can make this program run code.
 """
 
+import abc
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -116,7 +117,7 @@ def open_source(path: str, max_context: int | None = None) -> Source:
     raise UsageError(f"{path} holds no weights: none of {', '.join(names)}")
 
 
-class _HuggingFace(Source):
+class _HuggingFace(Source, abc.ABC):
     """What both of Hugging Face's formats share: config.json, companions, one file or an index of many."""
 
     layout = HF
@@ -143,8 +144,9 @@ class _HuggingFace(Source):
             raise UsageError(f"{index} has no weight_map: {DOWNLOAD_AGAIN}")
         return sorted(set(weight_map.values()))
 
+    @abc.abstractmethod
     def _open(self, file: Path) -> None:
-        raise NotImplementedError
+        """Adds the tensors of one file."""
 
 
 class _Safetensors(_HuggingFace):

@@ -154,7 +154,7 @@ AGREEING = """
 import os, shutil, signal, sys
 from pathlib import Path
 from etils import epath
-from data_pipeline.cli import Stopped, StopSignal
+from data_pipeline.cli import RunError, Stopped, StopSignal
 from mathscale_jax.checkpoint import newest_whole
 from mathscale_jax.processes import (
     ProcessSettings, all_or_none, check_same, check_shared, from_primary, is_primary, start_processes
@@ -206,6 +206,8 @@ for do in (
     try:
         do()
     except Exception as error:
+        if isinstance(error, FileNotFoundError):  # process 1 has its own, process 0 is told of it
+            error = RunError(f"FileNotFoundError: {error}")
         told = str(error).replace(str(folder), "FOLDER")
         print(type(error).__name__, getattr(error, "exit_code", ""), told, file=said)
 """
@@ -233,7 +235,7 @@ def test_what_one_process_meets_is_said_by_all(tmp_path: Path) -> None:
     ]
     assert [process.wait(timeout=120) for process in pair] == [0, 0]
     expected = [
-        "FileNotFoundError  no such data",
+        "RunError  FileNotFoundError: no such data",
         "Stopped 75 asked to stop",
         "told ['of', 0]",
         "UsageError  process 1 has other examples than process 0; give all processes the same",
@@ -243,7 +245,7 @@ def test_what_one_process_meets_is_said_by_all(tmp_path: Path) -> None:
         "resumes 1",
         "RunError  process 1 does not see step 1 of FOLDER/disk-of-1, which process 0 sees; run the same command again "
         "when the disk they share shows it to all",
-        "Stopped 75 stopped before the first step; the same command goes on",
+        "Stopped 75 stopped before it began; the same command goes on",
     ]
     for number in range(2):
         assert (tmp_path / f"said-by-{number}").read_text().splitlines() == expected
