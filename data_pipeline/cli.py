@@ -48,9 +48,9 @@ class StopSignal:
 
     @staticmethod
     def heed() -> None:
-        """Raises Stopped where the one that is entered was asked to stop: to be called before its loop begins."""
+        """Raises Stopped where the one that is entered was asked to stop: for where there is nothing to save."""
         if StopSignal._active is not None and StopSignal._active.exit_code is not None:
-            raise Stopped("stopped before it began; the same command goes on", StopSignal._active.exit_code)
+            raise Stopped("stopped before it was done; the same command goes on", StopSignal._active.exit_code)
 
     def __init__(self) -> None:
         self.exit_code: int | None = None

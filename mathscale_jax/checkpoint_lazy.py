@@ -20,7 +20,7 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
-from data_pipeline.cli import RunError
+from data_pipeline.cli import RunError, StopSignal
 from data_pipeline.files import write_atomically
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer
@@ -71,7 +71,8 @@ def write_lazily(
 
     Every process of a run calls it and writes its share of the pieces; `wrote` is told the bytes of each, from any
     thread. What `read` raises ends the writing and is raised here, and so is UsageError where values are NaN or
-    infinite, with every piece that holds some; nothing that looks whole is left then.
+    infinite, with every piece that holds some, and Stopped; nothing that looks whole is left then. Call it inside a
+    StopSignal: Orbax's threads wait for ever for one that an exception took out of its midst.
     """
     directory = absolute(directory)
     work = _Work(arrays, wrote)
@@ -207,8 +208,8 @@ class _Work:
                 self._ended.set()
 
     def wait(self) -> None:
-        while not self._ended.wait(0.2):  # in short turns, so that a signal is heeded
-            pass
+        while not self._ended.wait(0.2):
+            StopSignal.heed()
         if self._error is not None:
             raise self._error
 

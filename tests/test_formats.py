@@ -16,7 +16,7 @@ from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
 from mathscale_jax import model
-from mathscale_jax.checkpoint import open_checkpoint, steps_in
+from mathscale_jax.checkpoint import Checkpoint, open_checkpoint, steps_in
 from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.convert.importing import import_weights
 from mathscale_jax.convert.verify import verify
@@ -62,8 +62,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return theirs, folder
 
 
-def _meta_parts(weights: dict[str, Any]) -> list[dict[str, Any]]:
-    """Meta's names and layout, cut in two as fairscale's layers are: by their outputs, or by their inputs."""
+def _meta_parts(weights: dict[str, Any], num_parts: int = 2, head_dim: int = 8) -> list[dict[str, Any]]:
+    """Meta's names and layout, cut as fairscale's layers are: by their outputs, or by their inputs."""
+    half = head_dim // 2
     names = {
         "self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
         "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
@@ -81,16 +82,22 @@ def _meta_parts(weights: dict[str, Any]) -> list[dict[str, Any]]:
         for theirs, (ours, axis) in names.items():
             tensor = weights[f"model.layers.{layer}.{theirs}.weight"]
             if theirs.endswith(("q_proj", "k_proj")):
-                # A head's row i and i + 4 (halves of 8) lie beside each other there.
-                rows = [
-                    head * 8 + half * 4 + i for head in range(len(tensor) // 8) for i in range(4) for half in (0, 1)
-                ]
-                tensor = tensor[rows]
+                # A head's row i and its row i + head_dim / 2 lie beside each other there.
+                heads = range(0, len(tensor), head_dim)
+                tensor = tensor[[first + second + i for first in heads for i in range(half) for second in (0, half)]]
             whole[f"layers.{layer}.{ours}.weight"] = (tensor, axis)
     return [
-        {name: t.clone() if axis is None else t.chunk(2, axis)[part].clone() for name, (t, axis) in whole.items()}
-        for part in (0, 1)
+        {name: (t if axis is None else t.chunk(num_parts, axis)[part]).clone() for name, (t, axis) in whole.items()}
+        for part in range(num_parts)
     ]
+
+
+def _same_logits(theirs: Any, checkpoint: Checkpoint) -> None:
+    tokens = torch.randint(0, VOCAB, (2, 60))
+    with torch.no_grad():
+        expected = theirs(tokens).logits.numpy()
+    ours = model.logits(checkpoint.meta.model, checkpoint.restore_params(), jnp.asarray(tokens.numpy(), jnp.int32))
+    np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("format", ["bin", "meta"])
@@ -98,13 +105,42 @@ def test_logits_are_those_of_transformers(published: tuple[Any, Path], tmp_path:
     theirs, folder = published
     import_weights(str(folder / format), str(tmp_path))
     checkpoint = open_checkpoint(str(tmp_path))
-    tokens = torch.randint(0, VOCAB, (2, 60))
-    with torch.no_grad():
-        expected = theirs(tokens).logits.numpy()
-    ours = model.logits(checkpoint.meta.model, checkpoint.restore_params(), jnp.asarray(tokens.numpy(), jnp.int32))
-    np.testing.assert_allclose(ours, expected, atol=2e-5 * np.abs(expected).max())
+    _same_logits(theirs, checkpoint)
     assert checkpoint.meta.model.max_context == 4096
     assert checkpoint.meta.companions == ({"generation_config.json": {"temperature": 0.6}} if format == "bin" else {})
+
+
+def test_the_params_of_mistral_say_their_window_and_heads(published: tuple[Any, Path], tmp_path: Path) -> None:
+    """As Mistral publishes its 7B: one file, a head_dim and a window in params.json; both change the logits."""
+    import transformers
+
+    theirs, folder = published
+    config = transformers.MistralConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=100, sliding_window=24, max_position_embeddings=32768, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    theirs = transformers.MistralForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.12)
+    (whole,) = _meta_parts(theirs.state_dict(), num_parts=1, head_dim=100)
+    source = tmp_path / "mistral"
+    source.mkdir()
+    shutil.copy(folder / "meta" / "tokenizer.model", source)
+    torch.save(whole, source / "consolidated.00.pth")
+    params = {
+        "dim": WIDTH, "n_layers": 3, "head_dim": 100, "hidden_dim": 96, "n_heads": 2, "n_kv_heads": 1,
+        "norm_eps": 1e-5, "sliding_window": 24, "vocab_size": VOCAB,
+    }  # fmt: skip
+    (source / "params.json").write_text(json.dumps(params))
+    import_weights(str(source), str(tmp_path / "out"))
+    checkpoint = open_checkpoint(str(tmp_path / "out"))
+    assert checkpoint.meta.model.max_context == 32768
+    _same_logits(theirs, checkpoint)
+    (source / "params.json").write_text(json.dumps({**params, "moe": {"num_experts": 8}}))
+    with pytest.raises(UsageError, match=r"moe=.* is not supported"):
+        import_weights(str(source), str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -138,6 +174,16 @@ def test_verify_finds_the_same_model(published: tuple[Any, Path], tmp_path: Path
     page = verify(str(tmp_path / "ours"), _hf(published, tmp_path / "hf"))
     assert "whole, every checksum agrees" in page and "the same model" in page
     assert "top 5 agree 100.0 %" in page and "Meta .pth" in page
+
+
+def test_verify_in_bfloat16_finds_rounding_and_no_more(published: tuple[Any, Path], tmp_path: Path) -> None:
+    import_weights(_hf(published, tmp_path / "hf"), str(tmp_path / "ours"))
+    assert "the same model" in verify(str(tmp_path / "ours"), str(tmp_path / "hf"), "bfloat16")
+    weights = published[0].state_dict()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    other = _hf(published, tmp_path / "other", {name: weights[name].roll(1, 0)})
+    with pytest.raises(RunError, match="NOT the same model"):
+        verify(str(tmp_path / "ours"), other, "bfloat16")
 
 
 def test_verify_knows_permuted_queries_and_keys(published: tuple[Any, Path], tmp_path: Path) -> None:

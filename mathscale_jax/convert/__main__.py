@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from data_pipeline.cli import add_flags, from_flags, run_command
 from data_pipeline.templates import DEFAULT_TEMPLATE
+from mathscale_jax.convert.dtypes import DTYPES
 from mathscale_jax.convert.exporting import export_hf
 from mathscale_jax.convert.importing import import_weights
-from mathscale_jax.convert.sources import DTYPES
 from mathscale_jax.convert.verify import TOLERANCES, verify
 from mathscale_jax.processes import ProcessSettings, start_processes
 

@@ -80,19 +80,27 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-# Meta's params.json does not say the context: that of the models it was written for, by RoPE base.
-_META_CONTEXTS = {10_000.0: 4096, 1_000_000.0: 16_384}  # LLaMA-2, Code Llama
+# A params.json does not say the context: that of the models it was written for, by RoPE base and by having a window.
+_META_CONTEXTS = {(1e4, False): 4096, (1e6, False): 16_384, (1e4, True): 32_768}  # LLaMA-2, Code Llama, Mistral
+# What it may say beside those read below: of these the shapes of the weights, or the program that runs them, know.
+_META_KEYS = {
+    *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "rope_theta", "sliding_window"),
+    *("hidden_dim", "multiple_of", "ffn_dim_multiplier", "vocab_size", "max_seq_len", "max_batch_size"),
+}
 
 
 def model_config_from_meta(
     tree: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str, max_context: int | None
 ) -> ModelConfig:
-    """Our architecture from a params.json and the shapes of the whole tensors, which say what it leaves out.
+    """Our architecture from a params.json, Meta's or Mistral's, and the shapes of the whole tensors.
 
     Raises UsageError for what it does not say, or what this model does not compute.
     """
-    if tree.get("use_scaled_rope"):
-        raise UsageError(f"{where}: use_scaled_rope=true is not supported: this model would compute something else")
+    for key, value in tree.items():
+        if key not in _META_KEYS and value:
+            raise UsageError(
+                f"{where}: {key}={value!r} is not supported: this model would compute something else, perhaps"
+            )
     missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if not isinstance(tree.get(key), int | float)]
     if missing:
         raise UsageError(f"{where} does not say the model's {', '.join(missing)}")
@@ -100,7 +108,8 @@ def model_config_from_meta(
         if name not in shapes:
             raise UsageError(f"{where}: tensors of the model are missing, first {name}")
     theta = float(tree.get("rope_theta") or 10_000.0)
-    if max_context is None and theta not in _META_CONTEXTS:
+    window = tree.get("sliding_window")
+    if max_context is None and (theta, window is not None) not in _META_CONTEXTS:
         raise UsageError(f"{where} does not say the model's context, nor does rope_theta={theta:g}: give --max-context")
     return validated(
         ModelConfig,
@@ -111,10 +120,11 @@ def model_config_from_meta(
             "num_layers": tree["n_layers"],
             "num_heads": tree["n_heads"],
             "num_kv_heads": tree.get("n_kv_heads") or tree["n_heads"],
-            "head_dim": tree["dim"] // tree["n_heads"],
-            "max_context": max_context or _META_CONTEXTS[theta],
+            "head_dim": tree.get("head_dim") or tree["dim"] // tree["n_heads"],
+            "max_context": max_context or _META_CONTEXTS[theta, window is not None],
             "rms_norm_eps": tree["norm_eps"],
             "rope_theta": theta,
+            "sliding_window": window,
         },
         where,
     )

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
@@ -16,12 +15,14 @@ from data_pipeline.cli import logger, make_folder
 from data_pipeline.files import write_json
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
-from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, open_checkpoint
+from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
 from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.convert.configs import model_config_to_hf
+from mathscale_jax.convert.dtypes import DTYPES, cast, numpy_dtype
 from mathscale_jax.convert.mapping import Leaf, leaves
 from mathscale_jax.convert.peft import write_adapter
-from mathscale_jax.convert.sources import DTYPES, check_local
+from mathscale_jax.convert.sources import check_local
+from mathscale_jax.convert.tokenizer_files import write_tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -53,7 +54,7 @@ def export_hf(source: str, destination: str, *, dtype: str | None = None, merge:
         if adapter_alone:
             assert checkpoint.meta.base is not None
             write_adapter(partial, checkpoint, checkpoint.meta.base.path)
-            _write_tokenizer(partial, checkpoint)
+            write_tokenizer(partial, checkpoint.tokenizer, checkpoint.meta.companions)
         else:
             _write_model(partial, checkpoint, dtype or checkpoint.stored_dtype())
         partial.rename(out)
@@ -78,7 +79,7 @@ def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
     ids = {"bos_token_id": checkpoint.tokenizer.bos_id, "eos_token_id": checkpoint.tokenizer.eos_id}
     write_json(folder / "config.json", {**model_config_to_hf(checkpoint.meta.model, dtype), **ids})
     write_json(folder / "generation_config.json", ids)
-    _write_tokenizer(folder, checkpoint)
+    write_tokenizer(folder, checkpoint.tokenizer, checkpoint.meta.companions)
 
 
 def _slices(reader: LazyReader, leaf: Leaf) -> Iterator[np.ndarray]:
@@ -90,28 +91,6 @@ def _slices(reader: LazyReader, leaf: Leaf) -> Iterator[np.ndarray]:
         yield from piece
 
 
-def _write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
-    """The tokenizer as transformers reads it, and what was published with it; else by our rules.
-
-    A prompt begins with BOS, as it does in training and in our sampler.
-    """
-    tokenizer = checkpoint.tokenizer
-    (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
-    for name, tree in checkpoint.meta.companions.items():
-        write_json(folder / name, tree)
-    if "tokenizer_config.json" in checkpoint.meta.companions:
-        return
-    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
-    pieces = {name: tokenizer.piece(token_id) for name, token_id in names.items()}
-    rules = {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": False,
-    }
-    write_json(folder / "tokenizer_config.json", {**rules, **pieces})
-
-
 class SafetensorsWriter:
     """Writes the tensors of a model in any order into shards whose layout is known beforehand.
 
@@ -121,7 +100,7 @@ class SafetensorsWriter:
 
     def __init__(self, directory: Path, shapes: dict[str, tuple[int, ...]], dtype: str):
         """`shapes` in the order in which tensors fill the shards."""
-        self._dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        self._dtype = numpy_dtype(dtype)
         self._arrays: dict[str, np.ndarray] = {}
         shards = list(_shards(shapes, self._dtype.itemsize))
         weight_map: dict[str, str] = {}
@@ -138,8 +117,8 @@ class SafetensorsWriter:
         return sum(array.nbytes for array in self._arrays.values())
 
     def write(self, name: str, tensor: np.ndarray) -> int:
-        """Puts a tensor into its place, and returns its bytes."""
-        self._arrays[name][...] = tensor
+        """Puts a tensor into its place, and returns its bytes. Raises UsageError where its dtype cannot hold it."""
+        self._arrays[name][...] = cast(tensor, self._dtype, name)
         return self._arrays[name].nbytes
 
     def close(self) -> None:

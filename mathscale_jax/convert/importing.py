@@ -3,19 +3,20 @@
 from functools import partial
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
-from data_pipeline.cli import logger, make_folder
+from data_pipeline.cli import StopSignal, logger, make_folder
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from data_pipeline.templates import load_template
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, check_vocabulary, steps_in
 from mathscale_jax.checkpoint_lazy import LazyArray, write_lazily
+from mathscale_jax.convert.dtypes import cast, numpy_dtype
 from mathscale_jax.convert.mapping import Leaf, leaves
 from mathscale_jax.convert.sources import Source, check_local, fetch, open_source
+from mathscale_jax.convert.tokenizer_files import check_companions
 from mathscale_jax.processes import all_or_none, check_shared
 
 
@@ -45,6 +46,7 @@ def import_weights(
             file = tokenizer or str(opened.path / TOKENIZER_FILE)
             pieces = Tokenizer.load(file)
             check_vocabulary(pieces, opened.config, f"tokenizer {file}")
+            check_companions(pieces, opened.companions)
             dtype = dtype or opened.dtype
             make_folder(out, "DST")
         check_shared(out, "DST")
@@ -56,7 +58,7 @@ def import_weights(
             "importing %s: %.3g M parameters as %s, %.2f GB", opened.kind, opened.config.num_parameters / 1e6,
             dtype, total / 1e9,
         )  # fmt: skip
-        with Progress(total, "importing", "bytes") as bar:
+        with StopSignal(), Progress(total, "importing", "bytes") as bar:
             write_lazily(out, 0, arrays, meta, pieces, bar.update)
     logger.info("imported %s into %s", source, destination)
 
@@ -69,10 +71,9 @@ def _check_destination(out: epath.Path) -> None:
 
 
 def _lazy(source: Source, leaf: Leaf, dtype: str) -> LazyArray:
-    numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    return LazyArray(leaf.spec.shape, numpy_dtype, leaf.tensors, partial(_read, source, leaf, numpy_dtype))
+    written = numpy_dtype(dtype)
+    return LazyArray(leaf.spec.shape, written, leaf.tensors, partial(_read, source, leaf, written))
 
 
 def _read(source: Source, leaf: Leaf, dtype: np.dtype, i: int) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, which is found and said
-        return leaf.from_tensor(source.read(leaf.tensors[i])).astype(dtype, copy=False)
+    return leaf.from_tensor(cast(source.read(leaf.tensors[i]), dtype, leaf.tensors[i]))

@@ -21,11 +21,14 @@ from data_pipeline.settings import UsageError
 from mathscale_jax.checkpoint import TOKENIZER_FILE
 from mathscale_jax.config import ModelConfig
 from mathscale_jax.convert.configs import model_config_from_hf, model_config_from_meta
+from mathscale_jax.convert.dtypes import DTYPES
 from mathscale_jax.convert.mapping import HF, META, Layout, leaves
 
-# Small JSON files of a Hugging Face folder that go with the weights wherever they go.
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and ours
+# JSON files of a Hugging Face folder that go with the weights wherever they go.
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "generation_config.json",
+)
 DOWNLOAD_AGAIN = "download it again"
 
 
@@ -101,7 +104,9 @@ def open_source(path: str, max_context: int | None = None) -> Source:
     Raises UsageError where a file is missing, truncated, holds code, or is of another model.
     """
     folder = Path(path)
-    if (folder / "params.json").exists() or list(folder.glob("consolidated.*.pth")):
+    published = [kind for kind in (_Safetensors, _Bin) if any((folder / name).exists() for name in kind.files())]
+    # A folder that holds both is Hugging Face's, with the original files beside.
+    if not published and ((folder / "params.json").exists() or list(folder.glob("consolidated.*.pth"))):
         return _Meta(folder, max_context)
     if max_context is not None:
         raise UsageError(f"--max-context {max_context}: only for Meta's weights; the config.json of {path} says it")
@@ -110,11 +115,10 @@ def open_source(path: str, max_context: int | None = None) -> Source:
             f"{path} has neither config.json (Hugging Face) nor params.json (Meta): give the folder that holds the "
             "weights and one of them"
         )
-    for kind in (_Safetensors, _Bin):
-        if (folder / kind.index).exists() or (folder / kind.single).exists():
-            return kind(folder)
-    names = [name for kind in (_Safetensors, _Bin) for name in (kind.single, kind.index)]
-    raise UsageError(f"{path} holds no weights: none of {', '.join(names)}")
+    if not published:
+        names = ", ".join(name for kind in (_Safetensors, _Bin) for name in kind.files())
+        raise UsageError(f"{path} holds no weights: none of {names}")
+    return published[0](folder)
 
 
 class _HuggingFace(Source, abc.ABC):
@@ -134,6 +138,17 @@ class _HuggingFace(Source, abc.ABC):
                 raise UsageError(f"{path / name}, which {self.index} names, is missing: {DOWNLOAD_AGAIN}")
             self._open(path / name)
         self._check()
+
+    @classmethod
+    def files(cls) -> tuple[str, str]:
+        """Either of which is there where weights of this kind are."""
+        return cls.single, cls.index
+
+    @classmethod
+    def patterns(cls) -> tuple[str, ...]:
+        """Of the names of all its files."""
+        stem, _, suffix = cls.single.rpartition(".")
+        return (*cls.files(), f"{stem}-*.{suffix}")
 
     def _file_names(self) -> Sequence[str]:
         index = self.path / self.index
@@ -294,13 +309,11 @@ def fetch(name: str) -> str:
             f"{name!r} is no folder; to fetch a model of this name from Hugging Face's hub: "
             "pip install -c constraints.txt -e '.[hub]'"
         ) from error
-    wanted = ["config.json", TOKENIZER_FILE, *COMPANIONS]
     try:
-        files = huggingface_hub.list_repo_files(name)
-        kind = next((kind for kind in (_Safetensors, _Bin) if {kind.single, kind.index} & set(files)), _Safetensors)
-        stem, _, suffix = kind.single.rpartition(".")
-        return huggingface_hub.snapshot_download(
-            name, allow_patterns=[*wanted, kind.single, kind.index, f"{stem}-*.{suffix}"]
-        )
+        files = set(huggingface_hub.list_repo_files(name))
+        published = [kind for kind in (_Safetensors, _Bin) if files & set(kind.files())]
+        weights = published[0].patterns() if published else ("params.json", "consolidated.*.pth")
+        wanted = ["config.json", TOKENIZER_FILE, *COMPANIONS, *weights]
+        return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # the hub's client raises many kinds, of several libraries
         raise RunError(f"{name!r} is no folder, and the hub does not give it: {first_line(error)}") from error

@@ -13,7 +13,7 @@ import safetensors.numpy
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
-from mathscale_jax.checkpoint import open_checkpoint
+from mathscale_jax.checkpoint import open_checkpoint, steps_in
 from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.convert import exporting
 from mathscale_jax.convert.configs import model_config_from_hf
@@ -100,6 +100,54 @@ def test_dtype_is_kept_or_changed_as_asked(source: Path, tmp_path: Path) -> None
     assert open_checkpoint(str(tmp_path / "wide")).stored_dtype() == "float32"
 
 
+def test_what_float16_cannot_hold_is_refused_both_ways(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def enlarge(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name][3, 4:6] = 70_000, -1e9
+
+    _change_tensors(source, enlarge)
+    told = rf"{name}: float16 ends at 65504 and cannot hold 2 of its values \(up to 1e\+09\)"
+    with pytest.raises(UsageError, match=told):
+        convert(source, tmp_path / "narrow", dtype="float16")
+    convert(source, tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match=told):
+        export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"), dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_is_named_by_its_tensor_and_nothing_is_written(source: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 4:6] = np.nan
+        tensors["lm_head.weight"][0, 0] = np.inf
+
+    _change_tensors(source, spoil)
+    with pytest.raises(UsageError) as caught:
+        convert(source, tmp_path / "checkpoint")
+    assert "lm_head.weight: 1\n  model.layers.0.mlp.up_proj.weight: 2\n" in str(caught.value)
+    assert steps_in(tmp_path / "checkpoint") == []
+
+
+def test_a_folder_with_both_formats_is_read_as_hugging_faces(source: Path, tmp_path: Path) -> None:
+    (source / "params.json").write_text('{"dim": 48}')
+    (source / "consolidated.00.pth").write_bytes(b"")
+    convert(source, tmp_path / "checkpoint")
+    assert "Hugging Face safetensors" in open_checkpoint(str(tmp_path / "checkpoint")).meta.lineage
+
+
+def test_published_tokenizer_files_travel(source: Path, tmp_path: Path) -> None:
+    published = {
+        "tokenizer.json": {"model": {"vocab": {"<s>": 1}}, "merges": ["▁ a"]},
+        "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "chat_template": "{{ x }}"},
+        "special_tokens_map.json": {"bos_token": "<s>"},
+    }
+    for name, tree in published.items():
+        (source / name).write_text(json.dumps(tree))
+    convert(source, tmp_path / "checkpoint")
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
+    assert {name: json.loads((tmp_path / "out" / name).read_text()) for name in published} == published
+
+
 def test_a_destination_that_holds_something_is_refused(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "checkpoint")
     with pytest.raises(UsageError, match="already holds a checkpoint"):
@@ -111,6 +159,39 @@ def test_a_destination_that_holds_something_is_refused(source: Path, tmp_path: P
 def _truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _lie_about_an_offset(folder: Path) -> None:
+    """A header whose tensors end behind the end of the file."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1])
+    header[last]["data_offsets"][1] += 4096
+    header[last]["shape"][0] += 4096 // (2 * int(np.prod(header[last]["shape"][1:])))
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def _lie_about_the_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes((10**15).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def _overlap(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
+    header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def _other_tokenizer_json(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"<s>": 1, "</s>": 17}}}))
 
 
 def _lose_weights(folder: Path) -> None:
@@ -165,6 +246,9 @@ def _no_tokenizer(folder: Path) -> None:
     ("damage", "told"),
     [
         (_truncate, "model.safetensors is truncated or damaged"),
+        (_lie_about_an_offset, "model.safetensors is truncated or damaged"),
+        (_lie_about_the_header, "model.safetensors is truncated or damaged"),
+        (_overlap, "model.safetensors is truncated or damaged"),
         (_lose_weights, "holds no weights: none of model.safetensors, .*, pytorch_model.bin.index.json"),
         (
             _lose_shard,
@@ -187,6 +271,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_mixed_dtypes, r"several dtypes \(bfloat16, float32\): give --dtype"),
         (_other_vocabulary, "325 pieces but the model's vocab_size is 320"),
         (_no_tokenizer, "tokenizer .* does not exist"),
+        (_other_tokenizer_json, "tokenizer.json has '</s>' as number 17, tokenizer.model as 2"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(source: Path, tmp_path: Path, damage: object, told: str) -> None:
