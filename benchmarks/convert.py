@@ -4,18 +4,21 @@
 
 Makes checkpoints of random bfloat16 weights, of TinyLlama's widths and two depths, as Hugging Face folders. Each is
 copied (what the disk gives), imported, exported again, and for comparison loaded and saved by transformers; one
-after the other, each in a process of its own. Memory is the anonymous memory of that process above what it has when
-everything is imported and nothing is read: it must not grow with the depth, but with one stacked parameter.
+after the other, in several rounds, each in a process of its own and some seconds after the last: the hosts of
+virtual machines take free memory back, and all shall begin without it. What is written is on disk in the end.
+Memory is the anonymous memory of that process above what it has when everything is imported and nothing is read: it
+must not grow with the depth, but with one stacked parameter.
 """
 
-import importlib.util
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import ml_dtypes
@@ -52,11 +55,12 @@ os.sync()
     "import": _OURS + "import_weights({source!r}, {target!r})\n",
     "export": _OURS + "export_hf({imported!r}, {target!r})\n",
     "transformers, load and save": """
-import torch, transformers
+import os, torch, transformers
 transformers.logging.set_verbosity_error()
 model_class = transformers.LlamaForCausalLM
 print("ready", flush=True)
 model_class.from_pretrained({source!r}, dtype="auto").save_pretrained({target!r})
+os.sync()
 """,
 }
 
@@ -67,6 +71,8 @@ class ConvertSettings(Settings):
     tokenizer: str = pydantic.Field(description="tokenizer.model; its pieces are the vocabulary")
     layers: Numbers = pydantic.Field((22, 44), description="depths (22: 1.1 B parameters)")
     width: pydantic.PositiveInt = pydantic.Field(2048, description="width of the residual stream, a multiple of 64")
+    rounds: pydantic.PositiveInt = pydantic.Field(3, description="times that each is run; medians are shown")
+    pause: pydantic.NonNegativeFloat = pydantic.Field(10, description="seconds before each run")
     folder: str | None = pydantic.Field(None, description="where the files lie meanwhile (default: a temporary folder)")
     out: str | None = pydantic.Field(None, description="folder for the results as Markdown and JSON")
 
@@ -81,24 +87,31 @@ def benchmark(settings: ConvertSettings, command: str) -> None:
             config = config_of(num_layers, settings.width, settings.tokenizer)
             size = make_checkpoint(folder / "source", config, settings.tokenizer)
             largest = max(np.prod(leaf.spec.shape) for leaf in leaves(config)) * 2
+            present = [name for name in CONTESTANTS if "transformers" not in name or find_spec("transformers")]
+            runs: dict[str, list[tuple[float, int]]] = {name: [] for name in present}
+            for number in range(settings.rounds):
+                for name in present:
+                    time.sleep(settings.pause)
+                    runs[name].append(run(name, folder))
+                    logger.info("round %d, %d layers, %s: %.1f s", number + 1, num_layers, name, runs[name][-1][0])
             for name in CONTESTANTS:
-                if "transformers" in name and not importlib.util.find_spec("transformers"):
+                if name not in runs:
                     rows.append([name, "not measured: needs the extra torch", *[""] * 4])
                     continue
-                seconds, memory = run(name, folder)
+                seconds = sorted(seconds for seconds, _ in runs[name])
+                memory = max(memory for _, memory in runs[name])
                 measured.append({"contestant": name, "parameters": config.num_parameters, "bytes": size,
                                  "seconds": seconds, "memory": memory, "largest_leaf": int(largest)})  # fmt: skip
                 rows.append(
                     [
                         name,
                         f"{config.num_parameters / 1e9:.2f} B, {size / 1e9:.2f} GB",
-                        f"{seconds:.1f}",
-                        f"{size / seconds / 1e9:.2f}",
+                        f"{statistics.median(seconds):.1f} ({seconds[0]:.1f} to {seconds[-1]:.1f})",
+                        f"{size / statistics.median(seconds) / 1e9:.2f}",
                         f"{memory / 1e9:.2f} GB",
                         f"{memory / largest:.1f}",
                     ]
                 )
-                logger.info("%s", "  ".join(rows[-1]))
             shutil.rmtree(folder)
     header = ["", "bfloat16 weights", "seconds", "GB/s", "memory above idle", "in largest stacked parameters"]
     body = table(header, rows)

@@ -153,7 +153,9 @@ class TorchPeer:
         with torch.no_grad():
             for leaf, values in initial_weights(config):
                 for name, part in zip(leaf.tensors, values if leaf.is_stacked else [values], strict=True):
-                    tensors[name].copy_(torch.from_numpy(np.ascontiguousarray(leaf.to_tensor(part))))
+                    tensor = np.empty(leaf.tensor_shape, np.float32)
+                    leaf.to_tensor(part, tensor)
+                    tensors[name].copy_(torch.from_numpy(tensor))
         if recompute:
             self._model.gradient_checkpointing_enable()
         self._forward = torch.compile(self._model) if compiled else self._model

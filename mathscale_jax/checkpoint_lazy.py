@@ -6,6 +6,7 @@ read.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import threading
@@ -26,11 +27,12 @@ from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import lora
 from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, Meta, absolute
-from mathscale_jax.checksums import host_checksum
+from mathscale_jax.checksums import aligned_empty, host_checksum
 from mathscale_jax.damage import DamagedCheckpoint, or_damaged
 from mathscale_jax.processes import all_or_none, is_primary
 
-# Pieces on their way at a time: as many as there are cores, but no more than this in bytes, or one.
+# Pieces on their way at a time: as many as there are cores, but no more than half the largest array, or this many
+# bytes, or one. Each is in memory up to three times: as it was read, as it is written, and on its way to the disk.
 _BYTES_UNDER_WAY = 2**28
 _CHUNK_BYTES = 2**27  # of a piece on disk: what a device reads of it is not much more than its share
 _WEEK = 7 * 24 * 3600
@@ -38,7 +40,7 @@ _WEEK = 7 * 24 * 3600
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array of which `read(i)` gives the i-th of equal ranges along axis 0, from any thread.
+    """An array of which `read(i, into)` fills `into` with the i-th of equal ranges along axis 0, from any thread.
 
     `pieces` says for people where each of them comes from.
     """
@@ -46,12 +48,17 @@ class LazyArray:
     shape: tuple[int, ...]
     dtype: np.dtype
     pieces: tuple[str, ...]
-    read: Callable[[int], np.ndarray]
+    read: Callable[[int, np.ndarray], None]
 
     @property
     def size(self) -> int:
         """Elements."""
         return int(np.prod(self.shape))
+
+    @property
+    def piece_shape(self) -> tuple[int, ...]:
+        """Of each range."""
+        return self.shape[0] // len(self.pieces), *self.shape[1:]
 
     @property
     def piece_bytes(self) -> int:
@@ -135,10 +142,34 @@ class LazyReader:
             self._adapter = {name: adapter[module][matrix] for name, (module, matrix) in matrices.items()}
         self._stored = checkpoint if self._lora is None else checkpoint.open_base()
 
+    def read(self, names: Sequence[str], use: Callable[[str, Iterator[np.ndarray]], None]) -> None:
+        """Gives `use` each parameter with its `pieces`, as many at a time as there are cores, each in a thread.
+
+        What one of them raises, or the main thread, ends them all and is raised here.
+        """
+        stopped = threading.Event()
+
+        def until_stopped(pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+            for piece in pieces:
+                yield piece
+                if stopped.is_set():
+                    raise RunError("stopped")
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            futures = [pool.submit(use, name, until_stopped(self.pieces(name))) for name in names]
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    future.result()
+            except BaseException:
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The parameter `name` in ranges along axis 0, as they lie on disk: a layer each, or more.
 
-        Raises DamagedCheckpoint, after the last one, where its bits are not those that were saved.
+        Each is there until the next one is asked for. Raises DamagedCheckpoint, after the last one, where its bits are
+        not those that were saved.
         """
         start = 0
         for piece in self._checked(name):
@@ -157,9 +188,13 @@ class LazyReader:
         store: Any = or_damaged(where, folder, lambda: tensorstore.open(spec, open=True, read=True).result())
         rows: int = store.chunk_layout.read_chunk.shape[0]
         size, total = int(np.prod(store.shape[1:])), 0
+        scratch: np.ndarray | None = None
         for start in range(0, store.shape[0], rows):
-            read = partial(_read_range, store, start, min(start + rows, store.shape[0]))
-            piece = or_damaged(where, folder, read)
+            stored = or_damaged(where, folder, partial(_read_range, store, start, min(start + rows, store.shape[0])))
+            if scratch is None:
+                scratch = aligned_empty(stored.shape, stored.dtype)
+            piece = scratch[: len(stored)]
+            piece[...] = stored
             total += host_checksum(piece, start * size)[0]
             yield piece
         if total % 2**32 != self._stored.meta.checksums["params"][name]:
@@ -184,8 +219,18 @@ class _Work:
         self._left = len(arrays)
         self._error: BaseException | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
-        largest = max(array.piece_bytes for array in arrays.values())
-        self.at_once = max(1, min(os.cpu_count() or 1, _BYTES_UNDER_WAY // max(largest, 1)))
+        piece = max(array.piece_bytes for array in arrays.values())
+        half = max(array.piece_bytes * len(array.pieces) for array in arrays.values()) // 2
+        self.at_once = max(1, min(os.cpu_count() or 1, max(_BYTES_UNDER_WAY, half) // max(piece, 1)))
+        self._scratch_bytes = piece
+        self._scratch: list[np.ndarray] = []
+
+    @contextlib.contextmanager
+    def scratch(self, array: LazyArray) -> Iterator[np.ndarray]:
+        """Memory for a piece of `array`, which is used again: new memory costs more than what is done with it."""
+        buffer = self._scratch.pop() if self._scratch else aligned_empty((self._scratch_bytes,), np.dtype(np.uint8))
+        yield buffer[: array.piece_bytes].view(array.dtype).reshape(array.piece_shape)
+        self._scratch.append(buffer)
 
     def add(self, name: str, piece: str, checksum: int, not_finite: int) -> None:
         with self._lock:
@@ -254,9 +299,10 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     async def _write_piece(self, place: Any, name: str, array: LazyArray, i: int) -> None:
         if self._work.stopped:
             raise RunError("stopped")
-        piece = await asyncio.to_thread(array.read, i)
-        self._work.add(name, array.pieces[i], *await asyncio.to_thread(host_checksum, piece, i * piece.size))
-        await place.write(piece.reshape(place.shape), can_reference_source_data_indefinitely=True)
+        with self._work.scratch(array) as piece:
+            await asyncio.to_thread(array.read, i, piece)
+            self._work.add(name, array.pieces[i], *await asyncio.to_thread(host_checksum, piece, i * piece.size))
+            await place.write(piece, can_reference_source_data_indefinitely=True)  # not longer than until it is written
         self._work.wrote(piece.nbytes)
 
 

@@ -1,12 +1,13 @@
 """Checkpoints as Hugging Face folders: a layer of a matrix in memory at a time."""
 
 import json
+import math
 import os
 import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -70,11 +71,19 @@ def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
     every_leaf = list(leaves(checkpoint.meta.model))
     shapes = {name: leaf.tensor_shape for leaf in every_leaf for name in leaf.tensors}
     writer = SafetensorsWriter(folder, shapes, dtype)
-    reader = LazyReader(checkpoint)
+    by_name = {leaf.name: leaf for leaf in every_leaf}
     with Progress(writer.num_bytes, "exporting", "bytes") as bar:
-        for leaf in every_leaf:
-            for name, ours in zip(leaf.tensors, _slices(reader, leaf), strict=True):
-                bar.update(writer.write(name, leaf.to_tensor(ours)))
+
+        def write(parameter: str, pieces: Iterator[np.ndarray]) -> None:
+            leaf = by_name[parameter]
+            tensor: np.ndarray | None = None  # used again for every layer
+            for name, ours in zip(leaf.tensors, _slices(leaf, pieces), strict=True):
+                tensor = np.empty(leaf.tensor_shape, ours.dtype) if tensor is None else tensor
+                leaf.to_tensor(ours, tensor)
+                bar.update(writer.write(name, tensor))
+
+        largest_first = sorted(by_name, key=lambda name: -math.prod(by_name[name].spec.shape))
+        LazyReader(checkpoint).read(largest_first, write)
     writer.close()
     ids = {"bos_token_id": checkpoint.tokenizer.bos_id, "eos_token_id": checkpoint.tokenizer.eos_id}
     write_json(folder / "config.json", {**model_config_to_hf(checkpoint.meta.model, dtype), **ids})
@@ -82,17 +91,17 @@ def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
     write_tokenizer(folder, checkpoint.tokenizer, checkpoint.meta.companions)
 
 
-def _slices(reader: LazyReader, leaf: Leaf) -> Iterator[np.ndarray]:
+def _slices(leaf: Leaf, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """What one published tensor each is made of."""
     if not leaf.is_stacked:
-        yield np.concatenate(list(reader.pieces(leaf.name)))
+        yield np.concatenate(list(pieces))
         return
-    for piece in reader.pieces(leaf.name):
+    for piece in pieces:
         yield from piece
 
 
 class SafetensorsWriter:
-    """Writes the tensors of a model in any order into shards whose layout is known beforehand.
+    """Writes the tensors of a model in any order, from any thread, into shards whose layout is known beforehand.
 
     safetensors' own writer wants all tensors of a file at once; stacked leaves give one tensor of every layer at
     a time. So each file's header is written first, and every tensor then into its place.
@@ -101,8 +110,9 @@ class SafetensorsWriter:
     def __init__(self, directory: Path, shapes: dict[str, tuple[int, ...]], dtype: str):
         """`shapes` in the order in which tensors fill the shards."""
         self._dtype = numpy_dtype(dtype)
-        self._arrays: dict[str, np.ndarray] = {}
-        shards = list(_shards(shapes, self._dtype.itemsize))
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        self._sizes = {name: math.prod(shape) * self._dtype.itemsize for name, shape in shapes.items()}
+        shards = list(_shards(self._sizes))
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -114,54 +124,55 @@ class SafetensorsWriter:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(self._sizes.values())
 
     def write(self, name: str, tensor: np.ndarray) -> int:
         """Puts a tensor into its place, and returns its bytes. Raises UsageError where its dtype cannot hold it."""
-        self._arrays[name][...] = cast(tensor, self._dtype, name)
-        return self._arrays[name].nbytes
+        file, place = self._places[name]
+        contiguous = np.ascontiguousarray(cast(tensor, self._dtype, name))
+        left = memoryview(contiguous.reshape(-1).view(np.uint8).data)
+        while left:  # the system takes no more than 2 GB at a time
+            written = os.pwrite(file.fileno(), left, place)
+            left, place = left[written:], place + written
+        return self._sizes[name]
 
     def close(self) -> None:
-        """Flushes every file to disk."""
-        for array in self._arrays.values():
-            array.flush()  # type: ignore[attr-defined]
-        self._arrays.clear()
+        """Leaves every file on disk."""
+        for file in {file for file, _ in self._places.values()}:
+            os.fsync(file.fileno())
+            file.close()
 
     def _create(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype_name: str) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in shapes.items():
-            size = int(np.prod(shape)) * self._dtype.itemsize
             header[name] = {
                 "dtype": dtype_name,
                 "shape": list(shape),
-                "data_offsets": [offset, offset + size],
+                "data_offsets": [offset, offset + self._sizes[name]],
             }
-            offset += size
+            offset += self._sizes[name]
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-        with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            start = file.tell()
-            _allocate(file.fileno(), start + offset)
-        for name, shape in shapes.items():
-            place = start + header[name]["data_offsets"][0]
-            self._arrays[name] = np.memmap(path, self._dtype, "r+", place, shape)
+        file = path.open("wb", buffering=0)
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        _allocate(file.fileno(), start + offset)
+        self._places |= {name: (file, start + header[name]["data_offsets"][0]) for name in shapes}
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """Takes the disk space now: writing to a mapped file on a full disk would kill the process."""
+    """Takes the disk space now: better a full disk at once than at the end."""
     try:
         os.posix_fallocate(descriptor, 0, size)
     except AttributeError:  # macOS has no posix_fallocate
         os.truncate(descriptor, size)
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> Iterator[list[str]]:
+def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
     names: list[str] = []
     filled = 0
-    for name, shape in shapes.items():
-        size = int(np.prod(shape)) * itemsize
+    for name, size in sizes.items():
         if names and filled + size > MAX_SHARD_BYTES:
             yield names
             names, filled = [], 0

@@ -41,25 +41,24 @@ def import_weights(
         chat_template = load_template(template)
         check_local(source)
         opened = open_source(fetch(source), max_context)
-    with opened:
-        with all_or_none():
-            file = tokenizer or str(opened.path / TOKENIZER_FILE)
-            pieces = Tokenizer.load(file)
-            check_vocabulary(pieces, opened.config, f"tokenizer {file}")
-            check_companions(pieces, opened.companions)
-            dtype = dtype or opened.dtype
-            make_folder(out, "DST")
-        check_shared(out, "DST")
-        lineage = f"imported from {Path(source).resolve().name} ({opened.kind})"
-        meta = Meta(opened.config, chat_template, pieces.sha256, lineage, companions=opened.companions)
-        arrays = {leaf.name: _lazy(opened, leaf, dtype) for leaf in leaves(opened.config, opened.layout)}
-        total = sum(array.piece_bytes * len(array.pieces) for array in arrays.values())
-        logger.info(
-            "importing %s: %.3g M parameters as %s, %.2f GB", opened.kind, opened.config.num_parameters / 1e6,
-            dtype, total / 1e9,
-        )  # fmt: skip
-        with StopSignal(), Progress(total, "importing", "bytes") as bar:
-            write_lazily(out, 0, arrays, meta, pieces, bar.update)
+    with all_or_none():
+        file = tokenizer or str(opened.path / TOKENIZER_FILE)
+        pieces = Tokenizer.load(file)
+        check_vocabulary(pieces, opened.config, f"tokenizer {file}")
+        check_companions(pieces, opened.companions)
+        dtype = dtype or opened.dtype
+        make_folder(out, "DST")
+    check_shared(out, "DST")
+    lineage = f"imported from {Path(source).resolve().name} ({opened.kind})"
+    meta = Meta(opened.config, chat_template, pieces.sha256, lineage, companions=opened.companions)
+    arrays = {leaf.name: _lazy(opened, leaf, dtype) for leaf in leaves(opened.config, opened.layout)}
+    total = sum(array.piece_bytes * len(array.pieces) for array in arrays.values())
+    logger.info(
+        "importing %s: %.3g M parameters as %s, %.2f GB", opened.kind, opened.config.num_parameters / 1e6,
+        dtype, total / 1e9,
+    )  # fmt: skip
+    with StopSignal(), Progress(total, "importing", "bytes") as bar:
+        write_lazily(out, 0, arrays, meta, pieces, bar.update)
     logger.info("imported %s into %s", source, destination)
 
 
@@ -71,9 +70,9 @@ def _check_destination(out: epath.Path) -> None:
 
 
 def _lazy(source: Source, leaf: Leaf, dtype: str) -> LazyArray:
-    written = numpy_dtype(dtype)
-    return LazyArray(leaf.spec.shape, written, leaf.tensors, partial(_read, source, leaf, written))
+    return LazyArray(leaf.spec.shape, numpy_dtype(dtype), leaf.tensors, partial(_read, source, leaf))
 
 
-def _read(source: Source, leaf: Leaf, dtype: np.dtype, i: int) -> np.ndarray:
-    return leaf.from_tensor(cast(source.read(leaf.tensors[i]), dtype, leaf.tensors[i]))
+def _read(source: Source, leaf: Leaf, i: int, into: np.ndarray) -> None:
+    tensor = cast(source.read(leaf.tensors[i]), into.dtype, leaf.tensors[i])
+    leaf.from_tensor(tensor, into.reshape(leaf.slice_shape))

@@ -5,9 +5,9 @@ Nothing of a file is in memory before a tensor of it is read, and no file can ma
 
 import abc
 import json
+import mmap
 import re
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from data_pipeline.settings import UsageError
 from mathscale_jax.checkpoint import TOKENIZER_FILE
 from mathscale_jax.config import ModelConfig
 from mathscale_jax.convert.configs import model_config_from_hf, model_config_from_meta
-from mathscale_jax.convert.dtypes import DTYPES
+from mathscale_jax.convert.dtypes import DTYPES, numpy_dtype
 from mathscale_jax.convert.mapping import HF, META, Layout, leaves
 
 # JSON files of a Hugging Face folder that go with the weights wherever they go.
@@ -36,8 +36,7 @@ class Source:
     """Opened weights of a model this program knows: exactly its tensors, in the shapes that its config gives them.
 
     `layout` says how they are named and laid out, `shapes` and `dtypes` what they are, `config` the architecture,
-    `companions` the small JSON files beside them by name. `read` gives one whole tensor in its dtype. Use as a
-    context manager.
+    `companions` the small JSON files beside them by name. `read` gives one whole tensor in its dtype.
     """
 
     path: Path
@@ -52,20 +51,10 @@ class Source:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self._readers: dict[str, Callable[[], np.ndarray]] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "Source":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor. Raises RunError where its file cannot be read any more."""
-        try:
-            return self._readers[name]()
-        except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-            raise RunError(f"{self.path}: {name} cannot be read: {first_line(error)}") from error
+        """One tensor, as it lies on disk where that is possible: not to be changed, and read when it is used."""
+        return self._readers[name]()
 
     @property
     def dtype(self) -> str:
@@ -170,13 +159,27 @@ class _Safetensors(_HuggingFace):
 
     def _open(self, file: Path) -> None:
         try:
-            opened: Any = self._stack.enter_context(safetensors.safe_open(file, framework="numpy"))
+            with safetensors.safe_open(file, framework="numpy"):
+                pass  # it checks the header: every tensor lies inside the file, and has its bytes for itself
         except safetensors.SafetensorError as error:
             raise UsageError(f"{file} is truncated or damaged ({error}): {DOWNLOAD_AGAIN}") from error
-        for name in opened.keys():  # noqa: SIM118 (no mapping)
-            part = opened.get_slice(name)
-            dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-            self._add(name, part.get_shape(), dtype, partial(opened.get_tensor, name))
+        with file.open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        begin = 8 + int.from_bytes(mapped[:8], "little")
+        header = json.loads(mapped[8:begin])
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                dtype = DTYPES.get(tensor["dtype"], tensor["dtype"])
+                first, last = (begin + offset for offset in tensor["data_offsets"])
+                self._add(name, tensor["shape"], dtype, partial(_view, mapped, first, last, dtype, tensor["shape"]))
+
+
+def _view(file: mmap.mmap, first: int, last: int, dtype: str, shape: Sequence[int]) -> np.ndarray:
+    if hasattr(mmap, "MADV_WILLNEED"):  # ask the disk for all of it at once
+        page = first // mmap.PAGESIZE * mmap.PAGESIZE
+        file.madvise(mmap.MADV_WILLNEED, page, last - page)
+    typed = numpy_dtype(dtype)
+    return np.frombuffer(file, typed, (last - first) // typed.itemsize, first).reshape(shape)
 
 
 class _Bin(_HuggingFace):

@@ -1,5 +1,8 @@
 """What a checkpoint is, whether it is whole, and whether it computes what transformers does with the same weights."""
 
+import collections
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from data_pipeline.cli import RunError, logger
-from data_pipeline.progress import progress
+from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from mathscale_jax import model
 from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
@@ -54,10 +57,17 @@ def verify(path: str, hf_folder: str | None = None, dtype: str = "float32") -> s
 
 def _description(checkpoint: Checkpoint) -> list[str]:
     meta, config = checkpoint.meta, checkpoint.meta.model
-    reader, sizes = LazyReader(checkpoint), dict[str, int]()
-    for leaf in progress(list(leaves(config)), "verifying", "parameters"):
-        for piece in reader.pieces(leaf.name):
-            sizes[str(piece.dtype)] = sizes.get(str(piece.dtype), 0) + piece.nbytes
+    sizes = collections.Counter[str]()
+    lock = threading.Lock()
+    with Progress(None, "verifying", "bytes") as bar:
+
+        def read(_: str, pieces: Iterator[np.ndarray]) -> None:
+            for piece in pieces:
+                bar.update(piece.nbytes)
+                with lock:
+                    sizes[str(piece.dtype)] += piece.nbytes
+
+        LazyReader(checkpoint).read([leaf.name for leaf in leaves(config)], read)
     size = ", ".join(f"{size / 1e9:.3f} GB of {dtype}" for dtype, size in sorted(sizes.items()))
     window = "" if config.sliding_window is None else f", sliding window {config.sliding_window}"
     lines = [
