@@ -28,6 +28,7 @@ from mathscale_jax.convert.tokenizer_files import write_tokenizer
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 1000**3  # the size transformers cuts its own shards at
+_WRITTEN_AT_A_TIME = 2**18  # bytes: some systems take many times as long for larger ones, none for these
 _DTYPE_NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 
 
@@ -131,8 +132,8 @@ class SafetensorsWriter:
         file, place = self._places[name]
         contiguous = np.ascontiguousarray(cast(tensor, self._dtype, name))
         left = memoryview(contiguous.reshape(-1).view(np.uint8).data)
-        while left:  # the system takes no more than 2 GB at a time
-            written = os.pwrite(file.fileno(), left, place)
+        while left:
+            written = os.pwrite(file.fileno(), left[:_WRITTEN_AT_A_TIME], place)
             left, place = left[written:], place + written
         return self._sizes[name]
 

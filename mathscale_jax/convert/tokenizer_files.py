@@ -107,7 +107,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any] | None:
     }
 
 
-def _merges(scores: dict[str, float]) -> list[list[str]]:
+def _merges(scores: dict[str, float]) -> list[str]:
     """Every pair of pieces that is a piece, in the order in which SentencePiece joins them.
 
     It joins the pair of the highest score, and the leftmost of equal ones: a piece grows to its right before another
@@ -119,7 +119,8 @@ def _merges(scores: dict[str, float]) -> list[list[str]]:
         for left, right in ((piece[:i], piece[i:]) for i in range(1, len(piece)))
         if left in scores and right in scores
     ]
-    return [[*pair] for pair in sorted(pairs, key=lambda pair: (-scores["".join(pair)], -len(pair[0])))]
+    pairs.sort(key=lambda pair: (-scores["".join(pair)], -len(pair[0])))
+    return [" ".join(pair) for pair in pairs]  # as old readers know them too; no piece has a space in it
 
 
 def check_companions(tokenizer: Tokenizer, companions: dict[str, Any]) -> None:

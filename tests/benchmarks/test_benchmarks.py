@@ -63,12 +63,14 @@ def test_conversions_take_memory_that_does_not_grow_with_the_model(tmp_path: Pat
 @pytest.mark.slow
 def test_the_benchmark_of_conversions_measures_each_contestant(tmp_path: Path) -> None:
     tokenizer, out = gsm8k_rows(tmp_path)[1], tmp_path / "out"
-    arguments = ["--tokenizer", tokenizer, "--layers", "1,2", "--width", "64", "--out", str(out)]
-    done = run("benchmarks.convert", *arguments)
+    arguments = ["--tokenizer", tokenizer, "--layers", "1,2", "--width", "64", "--rounds", "2", "--pause", "0"]
+    done = run("benchmarks.convert", *arguments, "--out", str(out))
     assert done.returncode == 0, done.stderr
     measured = results(out)["measured"]
-    assert [row["contestant"] for row in measured][:3] == ["copy of the files", "import", "export"]
-    assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in measured)
+    assert [row["contestant"] for row in measured][:4] == [
+        *("copy of the files", "copy, 16 MB at a time", "import", "export")
+    ]
+    assert all(len(row["seconds"]) == 2 and row["seconds"][0] > 0 and row["bytes"] > 0 for row in measured)
     assert {row["parameters"] for row in measured} == {
         convert.config_of(depth, 64, tokenizer).num_parameters for depth in (1, 2)
     }

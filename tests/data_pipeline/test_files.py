@@ -115,6 +115,14 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, log_lines):
     assert log_lines() == ["sampling: 15 problems, 0.762/s, loss 1.5", "sampling: 19 problems, 1.09/s"]
 
 
+def test_progress_of_bytes_is_told_in_gigabytes(monkeypatch, log_lines):
+    clock = iter([0.0, *([10.0] * 20)])
+    monkeypatch.setattr(data_pipeline.progress.time, "monotonic", lambda: next(clock))
+    with Progress(26_953_662_464, "importing", "bytes") as bar:
+        bar.update(4_500_000_000)
+    assert log_lines()[0] == "importing: 4.50/26.95 GB, 0.45 GB/s"
+
+
 def test_nothing_done_says_nothing(log_lines):
     with Progress(5, "sampling", "problems", done=5):
         pass

@@ -317,6 +317,9 @@ def test_a_name_on_the_hub_is_fetched_with_what_is_needed_of_it(
     import_weights("some/model", str(tmp_path / "out"), tokenizer=str(tokenizer_file))
     ((name, patterns),) = asked
     assert name == "some/model" and "model-*.safetensors" in patterns and "tokenizer.model" in patterns
+    hub.list_repo_files = lambda _: ["params.json", "consolidated.00.pth", "tokenizer.model"]
+    import_weights("some/of-meta", str(tmp_path / "meta"), tokenizer=str(tokenizer_file))
+    assert {"params.json", "consolidated.*.pth", "tokenizer.model"} <= set(asked[1][1])
     hub.list_repo_files = lambda _: (_ for _ in ()).throw(OSError("401 Client Error: gated"))
     with pytest.raises(RunError, match="the hub does not give it: 401 Client Error"):
         import_weights("some/gated", str(tmp_path / "other"))
