@@ -146,17 +146,13 @@ def make_checkpoint(folder: Path, config: ModelConfig, tokenizer: str) -> int:
     folder.mkdir(parents=True)
     shutil.copy(tokenizer, folder / "tokenizer.model")
     write_json(folder / "config.json", model_config_to_hf(config, "bfloat16"))
-    writer = SafetensorsWriter(
-        folder, {name: leaf.tensor_shape for leaf in leaves(config) for name in leaf.tensors}, "bfloat16"
-    )
     rng = np.random.default_rng(0)
-    total = writer.num_bytes
-    for leaf in leaves(config):
-        for name in leaf.tensors:
-            tensor = rng.standard_normal(leaf.tensor_shape, np.float32) * np.float32(0.02)
+    shapes = {name: leaf.tensor_shape for leaf in leaves(config) for name in leaf.tensors}
+    with SafetensorsWriter(folder, shapes, "bfloat16") as writer:
+        for name, shape in shapes.items():
+            tensor = rng.standard_normal(shape, np.float32) * np.float32(0.02)
             writer.write(name, tensor.astype(ml_dtypes.bfloat16))
-    writer.close()
-    return total
+    return writer.num_bytes
 
 
 def run(name: str, folder: Path) -> tuple[float, int]:

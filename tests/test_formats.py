@@ -155,7 +155,7 @@ def test_weights_in_two_bytes_come_in_bit_for_bit(published: tuple[Any, Path], t
     assert checkpoint.stored_dtype() == dtype
     expected = theirs.state_dict()["lm_head.weight"].to(getattr(torch, dtype)).T.contiguous().view(torch.int16).numpy()
     np.testing.assert_array_equal(
-        np.concatenate(list(LazyReader(checkpoint).pieces("output"))).view(np.int16), expected
+        np.concatenate([piece.copy() for piece in LazyReader(checkpoint).pieces("output")]).view(np.int16), expected
     )
 
 
@@ -253,6 +253,11 @@ def _other_base(folder: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "rope_theta": 5e5}))
 
 
+def _no_heads(folder: Path) -> None:
+    file = folder / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "n_heads": 0}))
+
+
 def _nothing_but_a_tensor(folder: Path) -> None:
     torch.save(torch.zeros(3), folder / "pytorch_model-00001-of-00002.bin")
 
@@ -268,6 +273,7 @@ def _nothing_but_a_tensor(folder: Path) -> None:
         ("meta", _lose_part, "consolidated.00.pth is missing"),
         ("meta", _lose_last_part, r"shape .*; 1 file\(s\) consolidated.\*.pth were found: is one missing\?"),
         ("meta", _lose_params, "params.json is missing"),
+        ("meta", _no_heads, "n_heads=0 must be a positive number"),
         ("meta", _other_base, "rope_theta=500000: give --max-context"),
     ],
 )

@@ -101,7 +101,10 @@ def model_config_from_meta(
             raise UsageError(
                 f"{where}: {key}={value!r} is not supported: this model would compute something else, perhaps"
             )
-    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if not isinstance(tree.get(key), int | float)]
+    for key, value in tree.items():
+        if key in ("dim", "n_heads", "head_dim", "rope_theta") and not (isinstance(value, int | float) and value > 0):
+            raise UsageError(f"{where}: {key}={value!r} must be a positive number")
+    missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in tree]
     if missing:
         raise UsageError(f"{where} does not say the model's {', '.join(missing)}")
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):

@@ -71,9 +71,11 @@ def export_hf(source: str, destination: str, *, dtype: str | None = None, merge:
 def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
     every_leaf = list(leaves(checkpoint.meta.model))
     shapes = {name: leaf.tensor_shape for leaf in every_leaf for name in leaf.tensors}
-    writer = SafetensorsWriter(folder, shapes, dtype)
     by_name = {leaf.name: leaf for leaf in every_leaf}
-    with Progress(writer.num_bytes, "exporting", "bytes") as bar:
+    with (
+        SafetensorsWriter(folder, shapes, dtype) as writer,
+        Progress(writer.num_bytes, "exporting", "bytes") as bar,
+    ):
 
         def write(parameter: str, pieces: Iterator[np.ndarray]) -> None:
             leaf = by_name[parameter]
@@ -85,7 +87,6 @@ def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
 
         largest_first = sorted(by_name, key=lambda name: -math.prod(by_name[name].spec.shape))
         LazyReader(checkpoint).read(largest_first, write)
-    writer.close()
     ids = {"bos_token_id": checkpoint.tokenizer.bos_id, "eos_token_id": checkpoint.tokenizer.eos_id}
     write_json(folder / "config.json", {**model_config_to_hf(checkpoint.meta.model, dtype), **ids})
     write_json(folder / "generation_config.json", ids)
@@ -95,10 +96,22 @@ def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
 def _slices(leaf: Leaf, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """What one published tensor each is made of."""
     if not leaf.is_stacked:
-        yield np.concatenate(list(pieces))
+        yield _whole(leaf.slice_shape, pieces)
         return
     for piece in pieces:
         yield from piece
+
+
+def _whole(shape: tuple[int, ...], pieces: Iterator[np.ndarray]) -> np.ndarray:
+    """One array of all pieces, each of which is gone when the next one is there."""
+    whole: np.ndarray | None = None
+    start = 0
+    for piece in pieces:
+        whole = np.empty(shape, piece.dtype) if whole is None else whole
+        whole[start : start + len(piece)] = piece
+        start += len(piece)
+    assert whole is not None and start == len(whole)
+    return whole
 
 
 class SafetensorsWriter:
@@ -137,11 +150,15 @@ class SafetensorsWriter:
             left, place = left[written:], place + written
         return self._sizes[name]
 
-    def close(self) -> None:
-        """Leaves every file on disk."""
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        """Leaves every file on disk; where something went wrong, only closes them."""
         for file in {file for file, _ in self._places.values()}:
-            os.fsync(file.fileno())
-            file.close()
+            with file:
+                if kind is None:
+                    os.fsync(file.fileno())
 
     def _create(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype_name: str) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

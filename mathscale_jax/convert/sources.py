@@ -146,7 +146,10 @@ class _HuggingFace(Source, abc.ABC):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UsageError(f"{index} has no weight_map: {DOWNLOAD_AGAIN}")
-        return sorted(set(weight_map.values()))
+        names = weight_map.values()
+        if not weight_map or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise UsageError(f"{index}: its weight_map must name files of the same folder: {DOWNLOAD_AGAIN}")
+        return sorted(set(names))
 
     @abc.abstractmethod
     def _open(self, file: Path) -> None:

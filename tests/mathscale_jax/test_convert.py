@@ -57,6 +57,20 @@ def test_import_then_export_gives_back_every_tensor_bit_for_bit(source: Path, tm
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
 
 
+def test_what_lies_in_many_chunks_comes_back_bit_for_bit(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the vocabulary of a 7B model does: each parameter is read in several pieces."""
+    monkeypatch.setattr("mathscale_jax.checkpoint_lazy._CHUNK_BYTES", 16_000)
+    convert(source, tmp_path / "checkpoint")
+    checkpoint = open_checkpoint(str(tmp_path / "checkpoint"))
+    assert sum(1 for _ in LazyReader(checkpoint).pieces("embedding")) > 1
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
+    before, after = (safetensors.numpy.load_file(path / "model.safetensors") for path in (source, tmp_path / "out"))
+    for name, tensor in before.items():
+        assert np.array_equal(tensor.view(np.uint16), after[name].view(np.uint16)), name
+
+
 def test_the_exported_config_says_what_the_source_said(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "checkpoint")
     export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
@@ -204,6 +218,14 @@ def _lose_shard(folder: Path) -> None:
     )
 
 
+def _name_a_file_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
+
+
+def _name_no_file(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": 5}}))
+
+
 def _change_tensors(folder: Path, change: object) -> None:
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     change(tensors)  # type: ignore[operator]
@@ -254,6 +276,8 @@ def _no_tokenizer(folder: Path) -> None:
             _lose_shard,
             "model-00001-of-00002.safetensors, which model.safetensors.index.json names, is missing",
         ),
+        (_name_a_file_elsewhere, "its weight_map must name files of the same folder"),
+        (_name_no_file, "its weight_map must name files of the same folder"),
         (_lose_tensor, "1 tensors of the model are missing, first model.layers.1.mlp.up_proj.weight"),
         (_add_tensor, "1 tensors are not of this model, first bias"),
         (_change_shape, r"lm_head.weight has shape \(319, 48\), its config makes it \(320, 48\)"),
@@ -284,7 +308,8 @@ def test_what_is_wrong_with_a_folder_is_said(source: Path, tmp_path: Path, damag
 def test_weights_are_read_from_the_layer_they_belong_to(golden: Path, tokenizer_file: Path, tmp_path: Path) -> None:
     tensors = safetensors.numpy.load_file(golden / "llama_gqa" / "model.safetensors")
     import_weights(str(golden / "llama_gqa"), str(tmp_path), tokenizer=str(tokenizer_file), dtype="float32")
-    key = np.concatenate(list(LazyReader(open_checkpoint(str(tmp_path))).pieces("blocks.attention.key")))
+    pieces = LazyReader(open_checkpoint(str(tmp_path))).pieces("blocks.attention.key")
+    key = np.concatenate([piece.copy() for piece in pieces])
     theirs = tensors["model.layers.1.self_attn.k_proj.weight"].astype(np.float32)
     # Head 1, dimension 3 of the second layer's key is row 1 * head_dim + 3 of its matrix.
     np.testing.assert_array_equal(key[1, :, 1, 3], theirs[1 * 8 + 3])
