@@ -40,6 +40,7 @@ TOKENIZER_FILE = "tokenizer.model"
 FORMAT_VERSION = 3
 MAX_PADDING = 1024  # vocabularies are padded to a multiple of 8 to 512, and have room for added tokens
 T = TypeVar("T")
+_CHUNK_BYTES = 2**27  # on disk: what a device reads of a matrix is not much more than its share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +269,12 @@ def _names(specs: Any) -> list[str]:
 def absolute(path: epath.Path) -> epath.Path:
     """Orbax takes no relative paths; the URL of an object store is absolute as it is."""
     return path if "://" in str(path) else path.absolute()
+
+
+def chunks(name: str) -> ocp.SaveArgs:
+    """How the parameter `name` lies on disk: a layer a chunk, so that it can be read layer by layer."""
+    # shard_axes splits an axis to its elements, so not that of a vocabulary.
+    return ocp.SaveArgs(shard_axes=(0,) if "blocks." in name else (), chunk_byte_size=_CHUNK_BYTES)
 
 
 def steps_in(directory: epath.Path) -> list[int]:

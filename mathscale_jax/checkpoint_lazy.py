@@ -8,6 +8,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +22,12 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
-from data_pipeline.cli import RunError, StopSignal
+from data_pipeline.cli import RunError, Stopped, StopSignal
 from data_pipeline.files import write_atomically
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import lora
-from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, Meta, absolute
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Checkpoint, Meta, absolute, chunks
 from mathscale_jax.checksums import aligned_empty, host_checksum
 from mathscale_jax.damage import DamagedCheckpoint, or_damaged
 from mathscale_jax.processes import all_or_none, is_primary
@@ -34,7 +35,6 @@ from mathscale_jax.processes import all_or_none, is_primary
 # Pieces on their way at a time: as many as there are cores, but no more than half the largest array, or this many
 # bytes, or one. Each is in memory up to three times: as it was read, as it is written, and on its way to the disk.
 _BYTES_UNDER_WAY = 2**28
-_CHUNK_BYTES = 2**27  # of a piece on disk: what a device reads of it is not much more than its share
 _WEEK = 7 * 24 * 3600
 
 
@@ -98,12 +98,11 @@ def write_lazily(
     tree: concurrent.futures.Future[dict[str, Any]] = concurrent.futures.Future()
     manager = ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
     try:
-        save_args = {  # a layer a chunk; shard_axes splits an axis to its elements, so not of a vocabulary
-            name: ocp.SaveArgs(shard_axes=(0,) if len(array.pieces) > 1 else (), chunk_byte_size=_CHUNK_BYTES)
-            for name, array in arrays.items()
-        }
-        params = ocp.args.PyTreeSave(dict(arrays), save_args=save_args)
-        manager.save(step, args=ocp.args.Composite(params=params, meta=_LaterJsonSave(tree)))
+        params = ocp.args.PyTreeSave(dict(arrays), save_args={name: chunks(name) for name in arrays})
+        if not manager.save(step, args=ocp.args.Composite(params=params, meta=_LaterJsonSave(tree))):
+            raise RunError(
+                f"step {step} was not written: {directory} holds a folder of a later step; remove what is not yours"
+            )
         with all_or_none():
             work.wait()
             work.check_finite()
@@ -155,7 +154,9 @@ class LazyReader:
                 if stopped.is_set():
                     raise RunError("stopped")
 
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        sizes = [self._chunk_bytes(name) for name in names]
+        half = max(sizes, key=lambda size: size[1])[1] // 2
+        with concurrent.futures.ThreadPoolExecutor(_at_once(max(size[0] for size in sizes), half)) as pool:
             futures = [pool.submit(use, name, until_stopped(self.pieces(name))) for name in names]
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -180,12 +181,22 @@ class LazyReader:
             yield piece
             start = stop
 
-    def _checked(self, name: str) -> Iterator[np.ndarray]:
+    def _open(self, name: str) -> Any:
         where, folder = self._stored.name, self._stored.folder
         # Both of a disk and of an object store: the folder as a URL.
         url = str(folder / "params") if "://" in str(folder) else f"file://{folder / 'params'}"
         spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"}}
-        store: Any = or_damaged(where, folder, lambda: tensorstore.open(spec, open=True, read=True).result())
+        return or_damaged(where, folder, lambda: tensorstore.open(spec, open=True, read=True).result())
+
+    def _chunk_bytes(self, name: str) -> tuple[int, int]:
+        """Bytes of what is read at a time of a parameter, and of all of it."""
+        store = self._open(name)
+        row = store.dtype.numpy_dtype.itemsize * math.prod(store.shape[1:])
+        return row * store.chunk_layout.read_chunk.shape[0], row * store.shape[0]
+
+    def _checked(self, name: str) -> Iterator[np.ndarray]:
+        where, folder = self._stored.name, self._stored.folder
+        store = self._open(name)
         rows: int = store.chunk_layout.read_chunk.shape[0]
         size, total = int(np.prod(store.shape[1:])), 0
         scratch: np.ndarray | None = None
@@ -199,6 +210,10 @@ class LazyReader:
             yield piece
         if total % 2**32 != self._stored.meta.checksums["params"][name]:
             raise DamagedCheckpoint(f"checkpoint {where} is damaged: the bits of its params {name} have changed")
+
+
+def _at_once(piece: int, half: int) -> int:
+    return max(1, min(os.cpu_count() or 1, max(_BYTES_UNDER_WAY, half) // max(piece, 1)))
 
 
 def _read_range(store: Any, start: int, stop: int) -> np.ndarray:
@@ -221,7 +236,7 @@ class _Work:
         self._lock, self._ended = threading.Lock(), threading.Event()
         piece = max(array.piece_bytes for array in arrays.values())
         half = max(array.piece_bytes * len(array.pieces) for array in arrays.values()) // 2
-        self.at_once = max(1, min(os.cpu_count() or 1, max(_BYTES_UNDER_WAY, half) // max(piece, 1)))
+        self.at_once = _at_once(piece, half)
         self._scratch_bytes = piece
         self._scratch: list[np.ndarray] = []
 
@@ -254,7 +269,11 @@ class _Work:
 
     def wait(self) -> None:
         while not self._ended.wait(0.2):
-            StopSignal.heed()
+            try:
+                StopSignal.heed()
+            except Stopped:
+                self.stopped = True  # the others are told when their own shares end
+                raise
         if self._error is not None:
             raise self._error
 

@@ -16,7 +16,7 @@ from data_pipeline.files import write_atomically
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import model
-from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, absolute, open_checkpoint, steps_in
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, absolute, chunks, open_checkpoint, steps_in
 from mathscale_jax.checksums import checksums
 from mathscale_jax.config import CheckpointSettings
 from mathscale_jax.damage import DamagedCheckpoint
@@ -88,7 +88,10 @@ class Writer:
             items["optimizer"] = model.named_leaves(optimizer)
         with jax.transfer_guard("allow"):
             meta = dataclasses.replace(meta, checksums={item: checksums(arrays) for item, arrays in items.items()})
-            args: dict[str, Any] = {item: ocp.args.StandardSave(arrays) for item, arrays in items.items()}
+            args: dict[str, Any] = {
+                item: ocp.args.StandardSave(arrays, {name: chunks(name) for name in arrays})
+                for item, arrays in items.items()
+            }
             args["meta"] = ocp.args.JsonSave(meta.to_json())
             if meta.validation_loss is not None and math.isfinite(meta.validation_loss):
                 self._lowest_loss.losses[step] = meta.validation_loss

@@ -27,7 +27,7 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
     """Our architecture from a config.json. Raises UsageError for what this model does not compute."""
     kind = tree.get("model_type")
-    if kind not in _ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise UsageError(f"{where}: model_type={kind!r} is not supported; allowed: {', '.join(_ARCHITECTURES)}")
     rope_key = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
     rope = tree.get(rope_key) or {}
@@ -53,7 +53,10 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
         ours.pop("sliding_window", None)  # transformers' LLaMA has no window, whatever its config says
     elif "sliding_window" not in tree:
         raise UsageError(f"{where} does not say the model's sliding_window (null for none)")
-    ours["rope_theta"] = tree.get("rope_theta") or rope.get("rope_theta") or 10_000.0
+    bases = [base for base in (tree.get("rope_theta"), rope.get("rope_theta")) if base]
+    if len(bases) == 2 and bases[0] != bases[1]:
+        raise UsageError(f"{where}: rope_theta={bases[0]!r} and {rope_key}.rope_theta={bases[1]!r} differ: remove one")
+    ours["rope_theta"] = bases[0] if bases else 10_000.0
     ours.setdefault("num_kv_heads", ours["num_heads"])
     if "head_dim" not in ours and all(isinstance(ours[k], int) and ours[k] > 0 for k in ("hidden_size", "num_heads")):
         ours["head_dim"] = ours["hidden_size"] // ours["num_heads"]

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from data_pipeline.cli import logger, make_folder
-from data_pipeline.files import write_json
+from data_pipeline.files import locked, write_json
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
@@ -50,19 +50,23 @@ def export_hf(source: str, destination: str, *, dtype: str | None = None, merge:
     if adapter_alone and dtype is not None:
         raise UsageError(f"--dtype {dtype}: an adapter is exported in float32; leave it out, or give --merge")
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     make_folder(epath.Path(partial), "DST")
-    try:
-        if adapter_alone:
-            assert checkpoint.meta.base is not None
-            write_adapter(partial, checkpoint, checkpoint.meta.base.path)
-            write_tokenizer(partial, checkpoint.tokenizer, checkpoint.meta.companions)
-        else:
-            _write_model(partial, checkpoint, dtype or checkpoint.stored_dtype())
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with locked(epath.Path(partial), "DST"):
+        try:
+            for left in partial.iterdir():  # by one that was killed
+                if left.name != ".lock":
+                    left.unlink()
+            if adapter_alone:
+                assert checkpoint.meta.base is not None
+                write_adapter(partial, checkpoint, checkpoint.meta.base.path)
+                write_tokenizer(partial, checkpoint.tokenizer, checkpoint.meta.companions)
+            else:
+                _write_model(partial, checkpoint, dtype or checkpoint.stored_dtype())
+            (partial / ".lock").unlink()
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     if adapter_alone:
         logger.info("peft loads it over its base: export that too, and name its folder in adapter_config.json")
     logger.info("exported %s%s to %s", "the adapter of " if adapter_alone else "", checkpoint.name, destination)

@@ -1,5 +1,6 @@
 """Published weights as checkpoints: read tensor by tensor while they are written, on as many hosts as there are."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from data_pipeline.cli import StopSignal, logger, make_folder
+from data_pipeline.files import locked
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from data_pipeline.templates import load_template
@@ -17,7 +19,7 @@ from mathscale_jax.convert.dtypes import cast, numpy_dtype
 from mathscale_jax.convert.mapping import Leaf, leaves
 from mathscale_jax.convert.sources import Source, check_local, fetch, open_source
 from mathscale_jax.convert.tokenizer_files import check_companions
-from mathscale_jax.processes import all_or_none, check_shared
+from mathscale_jax.processes import all_or_none, check_shared, is_primary
 
 
 def import_weights(
@@ -36,37 +38,48 @@ def import_weights(
     Raises UsageError for what is wrong with them; nothing that looks whole is left then.
     """
     out = epath.Path(destination)
-    with all_or_none():
-        _check_destination(out)
-        chat_template = load_template(template)
-        check_local(source)
-        opened = open_source(fetch(source), max_context)
-    with all_or_none():
-        file = tokenizer or str(opened.path / TOKENIZER_FILE)
-        pieces = Tokenizer.load(file)
-        check_vocabulary(pieces, opened.config, f"tokenizer {file}")
-        check_companions(pieces, opened.companions)
-        dtype = dtype or opened.dtype
-        make_folder(out, "DST")
-    check_shared(out, "DST")
-    lineage = f"imported from {Path(source).resolve().name} ({opened.kind})"
-    meta = Meta(opened.config, chat_template, pieces.sha256, lineage, companions=opened.companions)
-    arrays = {leaf.name: _lazy(opened, leaf, dtype) for leaf in leaves(opened.config, opened.layout)}
-    total = sum(array.piece_bytes * len(array.pieces) for array in arrays.values())
-    logger.info(
-        "importing %s: %.3g M parameters as %s, %.2f GB", opened.kind, opened.config.num_parameters / 1e6,
-        dtype, total / 1e9,
-    )  # fmt: skip
-    with StopSignal(), Progress(total, "importing", "bytes") as bar:
-        write_lazily(out, 0, arrays, meta, pieces, bar.update)
+    with StopSignal(), contextlib.ExitStack() as held:
+        with all_or_none():
+            _check_destination(out)
+            chat_template = load_template(template)
+            check_local(source)
+            opened = open_source(fetch(source), max_context)
+            file = tokenizer or str(opened.path / TOKENIZER_FILE)
+            pieces = Tokenizer.load(file)
+            check_vocabulary(pieces, opened.config, f"tokenizer {file}")
+            check_companions(pieces, opened.companions)
+            dtype = dtype or opened.dtype
+            if (out / TOKENIZER_FILE).exists() and (out / TOKENIZER_FILE).read_bytes() != pieces.model:
+                raise UsageError(f"{out} holds another {TOKENIZER_FILE}, which would be lost: choose another folder")
+        with all_or_none():
+            make_folder(out, "DST")
+            if is_primary():
+                held.enter_context(locked(out, "DST"))
+        check_shared(out, "DST")
+        lineage = f"imported from {Path(source).resolve().name} ({opened.kind})"
+        meta = Meta(opened.config, chat_template, pieces.sha256, lineage, companions=opened.companions)
+        arrays = {leaf.name: _lazy(opened, leaf, dtype) for leaf in leaves(opened.config, opened.layout)}
+        total = sum(array.piece_bytes * len(array.pieces) for array in arrays.values())
+        logger.info(
+            "importing %s: %.3g M parameters as %s, %.2f GB", opened.kind, opened.config.num_parameters / 1e6,
+            dtype, total / 1e9,
+        )  # fmt: skip
+        with Progress(total, "importing", "bytes") as bar:
+            write_lazily(out, 0, arrays, meta, pieces, bar.update)
     logger.info("imported %s into %s", source, destination)
 
 
 def _check_destination(out: epath.Path) -> None:
     if (out / "checkpoints").exists():
         raise UsageError(f"{out} is the folder of a training run: choose another one")
+    if not out.is_dir():
+        return
     if steps_in(out):
         raise UsageError(f"{out} already holds a checkpoint: choose another folder, or remove it")
+    ours = (TOKENIZER_FILE, ".lock")  # beside the unfinished step that an import leaves when it is killed
+    other = sorted(path.name for path in out.iterdir() if path.name not in ours and "orbax" not in path.name)
+    if other:
+        raise UsageError(f"{out} holds {other[0]}, which no import left there: choose another folder")
 
 
 def _lazy(source: Source, leaf: Leaf, dtype: str) -> LazyArray:

@@ -67,6 +67,8 @@ class Source:
     def _add(self, name: str, shape: Sequence[int], dtype: str, read: Callable[[], np.ndarray]) -> None:
         if name.endswith(self.layout.ignored):
             return
+        if name in self.shapes:
+            raise UsageError(f"{self.path}: {name} is in two files: {DOWNLOAD_AGAIN}")
         if dtype not in DTYPES.values():
             allowed = ", ".join(DTYPES.values())
             raise UsageError(f"{self.path}: {name} has dtype {dtype}, which is not supported; allowed: {allowed}")
@@ -123,7 +125,7 @@ class _HuggingFace(Source, abc.ABC):
         self.config = model_config_from_hf(read_json(config_file), str(config_file))
         self.companions = {name: read_json(path / name) for name in COMPANIONS if (path / name).exists()}
         for name in self._file_names():
-            if not (path / name).exists():
+            if not (path / name).is_file():
                 raise UsageError(f"{path / name}, which {self.index} names, is missing: {DOWNLOAD_AGAIN}")
             self._open(path / name)
         self._check()
@@ -141,7 +143,7 @@ class _HuggingFace(Source, abc.ABC):
 
     def _file_names(self) -> Sequence[str]:
         index = self.path / self.index
-        if not index.exists():
+        if (self.path / self.single).exists():  # it comes first where both are there, as in transformers
             return [self.single]
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):

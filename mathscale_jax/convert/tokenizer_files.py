@@ -43,7 +43,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, companions: dict[str, An
 def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The content of a tokenizer.json that encodes as the SentencePiece model; None where it cannot say the same.
 
-    That is so for models that are not BPE, or that normalise text.
+    That is so for models that are not BPE, that normalise text, or that have symbols of their users'. The marks of
+    beginning and end are text to SentencePiece and marks to what reads this file, as with every published one.
     """
     messages: Any = sentencepiece_model_pb2  # made at import, unknown to type checkers
     model = messages.ModelProto()
@@ -54,7 +55,9 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any] | None:
         return None
     if normaliser.remove_extra_whitespaces or not normaliser.add_dummy_prefix:
         return None
-    special = {kinds.UNKNOWN: True, kinds.CONTROL: True, kinds.USER_DEFINED: False}
+    if model.trainer_spec.treat_whitespace_as_suffix or any(p.type == kinds.USER_DEFINED for p in model.pieces):
+        return None
+    special = (kinds.UNKNOWN, kinds.CONTROL)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     bos = tokenizer.piece(tokenizer.bos_id)
     return {
@@ -62,7 +65,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any] | None:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": piece.piece, **flags, "special": special[piece.type]}
+            {"id": i, "content": piece.piece, **flags, "special": True}
             for i, piece in enumerate(model.pieces)
             if piece.type in special
         ],
@@ -130,10 +133,12 @@ def check_companions(tokenizer: Tokenizer, companions: dict[str, Any]) -> None:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict):
         return
+    added = {token["content"]: token["id"] for token in fast.get("added_tokens", []) if isinstance(token, dict)}
     for i in range(tokenizer.vocab_size):
         piece = tokenizer.piece(i)
-        if vocabulary.get(piece, i) != i:
+        number = vocabulary.get(piece, added.get(piece))
+        if number != i:
             raise UsageError(
-                f"{FAST_FILE} has {piece!r} as number {vocabulary[piece]}, {TOKENIZER_FILE} as {i}: they are of "
+                f"{FAST_FILE} has {piece!r} as number {number}, {TOKENIZER_FILE} as {i}: they are of "
                 "different models; remove the one that is not of these weights"
             )

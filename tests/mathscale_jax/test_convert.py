@@ -9,16 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from data_pipeline.cli import RunError
+from data_pipeline.files import locked
 from data_pipeline.settings import UsageError
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from mathscale_jax.checkpoint import open_checkpoint, steps_in
 from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.convert import exporting
 from mathscale_jax.convert.configs import model_config_from_hf
 from mathscale_jax.convert.exporting import export_hf
 from mathscale_jax.convert.importing import import_weights
+from mathscale_jax.convert.tokenizer_files import fast_tokenizer
 
 TEXTS = [
     "a small corpus of words, digits 0123456789 and signs + - * / = ( )",
@@ -61,7 +64,7 @@ def test_what_lies_in_many_chunks_comes_back_bit_for_bit(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the vocabulary of a 7B model does: each parameter is read in several pieces."""
-    monkeypatch.setattr("mathscale_jax.checkpoint_lazy._CHUNK_BYTES", 16_000)
+    monkeypatch.setattr("mathscale_jax.checkpoint._CHUNK_BYTES", 16_000)
     convert(source, tmp_path / "checkpoint")
     checkpoint = open_checkpoint(str(tmp_path / "checkpoint"))
     assert sum(1 for _ in LazyReader(checkpoint).pieces("embedding")) > 1
@@ -150,8 +153,10 @@ def test_a_folder_with_both_formats_is_read_as_hugging_faces(source: Path, tmp_p
 
 
 def test_published_tokenizer_files_travel(source: Path, tmp_path: Path) -> None:
+    fast = fast_tokenizer(Tokenizer.load(str(source / "tokenizer.model")))
+    assert fast is not None
     published = {
-        "tokenizer.json": {"model": {"vocab": {"<s>": 1}}, "merges": ["▁ a"]},
+        "tokenizer.json": {**fast, "version": "as it was published"},
         "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "chat_template": "{{ x }}"},
         "special_tokens_map.json": {"bos_token": "<s>"},
     }
@@ -213,16 +218,19 @@ def _lose_weights(folder: Path) -> None:
 
 
 def _lose_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x": "model-00001-of-00002.safetensors"}})
     )
 
 
 def _name_a_file_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
 
 
 def _name_no_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": 5}}))
 
 
@@ -276,6 +284,8 @@ def _no_tokenizer(folder: Path) -> None:
             _lose_shard,
             "model-00001-of-00002.safetensors, which model.safetensors.index.json names, is missing",
         ),
+        (_change_config(rope_theta=5e5, rope_parameters={"rope_theta": 1e6}), "differ: remove one"),
+        (_change_config(model_type=["llama"]), "is not supported"),
         (_name_a_file_elsewhere, "its weight_map must name files of the same folder"),
         (_name_no_file, "its weight_map must name files of the same folder"),
         (_lose_tensor, "1 tensors of the model are missing, first model.layers.1.mlp.up_proj.weight"),
@@ -295,7 +305,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_mixed_dtypes, r"several dtypes \(bfloat16, float32\): give --dtype"),
         (_other_vocabulary, "325 pieces but the model's vocab_size is 320"),
         (_no_tokenizer, "tokenizer .* does not exist"),
-        (_other_tokenizer_json, "tokenizer.json has '</s>' as number 17, tokenizer.model as 2"),
+        (_other_tokenizer_json, "tokenizer.json has '<unk>' as number None, tokenizer.model as 0"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(source: Path, tmp_path: Path, damage: object, told: str) -> None:
@@ -361,6 +371,32 @@ def test_object_stores_are_refused_for_hugging_face_folders(source: Path, tmp_pa
         export_hf(str(tmp_path / "checkpoint"), "gs://bucket/model")
     with pytest.raises(UsageError, match="local disk"):
         import_weights("gs://bucket/model", str(tmp_path / "other"))
+
+
+def test_what_is_in_a_destination_is_not_lost(source: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds notes\.txt, which no import left there"):
+        convert(source, precious)
+    (precious / "notes.txt").rename(precious / "tokenizer.model")
+    with pytest.raises(UsageError, match=r"holds another tokenizer\.model, which would be lost"):
+        convert(source, precious)
+    assert (precious / "tokenizer.model").read_text() == "mine"
+    with pytest.raises(UsageError, match=r"holds config\.json, which no import left there"):
+        convert(source, source)
+
+
+def test_two_conversions_into_one_folder_do_not_mix(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "checkpoint")
+    for folder in (tmp_path / "other", tmp_path / ".out.partial"):
+        folder.mkdir()
+    with locked(epath.Path(tmp_path / "other"), "DST"), pytest.raises(UsageError, match="in use by another run"):
+        convert(source, tmp_path / "other")
+    with locked(epath.Path(tmp_path / ".out.partial"), "DST"), pytest.raises(UsageError, match="in use by another"):
+        export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
+    assert ".lock" not in {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_the_folder_of_a_run_is_no_destination(source: Path, tmp_path: Path) -> None:
