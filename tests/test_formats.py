@@ -208,6 +208,15 @@ def test_verify_names_what_the_architectures_differ_in(published: tuple[Any, Pat
         verify(str(tmp_path / "ours"), str(source))
 
 
+def test_verify_sees_a_difference_that_short_prompts_do_not_show(published: tuple[Any, Path], tmp_path: Path) -> None:
+    source = Path(_hf(published, tmp_path / "hf"))
+    import_weights(str(source), str(tmp_path / "ours"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    with pytest.raises(RunError, match=r"NOT the same model: .* max_context \(4096 here, 2048 there\)"):
+        verify(str(tmp_path / "ours"), str(source))
+
+
 def test_verify_of_other_weights_says_so(published: tuple[Any, Path], tmp_path: Path) -> None:
     import_weights(_hf(published, tmp_path / "hf"), str(tmp_path / "ours"))
     other = {"lm_head.weight": published[0].state_dict()["lm_head.weight"] + 0.01 * torch.randn(VOCAB, WIDTH)}
