@@ -134,23 +134,27 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     except KeyboardInterrupt:
         _end("stopped by Ctrl-C; what was finished is kept, run the same command to go on", EXIT_INTERRUPTED)
     except Exception as error:
-        if is_disk_full(error):
-            _end(
-                f"error: no room on disk: {first_line(error)}\nwhat was saved before is whole; "
-                "free some space and run the same command again",
-                EXIT_FAILURE,
-            )
-        if "RESOURCE_EXHAUSTED: Out of memory" in str(error):
-            _end(
-                f"error: the device is out of memory: {first_line(error)}\nmake the work smaller: in training a lower "
-                "batch_size, more accumulation_steps, compute.remat=full, a smaller compute.loss_chunk or more devices "
-                "in mesh.fsdp; in sampling a lower --num-samples or --max-tokens",
-                EXIT_FAILURE,
-            )
-        if isinstance(error, OSError):  # a file or folder that cannot be read or written: the message names it
-            _end(f"error: {first_line(error)}", EXIT_FAILURE)
+        explained = explain(error)
+        if explained is not None:
+            _end(f"error: {explained}", EXIT_FAILURE)
         raise
     sys.exit(0)
+
+
+def explain(error: Exception) -> str | None:
+    """What a person can do about an error of the machine or the system; None of one that is a defect of ours."""
+    if is_disk_full(error):
+        return (
+            f"no room on disk: {first_line(error)}\nwhat was saved before is whole; "
+            "free some space and run the same command again"
+        )
+    if "RESOURCE_EXHAUSTED: Out of memory" in str(error):
+        return (
+            f"the device is out of memory: {first_line(error)}\nmake the work smaller: in training a lower "
+            "batch_size, more accumulation_steps, compute.remat=full, a smaller compute.loss_chunk or more devices "
+            "in mesh.fsdp; in sampling a lower --num-samples or --max-tokens"
+        )
+    return first_line(error) if isinstance(error, OSError) else None  # it names the file
 
 
 def _silence_echoes() -> None:

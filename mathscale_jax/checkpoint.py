@@ -58,7 +58,8 @@ class Meta:
 
     `training` holds what a resumed run must share with the one that wrote the step; None for imported weights.
     `lora` and `base` say that the step holds an adapter. `checksums` are by item and array; the writer adds them.
-    `companions` are small JSON files that were published beside the weights, by name: they go out with them again.
+    `companions` are small files that were published beside the weights, by name, as JSON or text: they go out with
+    them again.
     """
 
     model: ModelConfig

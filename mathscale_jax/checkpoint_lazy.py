@@ -22,7 +22,7 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
-from data_pipeline.cli import RunError, Stopped, StopSignal
+from data_pipeline.cli import RunError
 from data_pipeline.files import write_atomically
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ from mathscale_jax.processes import all_or_none, is_primary
 # Pieces on their way at a time: as many as there are cores, but no more than half the largest array, or this many
 # bytes, or one. Each is in memory up to three times: as it was read, as it is written, and on its way to the disk.
 _BYTES_UNDER_WAY = 2**28
+_SECONDS_BETWEEN_LOOKS = 0.3  # for a request to stop, and for what went wrong on another process
 _WEEK = 7 * 24 * 3600
 
 
@@ -103,8 +104,10 @@ def write_lazily(
             raise RunError(
                 f"step {step} was not written: {directory} holds a folder of a later step; remove what is not yours"
             )
+        while not _on_all_processes(work.ended):
+            with all_or_none():
+                work.wait(_SECONDS_BETWEEN_LOOKS)
         with all_or_none():
-            work.wait()
             work.check_finite()
         sums = _of_all_processes(work.sums)
         tree.set_result(dataclasses.replace(meta, checksums={"params": sums}).to_json())
@@ -267,13 +270,14 @@ class _Work:
             if self._left == 0 or error is not None:
                 self._ended.set()
 
-    def wait(self) -> None:
-        while not self._ended.wait(0.2):
-            try:
-                StopSignal.heed()
-            except Stopped:
-                self.stopped = True  # the others are told when their own shares end
-                raise
+    @property
+    def ended(self) -> bool:
+        """Whether this process has written its share."""
+        return self._ended.is_set() and self._error is None
+
+    def wait(self, seconds: float) -> None:
+        """For the end, but not longer. Raises what has ended the writing."""
+        self._ended.wait(seconds)
         if self._error is not None:
             raise self._error
 
@@ -294,9 +298,13 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     async def _write_all(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Sequence[Any]) -> None:
         limit = asyncio.Semaphore(self._work.at_once)
-        await asyncio.gather(
-            *(self._write(i, *each, limit) for i, each in enumerate(zip(values, infos, args, strict=True)))
+        ends = await asyncio.gather(
+            *(self._write(i, *each, limit) for i, each in enumerate(zip(values, infos, args, strict=True))),
+            return_exceptions=True,  # all of them end before any is told of
         )
+        for end in ends:
+            if end is not None:
+                raise end
 
     async def _write(self, number: int, array: LazyArray, info: Any, arg: Any, limit: asyncio.Semaphore) -> None:
         try:
@@ -342,6 +350,10 @@ class _LaterJson(ocp.JsonCheckpointHandler):
 @dataclasses.dataclass
 class _LaterJsonSave(ocp.args.CheckpointArgs):
     item: concurrent.futures.Future[dict[str, Any]]
+
+
+def _on_all_processes(ended: bool) -> bool:
+    return ended if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(ended))))
 
 
 def _of_all_processes(sums: dict[str, int]) -> dict[str, int]:

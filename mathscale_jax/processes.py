@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from data_pipeline.cli import RunError, Stopped, StopSignal, logger
+from data_pipeline.cli import RunError, Stopped, StopSignal, explain, logger
 from data_pipeline.settings import Settings, UsageError, differences
 from mathscale_jax.damage import DamagedCheckpoint
 from mathscale_jax.mesh import MESH_AXES, sharding_of
@@ -121,7 +121,7 @@ def _told(error: Exception) -> bytes:
     for kind in _KINDS:
         if isinstance(error, kind):
             return json.dumps([kind.__name__, str(error)]).encode()
-    return json.dumps([RunError.__name__, f"{type(error).__name__}: {error}"]).encode()
+    return json.dumps([RunError.__name__, explain(error) or f"{type(error).__name__}: {error}"]).encode()
 
 
 def _heard(told: bytes) -> Exception:

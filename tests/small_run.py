@@ -1,6 +1,7 @@
 """A training run of seconds, for tests that need a whole one: as a config file, a subprocess, or in this process."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,13 @@ def write_config(folder: Path, **changes: object) -> Path:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def command(module: str, *arguments: str) -> list[str]:

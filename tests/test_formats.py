@@ -19,6 +19,7 @@ from mathscale_jax import model
 from mathscale_jax.checkpoint import Checkpoint, open_checkpoint, steps_in
 from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.convert.importing import import_weights
+from mathscale_jax.convert.sources import open_source
 from mathscale_jax.convert.verify import verify
 
 pytestmark = pytest.mark.torch
@@ -101,12 +102,16 @@ def _same_logits(theirs: Any, checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("format", ["bin", "meta"])
-def test_logits_are_those_of_transformers(published: tuple[Any, Path], tmp_path: Path, format: str) -> None:
+def test_logits_are_those_of_transformers(
+    published: tuple[Any, Path], tmp_path: Path, format: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "mathscale")
     theirs, folder = published
     import_weights(str(folder / format), str(tmp_path))
     checkpoint = open_checkpoint(str(tmp_path))
     _same_logits(theirs, checkpoint)
     assert checkpoint.meta.model.max_context == 4096
+    assert ("does not say the context: 4096, as of LLaMA-2" in caplog.text) == (format == "meta")
     assert checkpoint.meta.companions == ({"generation_config.json": {"temperature": 0.6}} if format == "bin" else {})
 
 
@@ -271,6 +276,16 @@ def _nothing_but_a_tensor(folder: Path) -> None:
     torch.save(torch.zeros(3), folder / "pytorch_model-00001-of-00002.bin")
 
 
+def _change_part(name: str, change: Any) -> Any:
+    def apply(folder: Path) -> None:
+        file = folder / "consolidated.01.pth"
+        tensors = torch.load(file)
+        tensors[name] = change(tensors[name])
+        torch.save(tensors, file)
+
+    return apply
+
+
 @pytest.mark.parametrize(
     ("format", "damage", "told"),
     [
@@ -281,6 +296,11 @@ def _nothing_but_a_tensor(folder: Path) -> None:
         ("meta", _truncate, "consolidated.00.pth is truncated or damaged"),
         ("meta", _lose_part, "consolidated.00.pth is missing"),
         ("meta", _lose_last_part, r"shape .*; 1 file\(s\) consolidated.\*.pth were found: is one missing\?"),
+        ("meta", _change_part("norm.weight", lambda part: part + 1), "its part of norm.weight does not go with"),
+        ("meta", _change_part("layers.0.attention.wq.weight", torch.Tensor.half), "wq.weight does not go with"),
+        ("meta", _change_part("layers.0.attention.wq.weight", lambda part: part[:, 1:]), "wq.weight does not go with"),
+        ("meta", _change_part("layers.0.attention.wq.weight", lambda part: part[0]), "wq.weight does not go with"),
+        ("meta", _change_part("output.weight", torch.Tensor.to_sparse), "is no dictionary of tensors by name"),
         ("meta", _lose_params, "params.json is missing"),
         ("meta", _no_heads, "n_heads=0 must be a positive number"),
         ("meta", _other_base, "rope_theta=500000: give --max-context"),
@@ -295,3 +315,26 @@ def test_what_is_wrong_with_a_folder_is_said(
         import_weights(str(folder), str(tmp_path / "out"))
     assert not (folder / "ran").exists()
     assert not (tmp_path / "out").exists() or not steps_in(tmp_path / "out")
+
+
+def test_a_flipped_byte_is_read_or_refused(published: tuple[Any, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(published[1] / "bin", tmp_path / "folder")
+    file = folder / "pytorch_model-00001-of-00002.bin"
+    content = file.read_bytes()
+    refused = 0
+    for i in range(0, content.index(b"/data/0"), 5):  # the list of tensors, a pickle, comes first
+        file.write_bytes(content[:i] + bytes([content[i] ^ 0x15]) + content[i + 1 :])
+        try:
+            open_source(str(folder))
+        except UsageError:
+            refused += 1
+    assert refused > 50
+    assert not (folder / "ran").exists()
+
+
+def test_weights_of_parameters_that_were_trained_are_read(published: tuple[Any, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(published[1] / "bin", tmp_path / "folder")
+    for file in folder.glob("*.bin"):
+        torch.save({name: torch.nn.Parameter(tensor) for name, tensor in torch.load(file).items()}, file)
+    import_weights(str(folder), str(tmp_path / "out"))
+    _same_logits(published[0], open_checkpoint(str(tmp_path / "out")))

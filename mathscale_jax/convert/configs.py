@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline.cli import logger
 from data_pipeline.settings import UsageError, validated
 from mathscale_jax.config import ModelConfig
 
@@ -84,7 +85,11 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 # A params.json does not say the context: that of the models it was written for, by RoPE base and by having a window.
-_META_CONTEXTS = {(1e4, False): 4096, (1e6, False): 16_384, (1e4, True): 32_768}  # LLaMA-2, Code Llama, Mistral
+_META_CONTEXTS = {
+    (1e4, False): (4096, "LLaMA-2"),
+    (1e6, False): (16_384, "Code Llama"),
+    (1e4, True): (32_768, "Mistral 7B"),
+}
 # What it may say beside those read below: of these the shapes of the weights, or the program that runs them, know.
 _META_KEYS = {
     *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "norm_eps", "rope_theta", "sliding_window"),
@@ -115,8 +120,13 @@ def model_config_from_meta(
             raise UsageError(f"{where}: tensors of the model are missing, first {name}")
     theta = float(tree.get("rope_theta") or 10_000.0)
     window = tree.get("sliding_window")
-    if max_context is None and (theta, window is not None) not in _META_CONTEXTS:
-        raise UsageError(f"{where} does not say the model's context, nor does rope_theta={theta:g}: give --max-context")
+    if max_context is None:
+        if (theta, window is not None) not in _META_CONTEXTS:
+            raise UsageError(
+                f"{where} does not say the model's context, nor does rope_theta={theta:g}: give --max-context"
+            )
+        max_context, family = _META_CONTEXTS[theta, window is not None]
+        logger.info("%s does not say the context: %d, as of %s (else: --max-context)", where, max_context, family)
     return validated(
         ModelConfig,
         {
@@ -127,7 +137,7 @@ def model_config_from_meta(
             "num_heads": tree["n_heads"],
             "num_kv_heads": tree.get("n_kv_heads") or tree["n_heads"],
             "head_dim": tree.get("head_dim") or tree["dim"] // tree["n_heads"],
-            "max_context": max_context or _META_CONTEXTS[theta, window is not None],
+            "max_context": max_context,
             "rms_norm_eps": tree["norm_eps"],
             "rope_theta": theta,
             "sliding_window": window,

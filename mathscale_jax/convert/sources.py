@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -20,23 +19,19 @@ from data_pipeline.cli import RunError, first_line
 from data_pipeline.settings import UsageError
 from mathscale_jax.checkpoint import TOKENIZER_FILE
 from mathscale_jax.config import ModelConfig
+from mathscale_jax.convert import torch_files
 from mathscale_jax.convert.configs import model_config_from_hf, model_config_from_meta
 from mathscale_jax.convert.dtypes import DTYPES, numpy_dtype
 from mathscale_jax.convert.mapping import HF, META, Layout, leaves
-
-# JSON files of a Hugging Face folder that go with the weights wherever they go.
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "generation_config.json",
-)
-DOWNLOAD_AGAIN = "download it again"
+from mathscale_jax.convert.tokenizer_files import COMPANIONS
+from mathscale_jax.convert.torch_files import DOWNLOAD_AGAIN
 
 
 class Source:
     """Opened weights of a model this program knows: exactly its tensors, in the shapes that its config gives them.
 
     `layout` says how they are named and laid out, `shapes` and `dtypes` what they are, `config` the architecture,
-    `companions` the small JSON files beside them by name. `read` gives one whole tensor in its dtype.
+    `companions` the small files beside them by name. `read` gives one whole tensor in its dtype.
     """
 
     path: Path
@@ -53,7 +48,10 @@ class Source:
         self._readers: dict[str, Callable[[], np.ndarray]] = {}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, as it lies on disk where that is possible: not to be changed, and read when it is used."""
+        """One tensor, as it lies on disk where that is possible: not to be changed, and read when it is used.
+
+        A file that is cut short meanwhile ends the process by SIGBUS, as any that is mapped.
+        """
         return self._readers[name]()
 
     @property
@@ -76,6 +74,10 @@ class Source:
 
     def _check(self, hint: str = "") -> None:
         """Raises UsageError where the tensors are not those of `config`."""
+        if self.config.num_layers > len(self.shapes):  # before a name is made for each
+            raise UsageError(
+                f"{self.path}: its config says {self.config.num_layers} layers, more than there are tensors{hint}"
+            )
         expected = {name: leaf.tensor_shape for leaf in leaves(self.config, self.layout) for name in leaf.tensors}
         missing, unknown = sorted(expected.keys() - self.shapes.keys()), sorted(self.shapes.keys() - expected.keys())
         if missing:
@@ -94,6 +96,8 @@ def open_source(path: str, max_context: int | None = None) -> Source:
 
     Raises UsageError where a file is missing, truncated, holds code, or is of another model.
     """
+    if max_context is not None and max_context < 1:
+        raise UsageError(f"--max-context {max_context}: must be a number of tokens, 1 or more")
     folder = Path(path)
     published = [kind for kind in (_Safetensors, _Bin) if any((folder / name).exists() for name in kind.files())]
     # A folder that holds both is Hugging Face's, with the original files beside.
@@ -123,7 +127,7 @@ class _HuggingFace(Source, abc.ABC):
         super().__init__(path)
         config_file = path / "config.json"
         self.config = model_config_from_hf(read_json(config_file), str(config_file))
-        self.companions = {name: read_json(path / name) for name in COMPANIONS if (path / name).exists()}
+        self.companions = {name: _read_companion(path / name) for name in COMPANIONS if (path / name).exists()}
         for name in self._file_names():
             if not (path / name).is_file():
                 raise UsageError(f"{path / name}, which {self.index} names, is missing: {DOWNLOAD_AGAIN}")
@@ -192,8 +196,8 @@ class _Bin(_HuggingFace):
     single, index = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
     def _open(self, file: Path) -> None:
-        for name, tensor in _torch_load(file).items():
-            self._add(name, tensor.shape, _dtype_of(tensor), partial(_to_numpy, tensor))
+        for name, tensor in torch_files.load(file).items():
+            self._add(name, tensor.shape, torch_files.dtype_of(tensor), partial(torch_files.to_numpy, tensor))
 
 
 class _Meta(Source):
@@ -215,70 +219,57 @@ class _Meta(Source):
         if files != wanted:
             lost = next(file for file in wanted if file not in files)
             raise UsageError(f"{lost} is missing: {DOWNLOAD_AGAIN}")
-        parts = [_torch_load(file) for file in files]
+        parts = [torch_files.load(file) for file in files]
         for file, part in zip(files, parts, strict=True):
             if part.keys() != parts[0].keys():
                 other = sorted(part.keys() ^ parts[0].keys())[0]
                 raise UsageError(f"{file} and {files[0].name} do not hold the same tensors, first {other}")
         for name in parts[0]:
-            self._join(name, [part[name] for part in parts], params.get("dim"))
+            self._join(name, dict(zip(files, (part[name] for part in parts), strict=True)), params.get("dim"))
         self.config = model_config_from_meta(params, self.shapes, str(params_file), max_context)
         self._check(f"; {len(files)} file(s) consolidated.*.pth were found: is one missing?")
 
-    def _join(self, name: str, parts: list[Any], width: Any) -> None:
-        first = parts[0]
+    def _join(self, name: str, parts: dict[Path, Any], width: Any) -> None:
+        first, *others = parts.values()
         shape = list(first.shape)
         axis = None
-        if len(shape) > 1 and len(parts) > 1:
+        if len(shape) > 1 and others:
             axis = 1 if name.endswith(self._cut_by_input) else 0
             if name == "tok_embeddings.weight" and shape[1] != width:  # by its width in LLaMA-2, by its rows since
                 axis = 1
-            shape[axis] = sum(part.shape[axis] for part in parts)
+        for file, part in parts.items():
+            if not _fits(part, first, axis):
+                raise UsageError(
+                    f"{file}: its part of {name} does not go with that of the first file: {DOWNLOAD_AGAIN}"
+                )
+        if axis is not None:
+            shape[axis] = sum(part.shape[axis] for part in parts.values())
 
         def read() -> np.ndarray:
             if axis is None:
-                return _to_numpy(first)
-            return np.concatenate([_to_numpy(part) for part in parts], axis)
+                return torch_files.to_numpy(first)
+            return np.concatenate([torch_files.to_numpy(part) for part in parts.values()], axis)
 
-        self._add(name, shape, _dtype_of(first), read)
+        self._add(name, shape, torch_files.dtype_of(first), read)
 
 
-def _torch_load(file: Path) -> dict[str, Any]:
-    """The tensors of a file that torch wrote, left on disk until they are used. Never runs what a file holds."""
+def _fits(part: Any, first: Any, axis: int | None) -> bool:
+    """Whether two tensors are parts of one that was cut along `axis`; where it was not cut, whether they are it."""
+    if part.dtype != first.dtype or part.ndim != first.ndim:
+        return False
+    if axis is None:
+        same = torch_files.to_numpy(part), torch_files.to_numpy(first)
+        return part is first or (part.shape == first.shape and same[0].tobytes() == same[1].tobytes())
+    return all(part.shape[i] == first.shape[i] for i in range(first.ndim) if i != axis)
+
+
+def _read_companion(file: Path) -> Any:
+    if file.suffix == ".json":
+        return read_json(file)
     try:
-        import pickle
-
-        import torch
-    except ImportError as error:
-        raise UsageError(f"{file}: reading it needs torch: pip install -c constraints.txt -e '.[torch]'") from error
-    try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if ("Weights only load failed" in str(error) and "Unsupported" in str(error)) or "GLOBAL" in str(error):
-            raise UsageError(f"{file} holds more than weights and could run code: it is not loaded") from error
-        raise UsageError(f"{file} is truncated or damaged ({first_line(error)}): {DOWNLOAD_AGAIN}") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        if "mmap can only be used" in str(error):
-            raise UsageError(
-                f"{file} is in torch's format from before version 1.6, or truncated: load and save it with torch, or "
-                f"{DOWNLOAD_AGAIN}"
-            ) from error
-        raise UsageError(f"{file} is truncated or damaged ({first_line(error)}): {DOWNLOAD_AGAIN}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UsageError(f"{file} is no dictionary of tensors by name: it is not the weights of a model")
-    return tensors
-
-
-def _dtype_of(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    import torch
-
-    if tensor.dtype == torch.bfloat16:  # which numpy does not know
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} cannot be read: {error}") from error
 
 
 def check_local(path: str) -> None:

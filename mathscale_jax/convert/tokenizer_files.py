@@ -12,6 +12,11 @@ from mathscale_jax.checkpoint import TOKENIZER_FILE
 
 FAST_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+# Small files of a Hugging Face folder that go with the weights wherever they go.
+COMPANIONS = (
+    *(FAST_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    "chat_template.jinja",
+)
 _SPACE = "▁"
 
 
@@ -22,7 +27,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, companions: dict[str, An
     sampler.
     """
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
-    files = dict(companions)
+    files = {name: companions[name] for name in COMPANIONS if name in companions}
     if FAST_FILE not in files:
         fast = fast_tokenizer(tokenizer)
         if fast is not None:
@@ -36,8 +41,11 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, companions: dict[str, An
         **{name: tokenizer.piece(token_id) for name, token_id in names.items()},
     }
     files.setdefault(CONFIG_FILE, rules)
-    for name, tree in files.items():
-        write_json(folder / name, tree)
+    for name, content in files.items():
+        if isinstance(content, str):
+            (folder / name).write_text(content)
+        else:
+            write_json(folder / name, content)
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any] | None:

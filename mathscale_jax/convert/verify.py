@@ -19,6 +19,7 @@ from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
 from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.config import ComputeSettings, ModelConfig
 from mathscale_jax.convert.configs import model_config_from_hf
+from mathscale_jax.convert.dtypes import numpy_dtype
 from mathscale_jax.convert.mapping import leaves
 from mathscale_jax.convert.sources import fetch, read_json
 
@@ -62,7 +63,8 @@ def _description(checkpoint: Checkpoint) -> list[str]:
     meta, config = checkpoint.meta, checkpoint.meta.model
     sizes = collections.Counter[str]()
     lock = threading.Lock()
-    with Progress(None, "verifying", "bytes") as bar:
+    total = config.num_parameters * numpy_dtype(checkpoint.stored_dtype()).itemsize
+    with Progress(total, "verifying", "bytes") as bar:
 
         def read(_: str, pieces: Iterator[np.ndarray]) -> None:
             for piece in pieces:

@@ -162,8 +162,10 @@ def test_published_tokenizer_files_travel(source: Path, tmp_path: Path) -> None:
     }
     for name, tree in published.items():
         (source / name).write_text(json.dumps(tree))
+    (source / "chat_template.jinja").write_text("{{ x }}\n")
     convert(source, tmp_path / "checkpoint")
     export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ x }}\n"
     assert {name: json.loads((tmp_path / "out" / name).read_text()) for name in published} == published
 
 
@@ -296,6 +298,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_change_config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}), "rope_parameters"),
         (_change_config(num_key_value_heads=4), "num_heads=6 must be a multiple of num_kv_heads=4"),
         (_change_config(rms_norm_eps=None), "does not say the model's rms_norm_eps"),
+        (_change_config(num_hidden_layers=10**9), "its config says 1000000000 layers, more than there are tensors"),
         (_change_config(num_attention_heads="many"), "num_heads='many'"),
         (_change_config(num_attention_heads=0), "num_heads=0"),
         (_change_config(rope_scaling="x", rope_parameters=None), "rope_scaling='x' must be a mapping"),

@@ -4,12 +4,13 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from small_run import command, environment, run
+from small_run import command, environment, free_port, run
 
 from benchmarks.convert import config_of, make_checkpoint
 from data_pipeline.tokenizer import train_tokenizer
@@ -48,6 +49,18 @@ def stop(arguments: list[str], written: Path, pattern: str, number: int) -> tupl
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     return process.returncode, said
+
+
+def pair(source: Path, out: Path, preexec_fn: Callable[[], None] | None) -> list[subprocess.Popen[str]]:
+    """Two processes that import together; what `preexec_fn` does is done to the second."""
+    where = ["--coordinator", f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
+    return [
+        subprocess.Popen(
+            command(CONVERT, "import", str(source), str(out), *where, str(number)),
+            env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn if number else None,
+        )
+        for number in range(2)
+    ]  # fmt: skip
 
 
 def no_large_files() -> None:
@@ -104,3 +117,19 @@ def test_a_full_disk_ends_either_with_one_message_and_nothing_half_written(
     assert full.returncode == 1
     assert "no room on disk" in full.stderr and "Traceback" not in full.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_ends_one_process_of_an_import_ends_both_in_the_same_way(source: Path, tmp_path: Path) -> None:
+    both = pair(source, tmp_path / "stopped", None)
+    while not list((tmp_path / "stopped").glob("0.orbax*")):
+        assert all(process.poll() is None for process in both)
+        time.sleep(0.001)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [75, 75], said
+
+    both = pair(source, tmp_path / "full", no_large_files)
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1], said
+    assert all("no room on disk" in text for text in said), said
+    assert not any(steps_in(tmp_path / name) for name in ("stopped", "full"))

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from small_run import command, environment, run, write_config
+from small_run import command, environment, free_port, run, write_config
 
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
@@ -37,12 +36,6 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics(folder) if "loss" in line]
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
 
 
 def start_two(config: Path, *overrides: str, devices: int = 4) -> list[subprocess.Popen[str]]:
