@@ -8,6 +8,7 @@ exported again, and for comparison loaded and saved by transformers; one after t
 process of its own and some seconds after the last: the hosts of virtual machines take free memory back, and all shall
 begin without it. What is written is on disk in the end. Memory is the anonymous memory of that process above what it
 has when everything is imported and nothing is read: it must not grow with the depth, but with one stacked parameter.
+What was exported is compared with the source, bit for bit.
 """
 
 import os
@@ -36,6 +37,7 @@ from mathscale_jax.config import ModelConfig
 from mathscale_jax.convert.configs import model_config_to_hf
 from mathscale_jax.convert.exporting import SafetensorsWriter
 from mathscale_jax.convert.mapping import leaves
+from mathscale_jax.convert.sources import open_source
 
 # Each contestant: prints a line when it is ready, then reads {source} and writes {target}.
 _OURS = """
@@ -179,9 +181,19 @@ def run(name: str, folder: Path) -> tuple[float, int]:
     seconds = time.perf_counter() - started
     if process.returncode:
         raise RunError(f"{name}: {said.read_text()[-2000:]}")
+    if name == "export":
+        _check_same(folder / "source", target)
     if name != "import":
         shutil.rmtree(target)
     return seconds, peak - idle
+
+
+def _check_same(source: Path, exported: Path) -> None:
+    """Raises RunError where a tensor of the export is not the source's, bit for bit."""
+    one, other = open_source(str(source)), open_source(str(exported))
+    for name in one.shapes:
+        if not np.array_equal(one.read(name).view(np.uint16), other.read(name).view(np.uint16)):
+            raise RunError(f"{name} came out with other bits than it went in with")
 
 
 def _main(argv: Sequence[str] | None) -> None:
