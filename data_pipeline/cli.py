@@ -50,7 +50,7 @@ class StopSignal:
     def heed() -> None:
         """Raises Stopped where the one that is entered was asked to stop: for where there is nothing to save."""
         if StopSignal._active is not None and StopSignal._active.exit_code is not None:
-            raise Stopped("stopped before it was done; the same command goes on", StopSignal._active.exit_code)
+            raise Stopped("stopped before it was done: run the same command again", StopSignal._active.exit_code)
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
@@ -117,7 +117,7 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     """Runs `command(argv)` and ends the process with the exit code that belongs to how it ended."""
 
     def preempted(number: int, frame: FrameType | None) -> None:
-        raise Stopped("asked to stop; what was finished is kept, run the same command to go on", EXIT_PREEMPTED)
+        raise Stopped("asked to stop: run the same command again", EXIT_PREEMPTED)
 
     signal.signal(signal.SIGTERM, preempted)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
@@ -132,7 +132,7 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     except Stopped as stop:
         _end(str(stop), stop.exit_code)
     except KeyboardInterrupt:
-        _end("stopped by Ctrl-C; what was finished is kept, run the same command to go on", EXIT_INTERRUPTED)
+        _end("stopped by Ctrl-C: run the same command again", EXIT_INTERRUPTED)
     except Exception as error:
         explained = explain(error)
         if explained is not None:

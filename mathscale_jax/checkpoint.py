@@ -210,7 +210,10 @@ class Checkpoint:
         try:
             base = open_checkpoint(at.path, at.step)
         except UsageError as error:
-            raise UsageError(f"{self.name} is an adapter of {at.path} step {at.step}: {error}") from error
+            raise UsageError(
+                f"{self.name} is an adapter of {at.path} step {at.step}, which must lie there (a symbolic link will "
+                f"do): {error}"
+            ) from error
         if digest(base.meta.checksums["params"]) != at.digest:
             raise UsageError(f"{self.name} is an adapter of other weights than {base.name} holds now")
         return base
@@ -303,8 +306,15 @@ def open_checkpoint(path: str, step: int | None = None) -> Checkpoint:
     if (directory / "config.json").exists():
         raise UsageError(f"{folder!r} is a Hugging Face folder: `python -m mathscale_jax.convert import` it first")
     if not directory.exists():
+        run, _, behind = folder.rpartition("@")
+        if run and _directory(run).exists():
+            raise UsageError(f"checkpoint {folder!r}: behind the @ stands a step's number, or best, not {behind!r}")
         raise UsageError(f"checkpoint {folder!r} does not exist")
     if not steps:
+        if steps_in(directory.parent) and directory.name.isdigit():
+            raise UsageError(
+                f"{folder!r} is a step: give {str(epath.Path(folder).parent)!r}, or that and @{directory.name}"
+            )
         raise UsageError(
             f"checkpoint {folder!r} holds no finished step; give a training run's folder, or what "
             "`python -m mathscale_jax.convert import` wrote"

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -122,6 +123,8 @@ def write_lazily(
         raise
     finally:
         _close(manager, failed=work.stopped)
+        if work.stopped and is_primary():
+            _remove_unfinished(directory, step)
 
 
 def _close(manager: ocp.CheckpointManager, *, failed: bool) -> None:
@@ -130,6 +133,17 @@ def _close(manager: ocp.CheckpointManager, *, failed: bool) -> None:
     except Exception:
         if not failed:
             raise
+
+
+def _remove_unfinished(directory: epath.Path, step: int) -> None:
+    """It would not be taken for whole, but takes as much room. Tries again while other processes still write."""
+    for _ in range(10):
+        try:
+            for unfinished in directory.glob(f"{step}.orbax*"):
+                unfinished.rmtree(missing_ok=True)
+            return
+        except OSError:
+            time.sleep(0.5)
 
 
 class LazyReader:
@@ -259,7 +273,7 @@ class _Work:
     def check_finite(self) -> None:
         if self.not_finite:
             listed = "\n  ".join(f"{piece}: {count}" for piece, count in sorted(self.not_finite.items()))
-            raise UsageError(f"NaN or infinite values, by tensor:\n  {listed}\nnothing was written")
+            raise UsageError(f"NaN or infinite values, by tensor:\n  {listed}\nnothing is kept")
 
     def end_array(self, error: BaseException | None = None) -> None:
         with self._lock:

@@ -283,7 +283,7 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
                 metrics_log.write({"step": step, "sample_accuracy": accuracy})
             if saving or exit_code:
                 with throughput.spending("checkpoint"):
-                    lineage = f"trained {step} steps from {origin}"
+                    lineage = f"{origin}, then trained {step} steps"
                     here = dataclasses.replace(meta, lineage=lineage, validation_loss=validation_loss)
                     writer.save(step, state.params, here, state.optimizer)
                 metrics_log.flush()

@@ -176,19 +176,19 @@ def _hf(published: tuple[Any, Path], folder: Path, weights: dict[str, Any] | Non
 
 def test_verify_finds_the_same_model(published: tuple[Any, Path], tmp_path: Path) -> None:
     import_weights(str(published[1] / "meta"), str(tmp_path / "ours"))
-    page = verify(str(tmp_path / "ours"), _hf(published, tmp_path / "hf"))
+    page = "\n".join(verify(str(tmp_path / "ours"), _hf(published, tmp_path / "hf")))
     assert "whole, every checksum agrees" in page and "the same model" in page
     assert "top 5 agree 100.0 %" in page and "Meta .pth" in page
 
 
 def test_verify_in_bfloat16_finds_rounding_and_no_more(published: tuple[Any, Path], tmp_path: Path) -> None:
     import_weights(_hf(published, tmp_path / "hf"), str(tmp_path / "ours"))
-    assert "the same model" in verify(str(tmp_path / "ours"), str(tmp_path / "hf"), "bfloat16")
+    assert "the same model" in "\n".join(verify(str(tmp_path / "ours"), str(tmp_path / "hf"), "bfloat16"))
     weights = published[0].state_dict()
     name = "model.layers.1.self_attn.k_proj.weight"
     other = _hf(published, tmp_path / "other", {name: weights[name].roll(1, 0)})
     with pytest.raises(RunError, match="NOT the same model"):
-        verify(str(tmp_path / "ours"), other, "bfloat16")
+        list(verify(str(tmp_path / "ours"), other, "bfloat16"))
 
 
 def test_verify_knows_permuted_queries_and_keys(published: tuple[Any, Path], tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_verify_knows_permuted_queries_and_keys(published: tuple[Any, Path], tmp
             forgotten[name] = tensor[order]
     import_weights(_hf(published, tmp_path / "wrong", forgotten), str(tmp_path / "ours"))
     with pytest.raises(RunError, match=r"NOT the same model: .* q/k look permuted"):
-        verify(str(tmp_path / "ours"), _hf(published, tmp_path / "right"))
+        list(verify(str(tmp_path / "ours"), _hf(published, tmp_path / "right")))
 
 
 def test_verify_names_what_the_architectures_differ_in(published: tuple[Any, Path], tmp_path: Path) -> None:
@@ -210,23 +210,41 @@ def test_verify_names_what_the_architectures_differ_in(published: tuple[Any, Pat
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(RunError, match=r"differ in rope_theta \(10000.0 here, 1000000.0 there\)"):
-        verify(str(tmp_path / "ours"), str(source))
+        list(verify(str(tmp_path / "ours"), str(source)))
 
 
 def test_verify_sees_a_difference_that_short_prompts_do_not_show(published: tuple[Any, Path], tmp_path: Path) -> None:
     source = Path(_hf(published, tmp_path / "hf"))
     import_weights(str(source), str(tmp_path / "ours"))
     config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "mistral", "sliding_window": 2048}))
+    with pytest.raises(RunError, match=r"NOT the same model: .* sliding_window \(None here, 2048 there\)"):
+        list(verify(str(tmp_path / "ours"), str(source)))
+
+
+def test_verify_takes_another_stated_context_for_the_same_model(published: tuple[Any, Path], tmp_path: Path) -> None:
+    source = Path(_hf(published, tmp_path / "hf"))
+    import_weights(str(source), str(tmp_path / "ours"))
+    config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
-    with pytest.raises(RunError, match=r"NOT the same model: .* max_context \(4096 here, 2048 there\)"):
-        verify(str(tmp_path / "ours"), str(source))
+    page = list(verify(str(tmp_path / "ours"), str(source)))
+    assert "the same model" in page[-2] and "(4096 here, 2048 there)" in page[-1]
+
+
+def test_verify_compares_with_models_only(published: tuple[Any, Path], tmp_path: Path) -> None:
+    import_weights(_hf(published, tmp_path / "hf"), str(tmp_path / "ours"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for folder, told in ((tmp_path / "adapter", "--merge"), (tmp_path / "ours", "no config.json")):
+        with pytest.raises(UsageError, match=told):
+            list(verify(str(tmp_path / "ours"), str(folder)))
 
 
 def test_verify_of_other_weights_says_so(published: tuple[Any, Path], tmp_path: Path) -> None:
     import_weights(_hf(published, tmp_path / "hf"), str(tmp_path / "ours"))
     other = {"lm_head.weight": published[0].state_dict()["lm_head.weight"] + 0.01 * torch.randn(VOCAB, WIDTH)}
     with pytest.raises(RunError, match="NOT the same model"):
-        verify(str(tmp_path / "ours"), _hf(published, tmp_path / "other", other))
+        list(verify(str(tmp_path / "ours"), _hf(published, tmp_path / "other", other)))
 
 
 class _Harmful:

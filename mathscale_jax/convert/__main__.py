@@ -11,7 +11,6 @@ import argparse
 from collections.abc import Sequence
 
 from data_pipeline.cli import add_flags, from_flags, run_command
-from data_pipeline.templates import DEFAULT_TEMPLATE
 from mathscale_jax.convert.dtypes import DTYPES
 from mathscale_jax.convert.exporting import export_hf
 from mathscale_jax.convert.importing import import_weights
@@ -37,12 +36,14 @@ def _main(argv: Sequence[str] | None) -> None:
     importer.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model (default: the one in SRC)")
     importer.add_argument(
         "--template",
-        default=DEFAULT_TEMPLATE,
         metavar="YAML",
-        help="chat template saved with the weights (default: default)",
+        help="prompt template saved with the weights (default: the one in SRC, as exports have it; else our own)",
     )
     importer.add_argument(
-        "--max-context", type=int, metavar="N", help="of Meta's weights, which do not say it (default: by RoPE base)"
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="longest text in tokens; only for Meta's weights, whose files do not say it (default: by RoPE base)",
     )
     group = importer.add_argument_group("several processes", "found without these on TPU pods and under Slurm")
     add_flags(group, ProcessSettings)
@@ -53,6 +54,9 @@ def _main(argv: Sequence[str] | None) -> None:
     exporter.add_argument("destination", metavar="DST", help="new folder")
     exporter.add_argument(
         "--merge", action="store_true", help="of a LoRA run: the adapted model (default: the adapter, for peft)"
+    )
+    exporter.add_argument(
+        "--base", metavar="NAME", help="of an adapter: the folder or name that peft loads its base by"
     )
     verifier = commands.add_parser("verify", help="whether a checkpoint is whole, and computes what it should")
     verifier.add_argument("source", metavar="CKPT", help="checkpoint or run folder; @STEP or @best behind it")
@@ -81,9 +85,12 @@ def _main(argv: Sequence[str] | None) -> None:
             max_context=arguments.max_context,
         )
     elif arguments.command == "verify":
-        print(verify(arguments.source, arguments.reference, arguments.compute))
+        for line in verify(arguments.source, arguments.reference, arguments.compute):
+            print(line, flush=True)
     else:
-        export_hf(arguments.source, arguments.destination, dtype=arguments.dtype, merge=arguments.merge)
+        export_hf(
+            arguments.source, arguments.destination, dtype=arguments.dtype, merge=arguments.merge, base=arguments.base
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

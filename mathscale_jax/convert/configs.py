@@ -30,17 +30,18 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
     kind = tree.get("model_type")
     if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise UsageError(f"{where}: model_type={kind!r} is not supported; allowed: {', '.join(_ARCHITECTURES)}")
-    rope_key = "rope_parameters" if tree.get("rope_parameters") else "rope_scaling"
-    rope = tree.get(rope_key) or {}
-    if not isinstance(rope, dict):
-        raise UsageError(f"{where}: {rope_key}={rope!r} must be a mapping")
+    ropes = {key: tree[key] for key in ("rope_parameters", "rope_scaling") if tree.get(key)}
+    for key, rope in ropes.items():
+        if not isinstance(rope, dict):
+            raise UsageError(f"{where}: {key}={rope!r} must be a mapping")
     for key, unsupported in (
+        ("quantization_config", bool(tree.get("quantization_config"))),
         ("tie_word_embeddings", bool(tree.get("tie_word_embeddings"))),
         ("attention_bias", bool(tree.get("attention_bias"))),
         ("mlp_bias", bool(tree.get("mlp_bias"))),
         ("hidden_act", tree.get("hidden_act", "silu") != "silu"),
         ("partial_rotary_factor", tree.get("partial_rotary_factor", 1) != 1),
-        (rope_key, rope.get("rope_type", rope.get("type", "default")) != "default"),
+        *((key, rope.get("rope_type", rope.get("type", "default")) != "default") for key, rope in ropes.items()),
     ):
         if unsupported:
             raise UsageError(
@@ -54,10 +55,13 @@ def model_config_from_hf(tree: dict[str, Any], where: str) -> ModelConfig:
         ours.pop("sliding_window", None)  # transformers' LLaMA has no window, whatever its config says
     elif "sliding_window" not in tree:
         raise UsageError(f"{where} does not say the model's sliding_window (null for none)")
-    bases = [base for base in (tree.get("rope_theta"), rope.get("rope_theta")) if base]
-    if len(bases) == 2 and bases[0] != bases[1]:
-        raise UsageError(f"{where}: rope_theta={bases[0]!r} and {rope_key}.rope_theta={bases[1]!r} differ: remove one")
-    ours["rope_theta"] = bases[0] if bases else 10_000.0
+    bases = {"rope_theta": tree.get("rope_theta")}
+    bases |= {f"{key}.rope_theta": rope.get("rope_theta") for key, rope in ropes.items()}
+    bases = {key: base for key, base in bases.items() if base}
+    if len(set(bases.values())) > 1:
+        told = " and ".join(f"{key}={base!r}" for key, base in bases.items())
+        raise UsageError(f"{where}: {told} differ: remove what is wrong")
+    ours["rope_theta"] = next(iter(bases.values()), 10_000.0)
     ours.setdefault("num_kv_heads", ours["num_heads"])
     if "head_dim" not in ours and all(isinstance(ours[k], int) and ours[k] > 0 for k in ("hidden_size", "num_heads")):
         ours["head_dim"] = ours["hidden_size"] // ours["num_heads"]
@@ -106,9 +110,7 @@ def model_config_from_meta(
     """
     for key, value in tree.items():
         if key not in _META_KEYS and value:
-            raise UsageError(
-                f"{where}: {key}={value!r} is not supported: this model would compute something else, perhaps"
-            )
+            raise UsageError(f"{where}: {key}={value!r} is not supported: it may change what the model computes")
     for key, value in tree.items():
         if key in ("dim", "n_heads", "head_dim", "rope_theta") and not (isinstance(value, int | float) and value > 0):
             raise UsageError(f"{where}: {key}={value!r} must be a positive number")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import yaml
 from etils import epath
 
 from data_pipeline.cli import logger, make_folder
@@ -23,7 +24,7 @@ from mathscale_jax.convert.dtypes import DTYPES, cast, numpy_dtype
 from mathscale_jax.convert.mapping import Leaf, leaves
 from mathscale_jax.convert.peft import write_adapter
 from mathscale_jax.convert.sources import check_local
-from mathscale_jax.convert.tokenizer_files import write_tokenizer
+from mathscale_jax.convert.tokenizer_files import TEMPLATE_FILE, write_tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -32,10 +33,13 @@ _WRITTEN_AT_A_TIME = 2**18  # bytes: some systems take many times as long for la
 _DTYPE_NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 
 
-def export_hf(source: str, destination: str, *, dtype: str | None = None, merge: bool = False) -> None:
-    """Writes a checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer.model.
+def export_hf(
+    source: str, destination: str, *, dtype: str | None = None, merge: bool = False, base: str | None = None
+) -> None:
+    """Writes a checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer and prompt template.
 
-    Of a LoRA run it is, with `merge`, the adapted model; without, PEFT's folder of the adapter alone, in float32.
+    Of a LoRA run it is, with `merge`, the adapted model; without, PEFT's folder of the adapter alone, in float32,
+    which says that it belongs to `base`.
     The folder is made under a temporary name beside `destination` and renamed when it is whole.
     Raises UsageError where the destination exists, the checkpoint does not, or an option does not fit it.
     """
@@ -46,7 +50,9 @@ def export_hf(source: str, destination: str, *, dtype: str | None = None, merge:
     checkpoint = open_checkpoint(source)
     adapter_alone = checkpoint.meta.lora is not None and not merge
     if merge and checkpoint.meta.lora is None:
-        raise UsageError(f"--merge: {checkpoint.name} holds no adapter, all its weights are exported as they are")
+        raise UsageError(f"--merge: {checkpoint.name} holds no adapter: leave it out, and its weights are exported")
+    if base is not None and not adapter_alone:
+        raise UsageError(f"--base {base}: only an adapter that is exported without --merge names its base")
     if adapter_alone and dtype is not None:
         raise UsageError(f"--dtype {dtype}: an adapter is exported in float32; leave it out, or give --merge")
     partial = out.with_name(f".{out.name}.partial")
@@ -58,17 +64,19 @@ def export_hf(source: str, destination: str, *, dtype: str | None = None, merge:
                     left.unlink()
             if adapter_alone:
                 assert checkpoint.meta.base is not None
-                write_adapter(partial, checkpoint, checkpoint.meta.base.path)
-                write_tokenizer(partial, checkpoint.tokenizer, checkpoint.meta.companions)
+                write_adapter(partial, checkpoint, base or checkpoint.meta.base.path)
             else:
                 _write_model(partial, checkpoint, dtype or checkpoint.stored_dtype())
+            meta = checkpoint.meta
+            write_tokenizer(partial, checkpoint.tokenizer, meta.companions, meta.model.max_context)
+            (partial / TEMPLATE_FILE).write_text(yaml.safe_dump(meta.template.model_dump(), sort_keys=False))
             (partial / ".lock").unlink()
             partial.rename(out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    if adapter_alone:
-        logger.info("peft loads it over its base: export that too, and name its folder in adapter_config.json")
+    if adapter_alone and base is None:
+        logger.info("to load it by its own name, export its base too, and name that here with --base")
     logger.info("exported %s%s to %s", "the adapter of " if adapter_alone else "", checkpoint.name, destination)
 
 
@@ -92,9 +100,11 @@ def _write_model(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
         largest_first = sorted(by_name, key=lambda name: -math.prod(by_name[name].spec.shape))
         LazyReader(checkpoint).read(largest_first, write)
     ids = {"bos_token_id": checkpoint.tokenizer.bos_id, "eos_token_id": checkpoint.tokenizer.eos_id}
+    padding = checkpoint.meta.companions.get("generation_config.json", {}).get("pad_token_id")
+    if padding is not None:
+        ids["pad_token_id"] = padding
     write_json(folder / "config.json", {**model_config_to_hf(checkpoint.meta.model, dtype), **ids})
     write_json(folder / "generation_config.json", ids)
-    write_tokenizer(folder, checkpoint.tokenizer, checkpoint.meta.companions)
 
 
 def _slices(leaf: Leaf, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ from mathscale_jax.checkpoint_lazy import LazyArray, write_lazily
 from mathscale_jax.convert.dtypes import cast, numpy_dtype
 from mathscale_jax.convert.mapping import Leaf, leaves
 from mathscale_jax.convert.sources import Source, check_local, fetch, open_source
-from mathscale_jax.convert.tokenizer_files import check_companions
+from mathscale_jax.convert.tokenizer_files import TEMPLATE_FILE, check_companions
 from mathscale_jax.processes import all_or_none, check_shared, is_primary
 
 
@@ -27,23 +27,30 @@ def import_weights(
     destination: str,
     *,
     tokenizer: str | None = None,
-    template: str = "default",
+    template: str | None = None,
     dtype: str | None = None,
     max_context: int | None = None,
 ) -> None:
     """Writes published weights as step 0 of a checkpoint.
 
     `source` is a folder in any format that `open_source` knows, or a model's name on Hugging Face's hub. `dtype` is
-    that of the weights written, by default the one they have. Every process of a run calls it.
+    that of the weights written, by default the one they have; `template` by default the one that was exported with
+    them, if any. Every process of a run calls it.
     Raises UsageError for what is wrong with them; nothing that looks whole is left then.
     """
     out = epath.Path(destination)
     with StopSignal(), contextlib.ExitStack() as held:
         with all_or_none():
             _check_destination(out)
-            chat_template = load_template(template)
             check_local(source)
             opened = open_source(fetch(source), max_context)
+            published = opened.path / TEMPLATE_FILE
+            chat_template = load_template(str(published) if template is None and published.exists() else template)
+            if tokenizer is None and not (opened.path / TOKENIZER_FILE).exists():
+                raise UsageError(
+                    f"{opened.path} holds no {TOKENIZER_FILE}, SentencePiece's file (a tokenizer.json cannot take its "
+                    "place): put it there, or name it with --tokenizer"
+                )
             file = tokenizer or str(opened.path / TOKENIZER_FILE)
             pieces = Tokenizer.load(file)
             check_vocabulary(pieces, opened.config, f"tokenizer {file}")
@@ -65,7 +72,12 @@ def import_weights(
             dtype, total / 1e9,
         )  # fmt: skip
         with Progress(total, "importing", "bytes") as bar:
-            write_lazily(out, 0, arrays, meta, pieces, bar.update)
+            try:
+                write_lazily(out, 0, arrays, meta, pieces, bar.update)
+            except BaseException:
+                if is_primary():
+                    _leave_nothing(out)
+                raise
     logger.info("imported %s into %s", source, destination)
 
 
@@ -80,6 +92,13 @@ def _check_destination(out: epath.Path) -> None:
     other = sorted(path.name for path in out.iterdir() if path.name not in ours and "orbax" not in path.name)
     if other:
         raise UsageError(f"{out} holds {other[0]}, which no import left there: choose another folder")
+
+
+def _leave_nothing(out: epath.Path) -> None:
+    """Removes a folder that holds no more than what locks it."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in out.iterdir()] == [".lock"]:
+            out.rmtree()
 
 
 def _lazy(source: Source, leaf: Leaf, dtype: str) -> LazyArray:

@@ -23,8 +23,10 @@ from mathscale_jax.convert import torch_files
 from mathscale_jax.convert.configs import model_config_from_hf, model_config_from_meta
 from mathscale_jax.convert.dtypes import DTYPES, numpy_dtype
 from mathscale_jax.convert.mapping import HF, META, Layout, leaves
-from mathscale_jax.convert.tokenizer_files import COMPANIONS
+from mathscale_jax.convert.tokenizer_files import COMPANIONS, TEMPLATE_FILE
 from mathscale_jax.convert.torch_files import DOWNLOAD_AGAIN
+
+_UNREAD = ("*.gguf", "*.ggml", "*.gptq", "consolidated.safetensors")
 
 
 class Source:
@@ -99,6 +101,8 @@ def open_source(path: str, max_context: int | None = None) -> Source:
     if max_context is not None and max_context < 1:
         raise UsageError(f"--max-context {max_context}: must be a number of tokens, 1 or more")
     folder = Path(path)
+    unread = sorted(file.name for pattern in _UNREAD for file in folder.glob(pattern))
+    also = f" (formats like that of {unread[0]} are not read)" if unread else ""
     published = [kind for kind in (_Safetensors, _Bin) if any((folder / name).exists() for name in kind.files())]
     # A folder that holds both is Hugging Face's, with the original files beside.
     if not published and ((folder / "params.json").exists() or list(folder.glob("consolidated.*.pth"))):
@@ -108,11 +112,14 @@ def open_source(path: str, max_context: int | None = None) -> Source:
     if not (folder / "config.json").exists():
         raise UsageError(
             f"{path} has neither config.json (Hugging Face) nor params.json (Meta): give the folder that holds the "
-            "weights and one of them"
+            f"weights and one of them{also}"
         )
     if not published:
         names = ", ".join(name for kind in (_Safetensors, _Bin) for name in kind.files())
-        raise UsageError(f"{path} holds no weights: none of {names}")
+        shards = sorted(file.name for kind in (_Safetensors, _Bin) for file in folder.glob(kind.patterns()[-1]))
+        if shards:
+            raise UsageError(f"{path} holds {shards[0]}, but no index of its files: {DOWNLOAD_AGAIN}")
+        raise UsageError(f"{path} holds no weights: none of {names}{also}")
     return published[0](folder)
 
 
@@ -215,6 +222,11 @@ class _Meta(Source):
             raise UsageError(f"{params_file} is missing: it says what model the consolidated.*.pth are of")
         params = read_json(params_file)
         files = sorted(path.glob("consolidated.*.pth"))
+        if not files and (path / "consolidated.safetensors").exists():
+            raise UsageError(
+                f"{path}: consolidated.safetensors is not read: take the same model's Hugging Face files, with "
+                "config.json"
+            )
         wanted = [path / f"consolidated.{i:02d}.pth" for i in range(max(len(files), 1))]
         if files != wanted:
             lost = next(file for file in wanted if file not in files)
@@ -312,7 +324,7 @@ def fetch(name: str) -> str:
         files = set(huggingface_hub.list_repo_files(name))
         published = [kind for kind in (_Safetensors, _Bin) if files & set(kind.files())]
         weights = published[0].patterns() if published else ("params.json", "consolidated.*.pth")
-        wanted = ["config.json", TOKENIZER_FILE, *COMPANIONS, *weights]
+        wanted = ["config.json", TOKENIZER_FILE, TEMPLATE_FILE, *COMPANIONS, *weights]
         return huggingface_hub.snapshot_download(name, allow_patterns=wanted)
     except Exception as error:  # the hub's client raises many kinds, of several libraries
         raise RunError(f"{name!r} is no folder, and the hub does not give it: {first_line(error)}") from error

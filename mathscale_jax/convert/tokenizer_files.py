@@ -17,10 +17,11 @@ COMPANIONS = (
     *(FAST_FILE, CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
     "chat_template.jinja",
 )
+TEMPLATE_FILE = "prompt_template.yaml"  # ours: nobody else reads it
 _SPACE = "▁"
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, companions: dict[str, Any]) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, companions: dict[str, Any], max_context: int) -> None:
     """Writes tokenizer.model, the `companions` that were published with it, and what they lack of these two:
 
     tokenizer.json, and a tokenizer_config.json by which a prompt begins with BOS, as it does in training and in our
@@ -38,6 +39,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, companions: dict[str, An
         "tokenizer_class": "PreTrainedTokenizerFast" if FAST_FILE in files else "LlamaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
+        "model_max_length": max_context,
         **{name: tokenizer.piece(token_id) for name, token_id in names.items()},
     }
     files.setdefault(CONFIG_FILE, rules)

@@ -35,28 +35,42 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2}
 Logits = Float[np.ndarray, "positions vocab"]
 
 
-def verify(path: str, hf_folder: str | None = None, dtype: str = "float32") -> str:
-    """A page on the checkpoint at `path`: what it is, and that every bit of it is what was saved.
+def verify(path: str, hf_folder: str | None = None, dtype: str = "float32") -> Iterator[str]:
+    """Lines on the checkpoint at `path`: what it is, and that every bit of it is what was saved.
 
     With `hf_folder`, its logits are compared with transformers' on `PROMPTS`, both computing in `dtype`. Raises
-    DamagedCheckpoint where bits have changed; RunError, with the page and a hint, where the logits disagree.
+    DamagedCheckpoint where bits have changed; RunError, with a hint, where the models are not the same.
     """
     checkpoint = open_checkpoint(path)
-    lines = _description(checkpoint)
-    if hf_folder is None:
-        return "\n".join(lines)
-    folder = fetch(hf_folder)
+    folder = None if hf_folder is None else _reference(hf_folder)
+    yield from _description(checkpoint)
+    if folder is None:
+        return
+    differing = _differences(checkpoint.meta.model, folder)
+    context = differing.pop("max_context", None)
+    if differing:  # prompts are short: not every difference shows in their logits, and some make them useless
+        told = ", ".join(f"{name} ({difference})" for name, difference in differing.items())
+        raise RunError(f"NOT the same model: the architectures differ in {told}")
     theirs = _their_logits(folder, checkpoint, dtype)
     params = checkpoint.restore_params(dtype=dtype)
     worst, compared = _compare(_our_logits(checkpoint, params, dtype), theirs)
-    lines += ["", f"against {folder} in {dtype}, on {len(PROMPTS)} prompts", *compared]
-    differing = _differences(checkpoint.meta.model, folder)
-    if differing:  # these prompts are short: not every difference shows in their logits
-        raise RunError("\n".join([*lines, f"NOT the same model: {differing}"]))
-    if worst <= TOLERANCES[dtype]:
-        return "\n".join([*lines, f"the same model: no position differs by more than {TOLERANCES[dtype]:g} nats"])
-    hint = _hint(checkpoint, params, theirs, dtype)
-    raise RunError("\n".join([*lines, f"NOT the same model: {TOLERANCES[dtype]:g} nats would be rounding; {hint}"]))
+    yield from ("", f"against {folder} in {dtype}, on {len(PROMPTS)} prompts", *compared)
+    if worst > TOLERANCES[dtype]:
+        hint = _hint(checkpoint, params, theirs, dtype)
+        raise RunError(f"NOT the same model: {TOLERANCES[dtype]:g} nats would be rounding; {hint}")
+    yield f"the same model: no position differs by more than {TOLERANCES[dtype]:g} nats"
+    if context is not None:
+        yield f"only the context that is stated differs ({context}); importing takes another one with --max-context"
+
+
+def _reference(name: str) -> str:
+    """The folder of transformers' model. Raises UsageError where it holds none."""
+    folder = fetch(name)
+    if (Path(folder) / "adapter_config.json").exists():
+        raise UsageError(f"{folder} is an adapter: export the run with --merge and compare with that")
+    if not (Path(folder) / "config.json").exists():
+        raise UsageError(f"{folder} is no Hugging Face folder: it has no config.json")
+    return folder
 
 
 def _description(checkpoint: Checkpoint) -> list[str]:
@@ -84,6 +98,7 @@ def _description(checkpoint: Checkpoint) -> list[str]:
         f"  weights     {size}",
         f"  tokenizer   {checkpoint.tokenizer.vocab_size} pieces of a vocabulary of {config.vocab_size}, sha256 "
         f"{meta.tokenizer_sha256[:16]}",
+        f"  template    {meta.template.prompt!r} {meta.template.response!r}",
         f"  lineage     {meta.lineage}",
     ]
     if meta.lora is not None and meta.base is not None:
@@ -113,6 +128,7 @@ def _their_logits(folder: str, checkpoint: Checkpoint, dtype: str) -> list[Logit
     except ImportError as error:
         raise UsageError("comparing needs transformers: pip install -c constraints.txt -e '.[torch]'") from error
     logger.info("loading %s with transformers", folder)
+    transformers.utils.logging.disable_progress_bar()
     try:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True, attn_implementation="eager"
@@ -147,18 +163,17 @@ def _divergence(p: Float[np.ndarray, "positions vocab"], q: Logits) -> Float[np.
     return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(-1), 0.0)
 
 
-def _differences(ours: ModelConfig, folder: str) -> str:
-    """What the architectures differ in; nothing where they are the same."""
+def _differences(ours: ModelConfig, folder: str) -> dict[str, str]:
+    """What the architectures differ in, by name. Raises RunError where theirs is none that this model computes."""
     try:
-        stated = model_config_from_hf(read_json(Path(folder) / "config.json"), folder)
+        stated = model_config_from_hf(read_json(Path(folder) / "config.json"), f"{folder}/config.json")
     except UsageError as error:
-        return str(error)
-    differing = [
-        f"{name} ({getattr(ours, name)!r} here, {getattr(stated, name)!r} there)"
+        raise RunError(f"NOT the same model: {error}") from error
+    return {
+        name: f"{getattr(ours, name)!r} here, {getattr(stated, name)!r} there"
         for name in ModelConfig.model_fields
         if getattr(ours, name) != getattr(stated, name)
-    ]
-    return f"the architectures differ in {', '.join(differing)}" if differing else ""
+    }
 
 
 def _hint(checkpoint: Checkpoint, params: model.Params, theirs: list[Logits], dtype: str) -> str:
@@ -173,4 +188,6 @@ def _hint(checkpoint: Checkpoint, params: model.Params, theirs: list[Logits], dt
                 "q/k look permuted: the rows of the query and key matrices are in the other of Meta's and Hugging "
                 "Face's orders than their file says; import them from the format they were published in"
             )
+    if checkpoint.meta.lora is not None:
+        return "it is a model with an adapter: the other one may be without it (export --merge gives both in one)"
     return "no known mistake has this signature: other weights, perhaps"

@@ -15,7 +15,7 @@ from data_pipeline.cli import RunError
 from data_pipeline.files import locked
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from mathscale_jax.checkpoint import open_checkpoint, steps_in
+from mathscale_jax.checkpoint import open_checkpoint
 from mathscale_jax.checkpoint_lazy import LazyReader
 from mathscale_jax.convert import exporting
 from mathscale_jax.convert.configs import model_config_from_hf
@@ -44,8 +44,8 @@ def source(request: pytest.FixtureRequest, golden: Path, tokenizer_file: Path, t
     return folder
 
 
-def convert(source: Path, destination: Path, dtype: str | None = None) -> None:
-    import_weights(str(source), str(destination), dtype=dtype)
+def convert(source: Path, destination: Path, **options: str | None) -> None:
+    import_weights(str(source), str(destination), **options)
 
 
 def test_import_then_export_gives_back_every_tensor_bit_for_bit(source: Path, tmp_path: Path) -> None:
@@ -142,7 +142,16 @@ def test_nan_is_named_by_its_tensor_and_nothing_is_written(source: Path, tmp_pat
     with pytest.raises(UsageError) as caught:
         convert(source, tmp_path / "checkpoint")
     assert "lm_head.weight: 1\n  model.layers.0.mlp.up_proj.weight: 2\n" in str(caught.value)
-    assert steps_in(tmp_path / "checkpoint") == []
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_the_prompt_template_goes_out_and_comes_in_again(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('prompt: "Q: {question}\\nA:"\nresponse: "{solution} = {answer}"\n')
+    convert(source, tmp_path / "checkpoint", template=str(tmp_path / "mine.yaml"))
+    export_hf(str(tmp_path / "checkpoint"), str(tmp_path / "out"))
+    convert(tmp_path / "out", tmp_path / "again")
+    templates = [open_checkpoint(str(tmp_path / name)).meta.template for name in ("checkpoint", "again")]
+    assert templates[0] == templates[1] and templates[1].render_prompt("x") == "Q: x\nA:"
 
 
 def test_a_folder_with_both_formats_is_read_as_hugging_faces(source: Path, tmp_path: Path) -> None:
@@ -226,6 +235,14 @@ def _lose_shard(folder: Path) -> None:
     )
 
 
+def _lose_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def _only_gguf(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+
+
 def _name_a_file_elsewhere(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
@@ -286,7 +303,10 @@ def _no_tokenizer(folder: Path) -> None:
             _lose_shard,
             "model-00001-of-00002.safetensors, which model.safetensors.index.json names, is missing",
         ),
-        (_change_config(rope_theta=5e5, rope_parameters={"rope_theta": 1e6}), "differ: remove one"),
+        (
+            _change_config(rope_theta=5e5, rope_parameters={"rope_theta": 1e6}),
+            "rope_theta=500000.0 and rope_parameters.rope_theta=1000000.0 differ",
+        ),
         (_change_config(model_type=["llama"]), "is not supported"),
         (_name_a_file_elsewhere, "its weight_map must name files of the same folder"),
         (_name_no_file, "its weight_map must name files of the same folder"),
@@ -307,7 +327,14 @@ def _no_tokenizer(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text('{"model_type": '), "is not valid JSON"),
         (_mixed_dtypes, r"several dtypes \(bfloat16, float32\): give --dtype"),
         (_other_vocabulary, "325 pieces but the model's vocab_size is 320"),
-        (_no_tokenizer, "tokenizer .* does not exist"),
+        (_no_tokenizer, "holds no tokenizer.model, SentencePiece's file .*: put it there, or name it with --tokenizer"),
+        (_lose_index, "holds model-00001-of-00002.safetensors, but no index of its files"),
+        (_only_gguf, r"holds no weights: .* \(formats like that of model.gguf are not read\)"),
+        (_change_config(quantization_config={"bits": 4}), "quantization_config={'bits': 4} is not supported"),
+        (
+            _change_config(rope_parameters={"rope_theta": 1e4}, rope_scaling={"type": "linear", "factor": 2.0}),
+            "rope_scaling={'type': 'linear', 'factor': 2.0} is not supported",
+        ),
         (_other_tokenizer_json, "tokenizer.json has '<unk>' as number None, tokenizer.model as 0"),
     ],
 )

@@ -238,7 +238,7 @@ def test_what_one_process_meets_is_said_by_all(tmp_path: Path) -> None:
         "resumes 1",
         "RunError  process 1 does not see step 1 of FOLDER/disk-of-1, which process 0 sees; run the same command again "
         "when the disk they share shows it to all",
-        "Stopped 75 stopped before it was done; the same command goes on",
+        "Stopped 75 stopped before it was done: run the same command again",
     ]
     for number in range(2):
         assert (tmp_path / f"said-by-{number}").read_text().splitlines() == expected

@@ -174,7 +174,7 @@ def test_a_run_goes_on_without_the_weights_it_began_with_and_keeps_their_templat
     assert run(TRAIN, *arguments, "num_steps=16").returncode == 0
     checkpoint = open_checkpoint(str(tuned / "run"))
     assert checkpoint.meta.template.prompt == "Q: {question} A:"
-    assert checkpoint.meta.lineage == "trained 16 steps from trained 16 steps from random weights"
+    assert checkpoint.meta.lineage == "random weights, then trained 16 steps, then trained 16 steps"
     (base / "run").rename(base / "moved")
     again = run(TRAIN, *arguments, "num_steps=20")
     assert again.returncode == 0, again.stderr
