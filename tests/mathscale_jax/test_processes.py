@@ -228,7 +228,7 @@ def test_what_one_process_meets_is_said_by_all(tmp_path: Path) -> None:
     ]
     assert [process.wait(timeout=120) for process in pair] == [0, 0]
     expected = [
-        "RunError  FileNotFoundError: no such data",
+        "RunError  no such data",
         "Stopped 75 asked to stop",
         "told ['of', 0]",
         "UsageError  process 1 has other examples than process 0; give all processes the same",
