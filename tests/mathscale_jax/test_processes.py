@@ -200,7 +200,7 @@ for do in (
         do()
     except Exception as error:
         if isinstance(error, FileNotFoundError):  # process 1 has its own, process 0 is told of it
-            error = RunError(f"FileNotFoundError: {error}")
+            error = RunError(str(error))
         told = str(error).replace(str(folder), "FOLDER")
         print(type(error).__name__, getattr(error, "exit_code", ""), told, file=said)
 """
