@@ -20,7 +20,7 @@ def published(test_data: Path) -> Tokenizer:
 
 def read_by_transformers(folder: Path, tokenizer: Tokenizer, companions: dict[str, Any]) -> Any:
     transformers = pytest.importorskip("transformers")
-    write_tokenizer(folder, tokenizer, companions)
+    write_tokenizer(folder, tokenizer, companions, 4096)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return transformers.AutoTokenizer.from_pretrained(folder)
 
