@@ -123,8 +123,10 @@ def write_lazily(
         raise
     finally:
         _close(manager, failed=work.stopped)
-        if work.stopped and is_primary():
-            _remove_unfinished(directory, step)
+        if work.stopped:
+            work.wait_for_writers()
+            if is_primary():
+                _remove_unfinished(directory, step)
 
 
 def _close(manager: ocp.CheckpointManager, *, failed: bool) -> None:
@@ -137,13 +139,14 @@ def _close(manager: ocp.CheckpointManager, *, failed: bool) -> None:
 
 def _remove_unfinished(directory: epath.Path, step: int) -> None:
     """It would not be taken for whole, but takes as much room. Tries again while other processes still write."""
-    for _ in range(10):
-        try:
+    for _ in range(20):
+        with contextlib.suppress(OSError):
             for unfinished in directory.glob(f"{step}.orbax*"):
                 unfinished.rmtree(missing_ok=True)
-            return
-        except OSError:
-            time.sleep(0.5)
+            time.sleep(0.1)
+            if not list(directory.glob(f"{step}.orbax*")):
+                return
+        time.sleep(0.2)
 
 
 class LazyReader:
@@ -251,6 +254,8 @@ class _Work:
         self._left = len(arrays)
         self._error: BaseException | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
+        self._begun = False
+        self._every_writer_ended = threading.Event()
         piece = max(array.piece_bytes for array in arrays.values())
         half = max(array.piece_bytes * len(array.pieces) for array in arrays.values()) // 2
         self.at_once = _at_once(piece, half)
@@ -283,6 +288,17 @@ class _Work:
                 self.stopped = True
             if self._left == 0 or error is not None:
                 self._ended.set()
+            if self._left == 0:
+                self._every_writer_ended.set()
+
+    def begin(self) -> None:
+        """Writers are about to begin, one for each array; each calls `end_array`."""
+        self._begun = True
+
+    def wait_for_writers(self) -> None:
+        """Until none writes any more, as `stopped` asks them; a minute at most."""
+        if self._begun:
+            self._every_writer_ended.wait(60)
 
     @property
     def ended(self) -> bool:
@@ -312,6 +328,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     async def _write_all(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Sequence[Any]) -> None:
         limit = asyncio.Semaphore(self._work.at_once)
+        self._work.begin()
         ends = await asyncio.gather(
             *(self._write(i, *each, limit) for i, each in enumerate(zip(values, infos, args, strict=True))),
             return_exceptions=True,  # all of them end before any is told of
