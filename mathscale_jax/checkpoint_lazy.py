@@ -37,6 +37,7 @@ from mathscale_jax.processes import all_or_none, is_primary
 # bytes, or one. Each is in memory up to three times: as it was read, as it is written, and on its way to the disk.
 _BYTES_UNDER_WAY = 2**28
 _SECONDS_BETWEEN_LOOKS = 0.3  # for a request to stop, and for what went wrong on another process
+_SECONDS_TO_END = 60  # for writers that were asked to stop
 _WEEK = 7 * 24 * 3600
 
 
@@ -124,7 +125,7 @@ def write_lazily(
     finally:
         _close(manager, failed=work.stopped)
         if work.stopped:
-            work.wait_for_writers()
+            work.idle.wait(_SECONDS_TO_END)
             if is_primary():
                 _remove_unfinished(directory, step)
 
@@ -254,8 +255,8 @@ class _Work:
         self._left = len(arrays)
         self._error: BaseException | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
-        self._begun = False
-        self._every_writer_ended = threading.Event()
+        self.idle = threading.Event()  # nothing is being written
+        self.idle.set()
         piece = max(array.piece_bytes for array in arrays.values())
         half = max(array.piece_bytes * len(array.pieces) for array in arrays.values()) // 2
         self.at_once = _at_once(piece, half)
@@ -288,17 +289,6 @@ class _Work:
                 self.stopped = True
             if self._left == 0 or error is not None:
                 self._ended.set()
-            if self._left == 0:
-                self._every_writer_ended.set()
-
-    def begin(self) -> None:
-        """Writers are about to begin, one for each array; each calls `end_array`."""
-        self._begun = True
-
-    def wait_for_writers(self) -> None:
-        """Until none writes any more, as `stopped` asks them; a minute at most."""
-        if self._begun:
-            self._every_writer_ended.wait(60)
 
     @property
     def ended(self) -> bool:
@@ -328,11 +318,12 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 
     async def _write_all(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Sequence[Any]) -> None:
         limit = asyncio.Semaphore(self._work.at_once)
-        self._work.begin()
+        self._work.idle.clear()
         ends = await asyncio.gather(
             *(self._write(i, *each, limit) for i, each in enumerate(zip(values, infos, args, strict=True))),
             return_exceptions=True,  # all of them end before any is told of
         )
+        self._work.idle.set()
         for end in ends:
             if end is not None:
                 raise end

@@ -26,7 +26,7 @@ from mathscale_jax.convert.mapping import HF, META, Layout, leaves
 from mathscale_jax.convert.tokenizer_files import COMPANIONS, TEMPLATE_FILE
 from mathscale_jax.convert.torch_files import DOWNLOAD_AGAIN
 
-_UNREAD = ("*.gguf", "*.ggml", "*.gptq", "consolidated.safetensors")
+_UNREAD = ("*.gguf", "consolidated.safetensors")
 
 
 class Source:

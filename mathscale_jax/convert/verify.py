@@ -60,7 +60,7 @@ def verify(path: str, hf_folder: str | None = None, dtype: str = "float32") -> I
         raise RunError(f"NOT the same model: {TOLERANCES[dtype]:g} nats would be rounding; {hint}")
     yield f"the same model: no position differs by more than {TOLERANCES[dtype]:g} nats"
     if context is not None:
-        yield f"only the context that is stated differs ({context}); importing takes another one with --max-context"
+        yield f"only the stated context differs ({context}); of Meta's weights, import takes it by --max-context"
 
 
 def _reference(name: str) -> str:

@@ -88,7 +88,7 @@ def test_a_stopped_import_leaves_no_checkpoint_and_runs_again(source: Path, tmp_
         ended, said = stop(["import", str(source), str(out)], f"{out.name}/0.orbax*", number)
         assert ended == code, said
         assert "Traceback" not in said
-        assert steps_in(out) == []
+        assert not out.exists() or (number == signal.SIGKILL and steps_in(out) == [])
     refused = run(CONVERT, "export", str(out), str(tmp_path / "again"))
     assert refused.returncode == 2 and "holds no finished step" in refused.stderr
     again = run(CONVERT, "import", str(source), str(out))
@@ -118,7 +118,7 @@ def test_a_full_disk_ends_either_with_one_message_and_nothing_half_written(
     full = run(CONVERT, "import", str(source), str(out), preexec_fn=no_large_files)
     assert full.returncode == 1
     assert "no room on disk" in full.stderr and "Traceback" not in full.stderr
-    assert steps_in(out) == []
+    assert not out.exists()
     assert run(CONVERT, "import", str(source), str(out)).returncode == 0
     full = run(CONVERT, "export", str(imported), str(tmp_path / "exported"), preexec_fn=no_large_files)
     assert full.returncode == 1
@@ -127,12 +127,15 @@ def test_a_full_disk_ends_either_with_one_message_and_nothing_half_written(
 
 
 def test_what_ends_one_process_of_an_import_ends_both_in_the_same_way(source: Path, tmp_path: Path) -> None:
-    both = pair(source, tmp_path / "stopped", None)
-    while not list((tmp_path / "stopped").glob("0.orbax*")):
-        assert all(process.poll() is None for process in both)
-        time.sleep(0.001)
-    both[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=60)[1] for process in both]
+    for _ in range(5):  # where a busy machine sends the signal too late
+        both = pair(source, tmp_path / "stopped", None)
+        while not list((tmp_path / "stopped").glob("0.orbax*")) and all(process.poll() is None for process in both):
+            time.sleep(0.001)
+        both[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[1] for process in both]
+        if any(process.returncode for process in both):
+            break
+        shutil.rmtree(tmp_path / "stopped")
     assert [process.returncode for process in both] == [75, 75], "\n----\n".join(said)
 
     both = pair(source, tmp_path / "full", no_large_files)
