@@ -1,7 +1,7 @@
 """The sampler: prompts in, all samples of one problem after another out."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -17,12 +17,11 @@ from mathscale_jax.config import ComputeSettings, ModelConfig
 from mathscale_jax.mesh import largest_mesh
 from mathscale_jax.sampler import decode
 from mathscale_jax.sampler.draw import Draws, SamplingSettings
+from mathscale_jax.sampler.schedule import STEPS_PER_CHUNK, Limits, Wave, blocks, run_waves
 from mathscale_jax.step import param_shardings
 
 # Prompts are padded to a multiple of this, so that a data set needs few compilations.
 PROMPT_MULTIPLE = 64
-# Decode steps between two looks of the host at the rows.
-STEPS_PER_CHUNK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +61,10 @@ class Sampler:
         eos_id: int,
         num_pieces: int,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        limits: Limits = Limits(256, 2**20),
     ):
         self.config, self.eos_id, self.num_pieces = config, eos_id, num_pieces
+        self.limits = limits
         self.compute = ComputeSettings(dtype=dtype, remat="none")
         self.params = jax.jit(model.cast, static_argnums=1)(params, dtype)
 
@@ -93,48 +94,50 @@ class Sampler:
             )
         return min(settings.max_tokens, left)
 
-    def sample(self, prompts: Iterable[Prompt], settings: SamplingSettings) -> Iterator[ProblemSamples]:
-        """Yields the samples of each prompt, in the order of the prompts. Raises UsageError as `room` does."""
-        for prompt in prompts:
-            yield self._sample_problem(prompt, settings, self.room(prompt, settings))
+    def sample(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ProblemSamples]:
+        """All samples of a group of problems, which are decoded together; in the order of the prompts.
 
-    def _sample_problem(self, prompt: Prompt, settings: SamplingSettings, room: int) -> ProblemSamples:
-        padded_length = -(-len(prompt.tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        padded = np.zeros(padded_length, np.int32)
-        padded[: len(prompt.tokens)] = prompt.tokens
-        prefix = decode.prefill(self.config, self.compute, self.params, padded, np.int32(len(prompt.tokens)))
-        if not bool(jnp.isfinite(prefix.last_logits).all()):
-            raise RunError(f"problem {prompt.problem_id!r}: the model's logits are not finite: its weights are damaged")
-        capacity = STEPS_PER_CHUNK
-        state = decode.start(self.config, prefix, settings.num_samples, capacity)
-        problem_key = Draws(settings.seed).problem_key(prompt.problem_id)
-        sample_ids = jnp.arange(settings.num_samples)
-        while int(state.position) < room and not bool(state.finished.all()):
-            if int(state.position) + STEPS_PER_CHUNK > capacity:
-                capacity *= 2  # few sizes, so few compilations; a step reads at most twice what is written
-                state = decode.grow(state, capacity)
-            state = decode.decode_chunk(
-                self.config,
-                self.compute,
-                self.params,
-                prefix,
-                state,
-                problem_key,
-                sample_ids,
-                np.int32(room),
-                num_steps=STEPS_PER_CHUNK,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                eos_id=self.eos_id,
-                num_pieces=self.num_pieces,
-            )
-        return self._collect(prompt, np.asarray(state.tokens), int(state.position))
+        Raises UsageError as `room` does, before anything is drawn.
+        """
+        rooms = [self.room(prompt, settings) for prompt in prompts]
+        draws = [Draws(settings.seed).problem_key(prompt.problem_id) for prompt in prompts]
+        drawn: list[dict[int, Int[np.ndarray, " length"]]] = [{} for _ in prompts]
 
-    def _collect(self, prompt: Prompt, tokens: Int[np.ndarray, "rows response"], written: int) -> ProblemSamples:
-        rows: list[Int[np.ndarray, " length"]] = []
-        reasons: list[Literal["eos", "length"]] = []
-        for row in tokens[:, :written]:
-            ends = np.flatnonzero(row == self.eos_id)
-            rows.append(row[: ends[0] + 1] if len(ends) else row)
-            reasons.append("eos" if len(ends) else "length")
-        return ProblemSamples(prompt.problem_id, rows, reasons)
+        def begin(blocks: Sequence[tuple[int, range]]) -> Wave:
+            problems = [problem for problem, _ in blocks]
+            longest = max(len(prompts[problem].tokens) for problem in problems)
+            padded = np.zeros((len(problems), -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE), np.int32)
+            sample = np.full((len(problems), max(len(ids) for _, ids in blocks)), -1, np.int32)
+            for line, (problem, ids) in enumerate(blocks):
+                padded[line, : len(prompts[problem].tokens)] = prompts[problem].tokens
+                sample[line, : len(ids)] = ids
+            lengths = np.asarray([len(prompts[problem].tokens) for problem in problems], np.int32)
+            computed, logits = decode.prefill(
+                self.config, self.compute, self.params, padded, lengths,
+                np.asarray([rooms[problem] for problem in problems], np.int32),
+                jnp.stack([draws[problem] for problem in problems]),
+            )  # fmt: skip
+            finite = np.asarray(jnp.isfinite(logits).all(-1))
+            if not finite.all():
+                name = prompts[problems[int(np.argmin(finite))]].problem_id
+                raise RunError(f"problem {name!r}: the model's logits are not finite: its weights are damaged")
+            rows = decode.start(self.config, computed, logits, sample, STEPS_PER_CHUNK)
+            return Wave(problems, computed, rows, sample, sample >= 0)
+
+        def advance(wave: Wave) -> None:
+            wave.rows = decode.decode_chunk(
+                self.config, self.compute, self.params, wave.prompts, wave.rows,
+                num_steps=STEPS_PER_CHUNK, temperature=settings.temperature, top_p=settings.top_p,
+                eos_id=self.eos_id, num_pieces=self.num_pieces,
+            )  # fmt: skip
+
+        def ended(problem: int, sample: int, written: Int[np.ndarray, " tokens"]) -> None:
+            ends = np.flatnonzero(written == self.eos_id)
+            drawn[problem][sample] = written[: min(ends[0] + 1 if len(ends) else len(written), rooms[problem])].copy()
+
+        run_waves(blocks(len(prompts), settings.num_samples, self.limits), begin, advance, ended, self.limits)
+        return [self._collected(prompt, samples) for prompt, samples in zip(prompts, drawn, strict=True)]
+
+    def _collected(self, prompt: Prompt, samples: dict[int, Int[np.ndarray, " length"]]) -> ProblemSamples:
+        rows = [samples[i] for i in range(len(samples))]
+        return ProblemSamples(prompt.problem_id, rows, ["eos" if row[-1] == self.eos_id else "length" for row in rows])
