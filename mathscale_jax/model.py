@@ -1,6 +1,6 @@
 """The LLaMA family in flax.nnx: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
-nnx defines the modules; everything else sees a pure dict of arrays (`init`, `abstract_params`, `bind`).
+nnx defines the modules; everything else sees a pure dict of arrays (`init`, `param_specs`, `forward`).
 The blocks are one stacked block whose arrays carry a leading layer axis, run by `jax.lax.scan`.
 """
 
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from mathscale_jax.attention import attend, saves_attention
@@ -43,9 +44,13 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(config.hidden_size), out_sharding=("norm",), eager_sharding=False)
 
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...]
+        return _rms_norm(x, self.scale[...], self.eps)
+
+
+def _rms_norm(x: Float[Array, "*batch embed"], scale: Float[Array, " embed"], eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale
 
 
 # Cosines and sines of the rotary embedding, the same in every layer: [batch, length, 1, head_dim / 2] each.
@@ -186,49 +191,75 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Embedding, a stack of blocks, a last norm and the output layer."""
+    """The parameters of an embedding, a stack of blocks, a last norm and the output layer; `forward` runs them."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         def new_block(key: jax.Array) -> Any:
             return nnx.split(Block(config, nnx.Rngs(params=key)))[1]
 
-        self.config = config
         self.embedding = _matrix(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
-        graphdef = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))[0]
         stacked = jax.vmap(new_block)(jax.random.split(rngs.params(), config.num_layers))
-        self.blocks = nnx.merge(graphdef, stacked)
+        self.blocks = nnx.merge(_abstract_block(config)[0], stacked)
         self.norm = RMSNorm(config)
         self.output = _matrix(rngs, (config.hidden_size, config.vocab_size), ("embed", "vocab"))
 
-    def __call__(
-        self,
-        tokens: Int[Array, "batch length"],
-        positions: Int[Array, "batch length"],
-        attend_fn: AttendFn,
-        caches: Any = None,
-        adapter: Mapping[str, Adapter] | None = None,
-        *,
-        compute: ComputeSettings,
-    ) -> tuple[Float[Array, "batch length embed"], Any]:
-        """The normed hidden states, and what `attend_fn` returned per layer, stacked.
 
-        `caches` and `adapter` have a leading layer axis; each layer gets its own slice.
-        """
-        graphdef, layers = nnx.split(self.blocks)
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch length"],
+    positions: Int[Array, "batch length"],
+    attend_fn: AttendFn,
+    caches: Any = None,
+    adapter: Mapping[str, Adapter] | None = None,
+    *,
+    compute: ComputeSettings,
+) -> tuple[Float[Array, "batch length embed"], Any]:
+    """The normed hidden states, and what `attend_fn` returned for each layer, stacked.
 
-        def run_block(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
-            state, cache, adapter = layer
-            x, stacked = nnx.merge(graphdef, _gathered(state))(x, rotation, attend_fn, cache, adapter)
-            return constrain_rows(x), stacked
+    `caches` and `adapter` have a leading layer axis; each layer gets its own slice. Where `params` come from
+    `layers_apart`, `caches` and what is returned are tuples, one item a layer.
+    """
+    graphdef, abstract = _abstract_block(config)
 
-        # Looking up rows of a table split over fsdp would gather the whole batch; gather the table instead.
-        x = on_own_rows(_look_up, self.embedding[...], ("vocab", "embed"), tokens)
-        x = constrain_rows(x)
-        rotation = rotation_of(positions, self.config, x.dtype)
-        x, stacked = jax.lax.scan(
-            rematerialised(run_block, compute.remat), x, (layers, caches, adapter or {}), unroll=compute.scan_unroll
-        )
-        return self.norm(x), stacked
+    def run_block(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+        values, cache, adapter = layer
+        state = jax.tree.map(lambda variable: variable, abstract)  # a copy: replacing values works in place
+        nnx.replace_by_pure_dict(state, values)
+        x, stacked = nnx.merge(graphdef, _gathered(state))(x, rotation, attend_fn, cache, adapter)
+        return constrain_rows(x), stacked
+
+    run_block = rematerialised(run_block, compute.remat)
+    # Looking up rows of a table split over fsdp would gather the whole batch; gather the table instead.
+    x = on_own_rows(_look_up, params["embedding"], ("vocab", "embed"), tokens)
+    x = constrain_rows(x)
+    rotation = rotation_of(positions, config, x.dtype)
+    stacked: Any
+    if isinstance(params["blocks"], tuple):
+        every = []
+        for layer, values in enumerate(params["blocks"]):
+            x, of_layer = run_block(x, (values, caches[layer] if caches else None, {}))
+            every.append(of_layer)
+        stacked = tuple(every)
+    else:
+        layers = params["blocks"], caches, adapter or {}
+        x, stacked = jax.lax.scan(run_block, x, layers, unroll=compute.scan_unroll)
+    return _rms_norm(x, params["norm"]["scale"], config.rms_norm_eps), stacked
+
+
+def layers_apart(params: Params) -> Params:
+    """The same parameters with the blocks as a tuple of the layers' own. The stacked arrays are deleted on the way.
+
+    XLA's GPU compiler copies each layer's slice of a stacked array before it uses it, which the few rows of a decode
+    step do not pay for; its TPU compiler reads it in place, and takes several times as long over a long program.
+    """
+    leaves, structure = jax.tree.flatten(params["blocks"])
+    apart = []
+    for leaf in leaves:
+        sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        apart.append(jax.jit(lambda leaf: tuple(leaf), out_shardings=sharding)(leaf))
+        leaf.delete()
+    return {**params, "blocks": tuple(jax.tree.unflatten(structure, layer) for layer in zip(*apart, strict=True))}
 
 
 def _gathered(layer: Any) -> Any:
@@ -282,9 +313,19 @@ def rematerialised(function: Callable[..., Any], policy: str) -> Callable[..., A
 
 
 @functools.cache
-def _abstract(config: ModelConfig) -> tuple[Any, Any]:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(params=0))))
-    return graphdef, state
+def _abstract_block(config: ModelConfig) -> tuple[Any, Any]:
+    return _shapes(lambda: Block(config, nnx.Rngs(0)))
+
+
+@functools.cache
+def _abstract_state(config: ModelConfig) -> Any:
+    return _shapes(lambda: Llama(config, nnx.Rngs(params=0)))[1]
+
+
+def _shapes(make: Callable[[], nnx.Module]) -> tuple[Any, Any]:
+    # Inside a mesh, nnx would take our logical axes for the mesh's own.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.split(nnx.eval_shape(make))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,8 +345,7 @@ def param_specs(config: ModelConfig) -> PyTree[ParamSpec]:
             axes = ("layers", *axes)
         return ParamSpec(tuple(leaf.shape), axes)
 
-    _, state = _abstract(config)
-    flat = {path: spec(path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    flat = {path: spec(path, leaf) for path, leaf in nnx.to_flat_state(_abstract_state(config))}
     return nnx.traversals.unflatten_mapping(flat)
 
 
@@ -319,14 +359,6 @@ def init(config: ModelConfig, seed: int) -> Params:
     """Random float32 parameters. Call under jit with out_shardings to have them made where they belong."""
     model = Llama(config, nnx.Rngs(params=jax.random.key(seed, impl="threefry2x32")))
     return nnx.to_pure_dict(nnx.split(model)[1])
-
-
-def bind(config: ModelConfig, params: Params) -> Llama:
-    """The module with these parameters."""
-    graphdef, state = _abstract(config)
-    state = jax.tree.map(lambda x: x, state)  # a copy: replacing values works in place
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)
 
 
 def cast(params: Params, dtype: str) -> Params:
@@ -349,7 +381,7 @@ def hidden_states(
         window = config.sliding_window
         return attend(query, key, value, segment_ids, sliding_window=window, backend=compute.attention), None
 
-    hidden, _ = bind(config, params)(tokens, positions, attend_packed, adapter=adapter, compute=compute)
+    hidden, _ = forward(config, params, tokens, positions, attend_packed, adapter=adapter, compute=compute)
     return hidden
 
 

@@ -1,25 +1,50 @@
 """Prefill and the decode loop on the device.
 
 What is decoded together is a grid of problems and rows, a row being a sample. A problem's prompt is computed once:
-its keys and values [layers, problems, prompt, kv_heads, head_dim] are shared by its rows. Each row has a cache of its
-own for the response [layers, problems, rows, kv_heads, slots, head_dim]. In every step all rows write into the same
-slot, the state's clock; where rows of several waves are put together, those with fewer tokens begin at a later slot.
-Attention is one softmax over the scores of prompt, response so far, and the token itself.
+its keys and values [problems, prompt, kv_heads, head_dim] are shared by its rows. Each row has caches of its own for
+the response [problems, rows, kv_heads, slots, head_dim]. In every step all rows write into the same slot, the clock's;
+where rows of several waves are put together, those with fewer tokens begin at a later slot. Attention is one softmax
+over the scores of prompt, response so far, and the token itself.
+
+Caches are stacked, with a leading axis of layers, or apart, a tuple with one tree a layer, as the parameters are (see
+model.layers_apart); axes are therefore counted from the end. Inside a mesh kv_heads are split over tensor, and rows,
+or else problems, over data and fsdp.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mathscale_jax import model
 from mathscale_jax.attention import attend
 from mathscale_jax.config import ComputeSettings, ModelConfig
-from mathscale_jax.mesh import constrain
-from mathscale_jax.sampler.draw import Draws, next_tokens
+from mathscale_jax.mesh import LOGICAL_AXES, constrain
+from mathscale_jax.sampler.draw import Draws, log_probabilities, next_tokens
+
+CacheDtype = Literal["float32", "bfloat16", "int8"]
+# Of each cache, and of the prompts' keys and values.
+_PROBLEMS, _ROWS, _SLOTS = -5, -4, -2
+_PROMPT_PROBLEMS, _PROMPT = -4, -3
+_PREFILLED_AT_A_TIME = 8192  # tokens
+# By layer, or stacked: {"key": ..., "value": ...}; of int8 ones with the scales of each [..., slots, 1] besides.
+Caches: TypeAlias = PyTree[Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How tokens are drawn, and when a response ends."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float
+    eos_id: int
+    num_pieces: int  # tokens from here on pad the vocabulary and stand for no text: they are never drawn
+    logprobs: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -30,11 +55,15 @@ class Prompts:
     `room` is the most tokens that a response may have, `draws` the key of a problem's random draws.
     """
 
-    key: Float[Array, "layers problems prompt kv_heads head_dim"]
-    value: Float[Array, "layers problems prompt kv_heads head_dim"]
+    caches: Caches  # key and value, each [..., problems, prompt, kv_heads, head_dim]
     length: Int[Array, " problems"]
     room: Int[Array, " problems"]
     draws: Array  # keys [problems]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the padded prompts."""
+        return jax.tree.leaves(self.caches)[0].shape[_PROMPT]
 
 
 @jax.tree_util.register_dataclass
@@ -42,28 +71,26 @@ class Prompts:
 class Rows:
     """Everything that a chunk of steps changes, and what does not change of a row.
 
-    `clock` counts the slots that are written; the response of a row began at slot `start`. Rows that only fill the
-    grid are finished, with -1 for their sample.
+    `clock` counts the slots with tokens; the response of a row began at slot `start`. The last token is drawn and not
+    yet computed: caches hold one slot less. Rows that only fill the grid are finished, with -1 for their sample.
     """
 
     clock: Int[Array, ""]
     start: Int[Array, "problems rows"]
     sample: Int[Array, "problems rows"]
     tokens: Int[Array, "problems rows slots"]
-    logits: Float[Array, "problems rows vocab"]
-    logprob: Float[Array, "problems rows"]
+    logprobs: Float[Array, "problems rows slots"]
     finished: Bool[Array, "problems rows"]
-    key: Float[Array, "layers problems rows kv_heads slots head_dim"]
-    value: Float[Array, "layers problems rows kv_heads slots head_dim"]
+    caches: Caches  # each [..., problems, rows, kv_heads, slots, head_dim or 1]
 
     @property
     def num_slots(self) -> int:
-        """Room of the caches, in tokens."""
+        """Room, in tokens."""
         return self.tokens.shape[-1]
 
 
-@partial(jax.jit, static_argnames=("config", "compute"))
-def prefill(
+@partial(jax.jit, static_argnames=("config", "compute", "rule", "cache_dtype", "num_slots"))
+def begin(
     config: ModelConfig,
     compute: ComputeSettings,
     params: model.Params,
@@ -71,149 +98,68 @@ def prefill(
     length: Int[Array, " problems"],
     room: Int[Array, " problems"],
     draws: Array,
-) -> tuple[Prompts, Float[Array, "problems vocab"]]:
-    """Computes prompts, of which the first `length` tokens count; the logits after their last ones."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    segment_ids = (positions < length[:, None]).astype(jnp.int32)
-
-    def attend_and_keep(query: Array, key: Array, value: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
-        window = config.sliding_window
-        attended = attend(query, key, value, segment_ids, sliding_window=window, backend=compute.attention)
-        return attended, (key, value)
-
-    hidden, (key, value) = model.bind(config, params)(tokens, positions, attend_and_keep, compute=compute)
-    last = jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)[:, 0]
-    logits = jnp.einsum("pe,ev->pv", last, params["output"], preferred_element_type=jnp.float32)
-    return Prompts(key, value, length, room, draws), logits
-
-
-@partial(jax.jit, static_argnames=("config", "num_slots"))
-def start(
-    config: ModelConfig,
-    prompts: Prompts,
-    last_logits: Float[Array, "problems vocab"],
     sample: Int[Array, "problems rows"],
+    *,
+    rule: Rule,
+    cache_dtype: CacheDtype,
     num_slots: int,
-) -> Rows:
-    """Rows before their first token: each has its prompt's logits, and room for `num_slots` tokens."""
-    shape = sample.shape
-    cache = (config.num_layers, *shape, config.num_kv_heads, num_slots, config.head_dim)
-    return Rows(
-        clock=jnp.zeros((), jnp.int32),
-        start=jnp.zeros(shape, jnp.int32),
+) -> tuple[Prompts, Rows, Bool[Array, " problems"]]:
+    """Computes prompts, of which the first `length` tokens count, and draws each row's first token.
+
+    Says of each problem whether its logits are numbers, too.
+    """
+    num_problems, num_rows = sample.shape
+
+    def prefill(tokens: Array, length: Array) -> tuple[Array, Any]:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        segment_ids = (positions < length[:, None]).astype(jnp.int32)
+
+        def attend_and_keep(query: Array, key: Array, value: Array, _: None) -> tuple[Array, dict[str, Array]]:
+            window = config.sliding_window
+            attended = attend(query, key, value, segment_ids, sliding_window=window, backend=compute.attention)
+            return attended, {"key": key, "value": value}
+
+        hidden, caches = model.forward(config, params, tokens, positions, attend_and_keep, compute=compute)
+        return jnp.take_along_axis(hidden, length[:, None, None] - 1, axis=1)[:, 0], caches
+
+    at_a_time = max(1, _PREFILLED_AT_A_TIME // tokens.shape[1])
+    if num_problems <= at_a_time:
+        last, computed = prefill(tokens, length)
+    else:
+        parts = [
+            prefill(tokens[i : i + at_a_time], length[i : i + at_a_time]) for i in range(0, num_problems, at_a_time)
+        ]
+        last = jnp.concatenate([hidden for hidden, _ in parts])
+        computed = jax.tree.map(lambda *xs: jnp.concatenate(xs, _PROMPT_PROBLEMS), *[caches for _, caches in parts])
+    problem_axes, row_axes = _split_over(sample.shape)
+    computed = jax.tree.map(partial(_constrain, {_PROMPT_PROBLEMS: problem_axes, -2: "tensor"}), computed)
+    logits = jnp.einsum("pe,ev->pv", last, params["output"], preferred_element_type=jnp.float32)
+    prompts = Prompts(computed, length, room, draws)
+
+    of_rows = jnp.broadcast_to(logits[:, None], (num_problems, num_rows, logits.shape[-1]))
+    first, logprob = _draw(rule, prompts, of_rows, sample, jnp.zeros_like(sample))
+
+    def empty(like: Array) -> Array:
+        return jnp.zeros((*like.shape[:_PROMPT_PROBLEMS], *sample.shape, like.shape[-2], num_slots, like.shape[-1]))
+
+    caches = _map_layers(
+        lambda layer: _stored({name: empty(of_prompt) for name, of_prompt in layer.items()}, cache_dtype), computed
+    )
+    caches = jax.tree.map(partial(_constrain, {_PROBLEMS: problem_axes, _ROWS: row_axes, -3: "tensor"}), caches)
+    at_first = jnp.arange(num_slots) == 0
+    rows = Rows(
+        clock=jnp.ones((), jnp.int32),
+        start=jnp.zeros_like(sample),
         sample=sample,
-        tokens=jnp.zeros((*shape, num_slots), jnp.int32),
-        logits=jnp.broadcast_to(last_logits[:, None], (*shape, last_logits.shape[-1])),
-        logprob=jnp.zeros(shape, jnp.float32),
-        finished=sample < 0,
-        key=jnp.zeros(cache, prompts.key.dtype),
-        value=jnp.zeros(cache, prompts.value.dtype),
+        tokens=jnp.where(at_first, first[..., None], 0),
+        logprobs=jnp.where(at_first, logprob[..., None], 0.0),
+        finished=(sample < 0) | (first == rule.eos_id) | (room[:, None] <= 1),
+        caches=caches,
     )
+    return prompts, _readable(rows), jnp.isfinite(logits).all(-1)
 
 
-@partial(jax.jit, static_argnames="num_slots")
-def with_slots(rows: Rows, num_slots: int) -> Rows:
-    """The same rows with caches of `num_slots`."""
-    more = num_slots - rows.num_slots
-    return _map_caches(rows, lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)]))
-
-
-@jax.jit
-def take(
-    prompts: Prompts, rows: Rows, problem: Int[Array, " chosen"], row: Int[Array, "chosen per_problem"]
-) -> tuple[Prompts, Rows]:
-    """Those problems, and of each those rows; -1 for a row that only fills the grid."""
-    at = problem[:, None], jnp.maximum(row, 0)
-
-    def of_rows(x: Array) -> Array:
-        return x[at]
-
-    chosen = Rows(
-        clock=rows.clock,
-        start=of_rows(rows.start),
-        sample=jnp.where(row < 0, -1, of_rows(rows.sample)),
-        tokens=of_rows(rows.tokens),
-        logits=of_rows(rows.logits),
-        logprob=of_rows(rows.logprob),
-        finished=of_rows(rows.finished) | (row < 0),
-        key=rows.key[:, *at],
-        value=rows.value[:, *at],
-    )
-    of_problem = Prompts(
-        prompts.key[:, problem], prompts.value[:, problem], prompts.length[problem], prompts.room[problem],
-        prompts.draws[problem],
-    )  # fmt: skip
-    return of_problem, chosen
-
-
-@partial(jax.jit, static_argnames="num_slots")
-def join(parts: tuple[tuple[Prompts, Rows], ...], num_slots: int) -> tuple[Prompts, Rows]:
-    """All problems of several parts in one grid, with caches of `num_slots`; what they wrote last is in one slot."""
-    longest_prompt = max(prompts.key.shape[2] for prompts, _ in parts)
-    most_rows = max(rows.start.shape[1] for _, rows in parts)
-    clock = jnp.max(jnp.stack([rows.clock for _, rows in parts]))
-    moved = []
-    for prompts, rows in parts:
-        later = clock - rows.clock
-        more_rows, more_prompt = most_rows - rows.start.shape[1], longest_prompt - prompts.key.shape[2]
-
-        def into_slots(x: Array, axis: int, later: Array = later) -> Array:
-            shape = (*x.shape[:axis], num_slots, *x.shape[axis + 1 :])
-            return jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape, x.dtype), x, later, axis)
-
-        def filled(x: Array, axis: int, more: int, value: Any = 0) -> Array:
-            pads = [(0, more if i == axis else 0) for i in range(x.ndim)]
-            return jnp.pad(x, pads, constant_values=value)
-
-        rows = _map_caches(rows, into_slots)
-        rows = Rows(
-            clock=clock,
-            start=filled(rows.start + later, 1, more_rows),
-            sample=filled(rows.sample, 1, more_rows, -1),
-            tokens=filled(rows.tokens, 1, more_rows),
-            logits=filled(rows.logits, 1, more_rows),
-            logprob=filled(rows.logprob, 1, more_rows),
-            finished=filled(rows.finished, 1, more_rows, True),
-            key=filled(rows.key, 2, more_rows),
-            value=filled(rows.value, 2, more_rows),
-        )
-        prompts = dataclasses.replace(
-            prompts, key=filled(prompts.key, 2, more_prompt), value=filled(prompts.value, 2, more_prompt)
-        )
-        moved.append((prompts, rows))
-    together = Rows(
-        clock=clock,
-        **{
-            field.name: jnp.concatenate(
-                [getattr(rows, field.name) for _, rows in moved], axis=1 if field.name in ("key", "value") else 0
-            )
-            for field in dataclasses.fields(Rows)
-            if field.name != "clock"
-        },
-    )
-    of_all = Prompts(
-        key=jnp.concatenate([prompts.key for prompts, _ in moved], axis=1),
-        value=jnp.concatenate([prompts.value for prompts, _ in moved], axis=1),
-        **{
-            name: jnp.concatenate([getattr(prompts, name) for prompts, _ in moved])
-            for name in ("length", "room", "draws")
-        },
-    )
-    return of_all, together
-
-
-def _map_caches(rows: Rows, change: Any) -> Rows:
-    """`change(array, axis)` of all that has an axis of slots."""
-    return dataclasses.replace(
-        rows, tokens=change(rows.tokens, 2), key=change(rows.key, 4), value=change(rows.value, 4)
-    )
-
-
-@partial(
-    jax.jit,
-    static_argnames=("config", "compute", "num_steps", "temperature", "top_p", "eos_id", "num_pieces"),
-    donate_argnames="rows",
-)
+@partial(jax.jit, static_argnames=("config", "compute", "rule", "num_steps"), donate_argnames="rows")
 def decode_chunk(
     config: ModelConfig,
     compute: ComputeSettings,
@@ -221,16 +167,12 @@ def decode_chunk(
     prompts: Prompts,
     rows: Rows,
     *,
+    rule: Rule,
     num_steps: int,
-    temperature: float,
-    top_p: float,
-    eos_id: int,
-    num_pieces: int,
 ) -> Rows:
-    """`num_steps` more tokens in every row, and fewer where all have ended; the caches must have room for them.
+    """`num_steps` more tokens in every row, and fewer where all have ended; there must be slots for them.
 
-    A row ends with EOS, or with as many tokens as its problem has room for. Only the first `num_pieces` tokens of the
-    vocabulary are drawn: what pads it stands for no text.
+    A row ends with EOS, or with as many tokens as its problem has room for.
     """
     last = rows.clock + num_steps
 
@@ -238,30 +180,53 @@ def decode_chunk(
         return (rows.clock < last) & ~jnp.all(rows.finished)
 
     def step(rows: Rows) -> Rows:
+        latest = jax.lax.dynamic_index_in_dim(rows.tokens, rows.clock - 1, 2, keepdims=False)
+        logits, new = _forward(config, compute, params, prompts, rows, latest)
         position = rows.clock - rows.start
-        uniform = jax.vmap(Draws.uniform)(prompts.draws, rows.sample, position)
-        logits = rows.logits[..., :num_pieces]
-        drawn = next_tokens(logits.reshape(-1, num_pieces), uniform.reshape(-1), temperature, top_p)
-        drawn = jnp.where(rows.finished, eos_id, drawn.reshape(uniform.shape))
-        logits, key, value = _forward(config, compute, params, prompts, rows, drawn)
+        drawn, logprob = _draw(rule, prompts, logits, rows.sample, position)
+        drawn = jnp.where(rows.finished, rule.eos_id, drawn)
 
-        def write(cache: Array, new: Array, axis: int) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(cache, new, rows.clock, axis)
+        def write(array: Array, new: Array, slot: Array, axis: int) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(array, new, slot, axis)
 
         return dataclasses.replace(
             rows,
             clock=rows.clock + 1,
-            tokens=write(rows.tokens, drawn[..., None], 2),
-            logits=logits,
-            finished=rows.finished | (drawn == eos_id) | (position + 1 >= prompts.room[:, None]),
-            # Written for all layers at once, outside the scan over layers: inside, every step would copy the cache.
-            key=write(rows.key, key, 4),
-            value=write(rows.value, value, 4),
+            tokens=write(rows.tokens, drawn[..., None], rows.clock, 2),
+            logprobs=write(rows.logprobs, logprob[..., None], rows.clock, 2) if rule.logprobs else rows.logprobs,
+            finished=rows.finished | (drawn == rule.eos_id) | (position + 1 >= prompts.room[:, None]),
+            # Outside the scan over layers: inside, every step would copy what is stacked.
+            caches=jax.tree.map(
+                lambda cache, new: write(cache, new, rows.clock - 1, cache.ndim + _SLOTS), rows.caches, new
+            ),
         )
 
-    rows = jax.lax.while_loop(running, step, rows)
-    # Whole on every device: each process of several reads them.
-    return dataclasses.replace(rows, tokens=constrain(rows.tokens), finished=constrain(rows.finished))
+    return _readable(jax.lax.while_loop(running, step, rows))
+
+
+def _readable(rows: Rows) -> Rows:
+    """What the host looks at, whole on every device: each process of several reads it."""
+    looked_at = ("clock", "start", "tokens", "logprobs", "finished")
+    return dataclasses.replace(rows, **{name: constrain(getattr(rows, name)) for name in looked_at})
+
+
+def _draw(
+    rule: Rule,
+    prompts: Prompts,
+    logits: Float[Array, "problems rows vocab"],
+    sample: Int[Array, "problems rows"],
+    position: Int[Array, "problems rows"],
+) -> tuple[Int[Array, "problems rows"], Float[Array, "problems rows"]]:
+    """The tokens at `position` of the responses, and their log-probabilities where the rule wants them."""
+    # Each device draws for some of the rows, with all of the vocabulary: less to send than a sum over parts of it.
+    flat = logits[..., : rule.num_pieces].reshape(-1, rule.num_pieces)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        flat = constrain(flat, tuple(mesh.axis_names) if flat.shape[0] % mesh.size == 0 else None)
+    uniform = jax.vmap(Draws.uniform)(prompts.draws, sample, position).reshape(-1)
+    drawn = next_tokens(flat, uniform, temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p)
+    logprob = log_probabilities(flat, drawn) if rule.logprobs else jnp.zeros(drawn.shape)
+    return drawn.reshape(sample.shape), logprob.reshape(sample.shape)
 
 
 def _forward(
@@ -271,52 +236,221 @@ def _forward(
     prompts: Prompts,
     rows: Rows,
     tokens: Int[Array, "problems rows"],
-) -> tuple[Array, Array, Array]:
-    """Next logits, and the new keys and values [layers, problems, rows, kv_heads, 1, head_dim]."""
+) -> tuple[Float[Array, "problems rows vocab"], Caches]:
+    """The logits after each row's latest token, which lies in slot clock - 1, and what the caches get there."""
     num_problems, num_rows = tokens.shape
-    count = num_problems * num_rows
-    absolute = prompts.length[:, None] + rows.clock - rows.start
-    in_prompt = jnp.arange(prompts.key.shape[2])
-    slots = jnp.arange(rows.num_slots)
-    sees_prompt = jnp.broadcast_to(
-        in_prompt < prompts.length[:, None, None], (num_problems, num_rows, in_prompt.shape[0])
-    )
-    sees_slots = (slots >= rows.start[..., None]) & (slots < rows.clock)
+    grid = num_problems, num_rows, config.num_kv_heads
+    slot = rows.clock - 1
+    absolute = prompts.length[:, None] + slot - rows.start
+    in_prompt, slots = jnp.arange(prompts.num_tokens), jnp.arange(rows.num_slots)
+    sees_prompt = in_prompt < prompts.length[:, None, None]
+    sees_slots = (slots >= rows.start[..., None]) & (slots < slot)
     if config.sliding_window is not None:
-        sees_prompt &= absolute[..., None] - in_prompt < config.sliding_window
-        sees_slots &= rows.clock - slots < config.sliding_window
+        sees_prompt = sees_prompt & (absolute[..., None] - in_prompt < config.sliding_window)
+        sees_slots = sees_slots & (slot - slots < config.sliding_window)
     sees_prompt, sees_slots = sees_prompt[:, :, None, None], sees_slots[:, :, None, None]
+    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def attend_caches(query: Array, key: Array, value: Array, caches: Any) -> tuple[Array, tuple[Array, Array]]:
-        prompt_key, prompt_value, own_key, own_value = caches
+    def attend_caches(query: Array, key: Array, value: Array, caches: Any) -> tuple[Array, Caches]:
+        prompt, own = caches
         _, _, num_heads, head_dim = query.shape
-        grid = (num_problems, num_rows, config.num_kv_heads)
         grouped = query.reshape(*grid, num_heads // config.num_kv_heads, head_dim)
-        key, value = key.reshape(*grid, head_dim), value.reshape(*grid, head_dim)
-        dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+        new = {"key": key.reshape(*grid, 1, head_dim), "value": value.reshape(*grid, 1, head_dim)}
         # One product for all rows of a problem against its prompt; one per row against its own response.
+        to_prompt = dot("nrkgd,npkd->nrkgp", grouped, prompt["key"])
+        to_own = dot("nrkgd,nrksd->nrkgs", grouped, own["key"].astype(query.dtype))
+        to_itself = dot("nrkgd,nrksd->nrkgs", grouped, new["key"])
+        if "key_scale" in own:
+            to_own = to_own * own["key_scale"][..., 0][:, :, :, None]
         lowest = jnp.finfo(jnp.float32).min
-        scores = jnp.concatenate(
-            [
-                jnp.where(sees_prompt, dot("nrkgd,npkd->nrkgp", grouped, prompt_key), lowest),
-                jnp.where(sees_slots, dot("nrkgd,nrksd->nrkgs", grouped, own_key), lowest),
-                dot("nrkgd,nrkd->nrkg", grouped, key)[..., None],
-            ],
-            axis=-1,
-        )
-        weights = jax.nn.softmax(scores * head_dim**-0.5, axis=-1).astype(value.dtype)
-        end_of_prompt, end_of_own = prompt_key.shape[1], prompt_key.shape[1] + own_key.shape[3]
-        on_prompt, on_own, on_itself = jnp.split(weights, [end_of_prompt, end_of_own], axis=-1)
+        scores = [jnp.where(sees_prompt, to_prompt, lowest), jnp.where(sees_slots, to_own, lowest), to_itself]
+        weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1) * head_dim**-0.5, axis=-1)
+        ends = prompts.num_tokens, prompts.num_tokens + rows.num_slots
+        on_prompt, on_own, on_itself = jnp.split(weights, ends, axis=-1)
+        if "value_scale" in own:
+            on_own = on_own * own["value_scale"][..., 0][:, :, :, None]
         attended = (
-            jnp.einsum("nrkgp,npkd->nrkgd", on_prompt, prompt_value)
-            + jnp.einsum("nrkgs,nrksd->nrkgd", on_own, own_value)
-            + on_itself * value[..., None, :]
+            dot("nrkgp,npkd->nrkgd", on_prompt.astype(query.dtype), prompt["value"])
+            + dot("nrkgs,nrksd->nrkgd", on_own.astype(query.dtype), own["value"].astype(query.dtype))
+            + on_itself * new["value"]
         )
-        return attended.reshape(query.shape), (key, value)
+        return attended.astype(query.dtype).reshape(query.shape), _stored(new, "int8" if "key_scale" in own else None)
 
-    caches = (prompts.key, prompts.value, rows.key, rows.value)
-    hidden, (key, value) = model.bind(config, params)(
-        tokens.reshape(count, 1), absolute.reshape(count, 1), attend_caches, caches, compute=compute
-    )
+    shape = num_problems * num_rows, 1
+    together = list(zip(prompts.caches, rows.caches, strict=True)) if isinstance(rows.caches, tuple) else None
+    hidden, new = model.forward(
+        config, params, tokens.reshape(shape), absolute.reshape(shape), attend_caches,
+        together or (prompts.caches, rows.caches), compute=compute,
+    )  # fmt: skip
     logits = jnp.einsum("re,ev->rv", hidden[:, 0], params["output"], preferred_element_type=jnp.float32)
-    return logits.reshape(num_problems, num_rows, -1), key[..., None, :], value[..., None, :]
+    return logits.reshape(num_problems, num_rows, -1), new
+
+
+def _stored(layer: dict[str, Array], dtype: CacheDtype | None) -> dict[str, Array]:
+    """Keys and values as the caches hold them: in int8 with a scale for each vector, or in `dtype`; None: as is."""
+    if dtype != "int8":
+        return layer if dtype is None else {name: array.astype(dtype) for name, array in layer.items()}
+    stored = {}
+    for name, array in layer.items():
+        largest = jnp.max(jnp.abs(array), axis=-1, keepdims=True).astype(jnp.float32)
+        scale = jnp.where(largest > 0, largest, 1.0) / 127
+        stored[name] = jnp.round(array.astype(jnp.float32) / scale).astype(jnp.int8)
+        stored[f"{name}_scale"] = scale
+    return stored
+
+
+# ---- other grids ----------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames="num_slots")
+def with_slots(rows: Rows, num_slots: int) -> Rows:
+    """The same rows with more slots."""
+    return _map_slots(rows, lambda x, axis: _filled(x, axis, num_slots))
+
+
+@jax.jit
+def take(
+    prompts: Prompts, rows: Rows, problem: Int[Array, " chosen"], row: Int[Array, "chosen per_problem"]
+) -> tuple[Prompts, Rows]:
+    """Those problems, and of each those rows; -1 for a row that only fills the grid."""
+    at = problem[:, None], jnp.maximum(row, 0)
+
+    def of_cache(cache: Array) -> Array:
+        return cache[at] if cache.ndim == -_PROBLEMS else cache[:, *at]
+
+    def of_prompt(cache: Array) -> Array:
+        return jnp.take(cache, problem, axis=_PROMPT_PROBLEMS)
+
+    problem_axes, row_axes = _split_over(row.shape)
+    chosen = dataclasses.replace(
+        rows,
+        start=rows.start[at],
+        sample=jnp.where(row < 0, -1, rows.sample[at]),
+        tokens=rows.tokens[at],
+        logprobs=rows.logprobs[at],
+        finished=rows.finished[at] | (row < 0),
+        caches=jax.tree.map(
+            lambda x: _constrain({_PROBLEMS: problem_axes, _ROWS: row_axes, -3: "tensor"}, of_cache(x)), rows.caches
+        ),
+    )
+    of_problems = Prompts(
+        jax.tree.map(
+            lambda x: _constrain({_PROMPT_PROBLEMS: problem_axes, -2: "tensor"}, of_prompt(x)), prompts.caches
+        ),
+        prompts.length[problem], prompts.room[problem], prompts.draws[problem],
+    )  # fmt: skip
+    return of_problems, _readable(chosen)
+
+
+@partial(jax.jit, static_argnames=("grid", "num_prompt", "num_slots"))
+def empty(
+    prompts: Prompts, rows: Rows, clock: Int[Array, ""], *, grid: tuple[int, int], num_prompt: int, num_slots: int
+) -> tuple[Prompts, Rows]:
+    """A grid of rows that are finished, of the kind of `prompts` and `rows`, for `put`."""
+    problem_axes, row_axes = _split_over(grid)
+
+    def sized(x: Array, axes: dict[int, Any], *sizes: tuple[int, int]) -> Array:
+        shape = list(x.shape)
+        for axis, size in sizes:
+            shape[axis] = size
+        return _constrain(axes, jnp.zeros(shape, x.dtype))
+
+    def of_prompt(x: Array) -> Array:
+        axes = {_PROMPT_PROBLEMS: problem_axes, -2: "tensor"}
+        return sized(x, axes, (_PROMPT_PROBLEMS, grid[0]), (_PROMPT, num_prompt))
+
+    def of_cache(x: Array) -> Array:
+        axes = {_PROBLEMS: problem_axes, _ROWS: row_axes, -3: "tensor"}
+        return sized(x, axes, (_PROBLEMS, grid[0]), (_ROWS, grid[1]), (_SLOTS, num_slots))
+
+    return (
+        Prompts(
+            jax.tree.map(of_prompt, prompts.caches),
+            jnp.ones(grid[0], jnp.int32),
+            jnp.ones(grid[0], jnp.int32),
+            jnp.broadcast_to(prompts.draws[0], grid[0]),
+        ),
+        Rows(
+            clock=clock,
+            start=jnp.broadcast_to(clock, grid),
+            sample=jnp.full(grid, -1, jnp.int32),
+            tokens=jnp.zeros((*grid, num_slots), jnp.int32),
+            logprobs=jnp.zeros((*grid, num_slots), jnp.float32),
+            finished=jnp.ones(grid, bool),
+            caches=jax.tree.map(of_cache, rows.caches),
+        ),
+    )
+
+
+@partial(jax.jit, donate_argnames="into")
+def put(into: tuple[Prompts, Rows], prompts: Prompts, rows: Rows, line: Int[Array, ""]) -> tuple[Prompts, Rows]:
+    """Puts a grid into a larger one, from its problem `line` on, so that what both wrote last is in one slot."""
+    all_prompts, all_rows = into
+    later = all_rows.clock - rows.clock
+
+    def put_lines(x: Array, part: Array, axis: int = 0) -> Array:
+        first: list[Any] = [0] * x.ndim
+        first[axis] = line
+        return jax.lax.dynamic_update_slice(x, part, first)
+
+    def put_slots(x: Array, part: Array, axis: int, lines: int) -> Array:
+        return put_lines(x, jnp.roll(_filled(part, axis, x.shape[axis]), later, axis), lines)
+
+    return (
+        Prompts(
+            jax.tree.map(lambda x, part: put_lines(x, part, _PROMPT_PROBLEMS), all_prompts.caches, prompts.caches),
+            *(put_lines(getattr(all_prompts, name), getattr(prompts, name)) for name in ("length", "room", "draws")),
+        ),
+        Rows(
+            clock=all_rows.clock,
+            start=put_lines(all_rows.start, rows.start + later),
+            sample=put_lines(all_rows.sample, rows.sample),
+            tokens=put_slots(all_rows.tokens, rows.tokens, -1, 0),
+            logprobs=put_slots(all_rows.logprobs, rows.logprobs, -1, 0),
+            finished=put_lines(all_rows.finished, rows.finished),
+            caches=jax.tree.map(lambda x, part: put_slots(x, part, _SLOTS, _PROBLEMS), all_rows.caches, rows.caches),
+        ),
+    )
+
+
+def _map_layers(function: Callable[[dict[str, Array]], dict[str, Array]], caches: Caches) -> Caches:
+    return tuple(map(function, caches)) if isinstance(caches, tuple) else function(caches)
+
+
+def _map_slots(rows: Rows, change: Callable[[Array, int], Array]) -> Rows:
+    """`change(array, axis)` of all that has an axis of slots."""
+    return dataclasses.replace(
+        rows,
+        tokens=change(rows.tokens, -1),
+        logprobs=change(rows.logprobs, -1),
+        caches=jax.tree.map(lambda x: change(x, _SLOTS), rows.caches),
+    )
+
+
+def _filled(x: Array, axis: int, size: int, value: Any = 0) -> Array:
+    """`x` with `value` behind it, up to `size` along an axis."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, pads, constant_values=value)
+
+
+def _split_over(grid: tuple[int, ...]) -> tuple[Any, Any]:
+    """The mesh axes of the grid's problems and rows: the rows are split where they can be, else the problems."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), LOGICAL_AXES["batch"]
+    if mesh.empty:
+        return None, None
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if grid[1] % parts == 0:
+        return None, axes
+    return (axes, None) if grid[0] % parts == 0 else (None, None)
+
+
+def _constrain(axes: dict[int, Any], x: Array) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = [None] * x.ndim
+    for axis, over in axes.items():
+        if over != "tensor" or x.shape[axis] % mesh.shape["tensor"] == 0:
+            spec[axis] = over
+    return constrain(x, *spec)

@@ -1,27 +1,41 @@
-"""The sampler: prompts in, all samples of one problem after another out."""
+"""The sampler: a group of prompts in, all samples of each out."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from data_pipeline.cli import RunError
+from data_pipeline.cli import RunError, StopSignal
 from data_pipeline.settings import UsageError
 from mathscale_jax import model
 from mathscale_jax.checkpoint import Checkpoint
 from mathscale_jax.config import ComputeSettings, ModelConfig
-from mathscale_jax.mesh import largest_mesh
 from mathscale_jax.sampler import decode
+from mathscale_jax.sampler.decode import CacheDtype, Rule
 from mathscale_jax.sampler.draw import Draws, SamplingSettings
-from mathscale_jax.sampler.schedule import STEPS_PER_CHUNK, Limits, Wave, blocks, run_waves
+from mathscale_jax.sampler.placement import decode_mesh, placed, token_limit
+from mathscale_jax.sampler.schedule import (
+    FEWEST_SLOTS,
+    SHORTEST_PROMPT,
+    STEPS_PER_CHUNK,
+    Limits,
+    Samples,
+    Wave,
+    first_waves,
+    power_of_two,
+    run_waves,
+    slots_for,
+    tokens_of,
+)
 from mathscale_jax.step import param_shardings
 
-# Prompts are padded to a multiple of this, so that a data set needs few compilations.
-PROMPT_MULTIPLE = 64
+ROWS = 256  # decoded at once, where nothing else is asked for
+ComputeDtype = Literal["bfloat16", "float32"]
+FinishReason = Literal["eos", "length", "stop"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +50,23 @@ class Prompt:
 class ProblemSamples:
     """All samples of one problem, in order of their ids.
 
-    `tokens[i]` ends with EOS where `finish_reasons[i]` is "eos".
+    `tokens[i]` ends with EOS where `finish_reasons[i]` is "eos", and with the token that completes a stop string where
+    it is "stop". `logprobs[i]` is of all of them, in nats, under the model at temperature 1.
     """
 
     problem_id: str
     tokens: list[Int[np.ndarray, " length"]]
-    finish_reasons: list[Literal["eos", "length"]]
+    finish_reasons: list[FinishReason]
+    logprobs: list[float]
 
 
 class Sampler:
     """Draws samples from a model.
 
-    `params` may have any dtype and sharding; they are cast to `dtype` once. A problem is decoded in the same way
-    whoever asks for it and whatever other problems are asked for, so its samples are reproducible by
-    (weights, prompt, settings) on the same kind of device.
-    Tokens from `num_pieces` on, which pad a vocabulary, are never drawn.
+    `params` may have any dtype and sharding; they are cast to `dtype` and laid out for decoding once, on `devices` (by
+    default all). A group of problems is decoded in the same way whoever asks for it, so its samples are reproducible
+    by (weights, prompts, settings, `limits`) on the same kind of device.
+    Tokens from `num_pieces` on, which pad a vocabulary, are never drawn. `text` decodes tokens; stop strings need it.
     """
 
     def __init__(
@@ -60,31 +76,42 @@ class Sampler:
         *,
         eos_id: int,
         num_pieces: int,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        limits: Limits = Limits(256, 2**20),
+        text: Callable[[list[int]], str] | None = None,
+        dtype: ComputeDtype = "bfloat16",
+        cache_dtype: CacheDtype | None = None,
+        devices: Sequence[jax.Device] | None = None,
+        rows: int = ROWS,
+        max_tokens: int | None = None,
     ):
-        self.config, self.eos_id, self.num_pieces = config, eos_id, num_pieces
-        self.limits = limits
+        self.config, self.eos_id, self.num_pieces, self.text = config, eos_id, num_pieces, text
+        self.cache_dtype: CacheDtype = cache_dtype or dtype
         self.compute = ComputeSettings(dtype=dtype, remat="none")
-        self.params = jax.jit(model.cast, static_argnums=1)(params, dtype)
+        self.mesh = decode_mesh(config, dtype, devices)
+        self.params = placed(params, config, self.mesh, dtype)
+        split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self.limits = Limits(rows, max_tokens or token_limit(config, self.mesh, dtype, self.cache_dtype), split)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dtype: Literal["bfloat16", "float32"] = "bfloat16") -> "Sampler":
-        """A sampler with the weights of a checkpoint, split over as many devices as divide them."""
+    def of(
+        cls, checkpoint: Checkpoint, dtype: Literal["bfloat16", "float32"] = "bfloat16", **options: Any
+    ) -> "Sampler":
+        """A sampler with the weights of a checkpoint, and `options` as they are above."""
         config = checkpoint.meta.model
-        shardings = param_shardings(config, largest_mesh(config))
+        mesh = decode_mesh(config, dtype)
         return cls(
             config,
-            checkpoint.restore_params(shardings, dtype),
+            checkpoint.restore_params(param_shardings(config, mesh), dtype),
             eos_id=checkpoint.tokenizer.eos_id,
             num_pieces=checkpoint.tokenizer.vocab_size,
+            text=checkpoint.tokenizer.decode,
             dtype=dtype,
+            **options,
         )
 
     def room(self, prompt: Prompt, settings: SamplingSettings) -> int:
         """Tokens a response to `prompt` may have: `max_tokens`, or what the model's context leaves.
 
-        Raises UsageError where it leaves nothing, or the prompt is empty.
+        Raises UsageError where it leaves nothing, the prompt is empty, or the devices have no room for one sample.
         """
         left = self.config.max_context - len(prompt.tokens)
         if not prompt.tokens or left < 1:
@@ -92,52 +119,131 @@ class Sampler:
                 f"problem {prompt.problem_id!r}: a prompt of {len(prompt.tokens)} tokens; the model's context of "
                 f"{self.config.max_context} takes 1 to {self.config.max_context - 1}"
             )
-        return min(settings.max_tokens, left)
+        room = min(settings.max_tokens, left)
+        needed = tokens_of((1, self.limits.split), _padded(prompt), slots_for(room))
+        if needed > self.limits.tokens:
+            raise UsageError(
+                f"problem {prompt.problem_id!r}: a sample of up to {room} tokens needs caches for {needed} tokens; "
+                f"beside the weights there is room for {self.limits.tokens}: lower max_tokens, or take more or larger "
+                "devices"
+            )
+        return room
 
-    def sample(self, prompts: Sequence[Prompt], settings: SamplingSettings) -> list[ProblemSamples]:
-        """All samples of a group of problems, which are decoded together; in the order of the prompts.
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+        done: Callable[[int], None] = lambda num_tokens: None,
+    ) -> list[ProblemSamples]:
+        """All samples of a group of problems, in the order of the prompts; `done` is told of each one's tokens.
 
-        Raises UsageError as `room` does, before anything is drawn.
+        Raises UsageError as `room` does, before anything is drawn; Stopped where a signal asks to.
         """
-        rooms = [self.room(prompt, settings) for prompt in prompts]
-        draws = [Draws(settings.seed).problem_key(prompt.problem_id) for prompt in prompts]
-        drawn: list[dict[int, Int[np.ndarray, " length"]]] = [{} for _ in prompts]
-
-        def begin(blocks: Sequence[tuple[int, range]]) -> Wave:
-            problems = [problem for problem, _ in blocks]
-            longest = max(len(prompts[problem].tokens) for problem in problems)
-            padded = np.zeros((len(problems), -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE), np.int32)
-            sample = np.full((len(problems), max(len(ids) for _, ids in blocks)), -1, np.int32)
-            for line, (problem, ids) in enumerate(blocks):
-                padded[line, : len(prompts[problem].tokens)] = prompts[problem].tokens
-                sample[line, : len(ids)] = ids
-            lengths = np.asarray([len(prompts[problem].tokens) for problem in problems], np.int32)
-            computed, logits = decode.prefill(
-                self.config, self.compute, self.params, padded, lengths,
-                np.asarray([rooms[problem] for problem in problems], np.int32),
-                jnp.stack([draws[problem] for problem in problems]),
+        if settings.stop and self.text is None:
+            raise UsageError("stop strings need a tokenizer")
+        group = _Group(self, prompts, settings, done)
+        with jax.set_mesh(self.mesh):
+            run_waves(
+                first_waves([_padded(prompt) for prompt in prompts], settings.num_samples, self.limits), group,
+                self.limits,
             )  # fmt: skip
-            finite = np.asarray(jnp.isfinite(logits).all(-1))
-            if not finite.all():
-                name = prompts[problems[int(np.argmin(finite))]].problem_id
-                raise RunError(f"problem {name!r}: the model's logits are not finite: its weights are damaged")
-            rows = decode.start(self.config, computed, logits, sample, STEPS_PER_CHUNK)
-            return Wave(problems, computed, rows, sample, sample >= 0)
+        return group.collected()
 
-        def advance(wave: Wave) -> None:
-            wave.rows = decode.decode_chunk(
-                self.config, self.compute, self.params, wave.prompts, wave.rows,
-                num_steps=STEPS_PER_CHUNK, temperature=settings.temperature, top_p=settings.top_p,
-                eos_id=self.eos_id, num_pieces=self.num_pieces,
-            )  # fmt: skip
 
-        def ended(problem: int, sample: int, written: Int[np.ndarray, " tokens"]) -> None:
-            ends = np.flatnonzero(written == self.eos_id)
-            drawn[problem][sample] = written[: min(ends[0] + 1 if len(ends) else len(written), rooms[problem])].copy()
+def _padded(prompt: Prompt) -> int:
+    return max(SHORTEST_PROMPT, power_of_two(len(prompt.tokens)))
 
-        run_waves(blocks(len(prompts), settings.num_samples, self.limits), begin, advance, ended, self.limits)
-        return [self._collected(prompt, samples) for prompt, samples in zip(prompts, drawn, strict=True)]
 
-    def _collected(self, prompt: Prompt, samples: dict[int, Int[np.ndarray, " length"]]) -> ProblemSamples:
-        rows = [samples[i] for i in range(len(samples))]
-        return ProblemSamples(prompt.problem_id, rows, ["eos" if row[-1] == self.eos_id else "length" for row in rows])
+@dataclasses.dataclass
+class _Sample:
+    tokens: Int[np.ndarray, " length"]
+    reason: FinishReason
+    logprob: float
+
+
+class _Group:
+    """The problems that are decoded together: a schedule.Decoder."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+        done: Callable[[int], None],
+    ):
+        self._sampler, self._prompts, self._settings, self._done = sampler, prompts, settings, done
+        self._rooms = [sampler.room(prompt, settings) for prompt in prompts]
+        self._draws = [Draws(settings.seed).problem_key(prompt.problem_id) for prompt in prompts]
+        self._samples: list[dict[int, _Sample]] = [{} for _ in prompts]
+        self._num_prompt = max(map(_padded, prompts))
+        self._rule = Rule(
+            settings.temperature, settings.top_k, settings.top_p, sampler.eos_id, sampler.num_pieces, settings.logprobs
+        )
+
+    def begin(self, samples: Sequence[Samples]) -> Wave:
+        split = self._sampler.limits.split
+        problems = [problem for problem, _ in samples]
+        problems += [problems[0]] * (power_of_two(len(problems)) - len(problems))
+        most = max(len(ids) for _, ids in samples)
+        sample = np.full((len(problems), power_of_two(most, split if most >= split else 1)), -1, np.int32)
+        for line, (_, ids) in enumerate(samples):
+            sample[line, : len(ids)] = ids
+        tokens = np.zeros((len(problems), self._num_prompt), np.int32)
+        for line, problem in enumerate(problems):
+            tokens[line, : len(self._prompts[problem].tokens)] = self._prompts[problem].tokens
+        prompts, rows, finite = decode.begin(
+            self._sampler.config, self._sampler.compute, self._sampler.params, tokens,
+            np.asarray([len(self._prompts[problem].tokens) for problem in problems], np.int32),
+            np.asarray([self._rooms[problem] for problem in problems], np.int32),
+            jnp.stack([self._draws[problem] for problem in problems]), sample,
+            rule=self._rule, cache_dtype=self._sampler.cache_dtype, num_slots=FEWEST_SLOTS,
+        )  # fmt: skip
+        if not np.asarray(finite).all():
+            name = self._prompts[problems[int(np.argmin(finite))]].problem_id
+            raise RunError(f"problem {name!r}: the model's logits are not finite: its weights are damaged")
+        return Wave(problems, prompts, rows, sample, sample >= 0)
+
+    def advance(self, wave: Wave) -> None:
+        StopSignal.heed()
+        wave.rows = decode.decode_chunk(
+            self._sampler.config, self._sampler.compute, self._sampler.params, wave.prompts, wave.rows,
+            rule=self._rule, num_steps=STEPS_PER_CHUNK,
+        )  # fmt: skip
+        if self._settings.stop:
+            self._end_at_stops(wave)
+
+    def _end_at_stops(self, wave: Wave) -> None:
+        tokens, start = np.asarray(wave.rows.tokens), np.asarray(wave.rows.start)
+        finished = np.array(wave.rows.finished)
+        for line, row in zip(*np.nonzero(~finished), strict=True):
+            finished[line, row] = self._stops(tokens[line, row, start[line, row] : wave.clock])
+        wave.rows = dataclasses.replace(wave.rows, finished=jnp.asarray(finished))
+
+    def ended(self, problem: int, sample: int, tokens: Int[np.ndarray, " tokens"], logprobs: np.ndarray) -> None:
+        ends = np.flatnonzero(tokens == self._sampler.eos_id)
+        reason: FinishReason = "length"
+        length = min(len(tokens), self._rooms[problem])
+        if len(ends) and ends[0] < length:
+            reason, length = "eos", int(ends[0]) + 1
+        if self._settings.stop and self._stops(tokens[:length]):
+            reason = "stop"
+            length = next(n for n in range(1, length + 1) if self._stops(tokens[:n]))
+        self._samples[problem][sample] = _Sample(tokens[:length].copy(), reason, float(logprobs[:length].sum()))
+        self._done(length)
+
+    def _stops(self, tokens: Int[np.ndarray, " tokens"]) -> bool:
+        assert self._sampler.text is not None
+        text = self._sampler.text(tokens.tolist())
+        return any(stop in text for stop in self._settings.stop)
+
+    def collected(self) -> list[ProblemSamples]:
+        """What was drawn, in order."""
+        return [
+            ProblemSamples(
+                prompt.problem_id,
+                [samples[i].tokens for i in range(self._settings.num_samples)],
+                [samples[i].reason for i in range(self._settings.num_samples)],
+                [samples[i].logprob for i in range(self._settings.num_samples)],
+            )
+            for prompt, samples in zip(self._prompts, self._samples, strict=True)
+        ]

@@ -2,12 +2,13 @@
 
 A decode step reads all weights whatever the number of its rows, so rows should be many; a wave's last samples are
 few. So a wave is packed into a smaller grid as its rows end, and laid aside when a quarter of them is left; what was
-laid aside goes on together. The schedule is a function of the prompts, the settings and the sampler's limits, never
-of time: the same group of problems is drawn in the same way by whoever draws it.
+laid aside goes on together. The schedule is a function of the prompts, the settings and the limits, never of time:
+the same group of problems is drawn in the same way by whoever draws it.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -16,15 +17,24 @@ from mathscale_jax.sampler import decode
 
 # Decode steps between two looks of the host at the rows.
 STEPS_PER_CHUNK = 32
+# Few sizes of grids, caches and prompts, so few compilations: powers of two.
+FEWEST_SLOTS, SHORTEST_PROMPT = 64, 64
 LAID_ASIDE_AT = 1 / 4  # of the rows a wave began with
+
+Samples = tuple[int, range]  # a problem, and which of its samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much is decoded at once: rows, and slots of caches (rows x tokens)."""
+    """How much is decoded at once: rows, and tokens in caches, prompts counted once a problem.
+
+    As many tokens again may be laid aside, or be copied from one grid into another. The rows of a problem are a
+    multiple of `split`, the number of devices that share them.
+    """
 
     rows: int
-    slots: int
+    tokens: int
+    split: int = 1
 
 
 @dataclasses.dataclass
@@ -37,122 +47,154 @@ class Wave:
     sample: Int[np.ndarray, "problems rows"]
     alive: Bool[np.ndarray, "problems rows"]
 
+    @property
+    def clock(self) -> int:
+        """Slots with tokens."""
+        return int(self.rows.clock)
 
-def blocks(num_problems: int, num_samples: int, limits: Limits) -> list[list[tuple[int, range]]]:
-    """The samples of each wave, by problem: as many problems as fill the rows, or a part of one's samples."""
-    per_problem = min(num_samples, limits.rows)
-    at_once = max(1, limits.rows // per_problem)
+    @property
+    def num_tokens(self) -> int:
+        """Of its caches."""
+        return tokens_of(self.alive.shape, self.prompts.num_tokens, self.rows.num_slots)
+
+
+class Decoder(Protocol):
+    """What is done with waves on the devices and with samples that have ended."""
+
+    def begin(self, samples: Sequence[Samples]) -> Wave:
+        """A wave with the first token of each sample."""
+
+    def advance(self, wave: Wave) -> None:
+        """`STEPS_PER_CHUNK` more tokens of each; its `rows` say which have finished."""
+
+    def ended(self, problem: int, sample: int, tokens: Int[np.ndarray, " tokens"], logprobs: np.ndarray) -> None:
+        """A sample has all its tokens, and perhaps some more behind its end."""
+
+
+def tokens_of(grid: Sequence[int], prompt: int, slots: int) -> int:
+    """The tokens that the caches of a grid hold."""
+    return grid[0] * (prompt + grid[1] * slots)
+
+
+def power_of_two(number: int, multiple: int = 1) -> int:
+    """The smallest power of two, times `multiple`, that is not below a number."""
+    return multiple * (1 << (-(-number // multiple) - 1).bit_length())
+
+
+def slots_for(tokens: int) -> int:
+    """A step reads at most twice what is written."""
+    return max(FEWEST_SLOTS, power_of_two(tokens))
+
+
+def first_waves(prompts: Sequence[int], num_samples: int, limits: Limits) -> list[list[Samples]]:
+    """The samples of each wave, by problem: as many problems as fill the limits, or a part of one's samples.
+
+    `prompts` are their lengths, padded.
+    """
+    longest = max(prompts)
+    per_problem = power_of_two(min(num_samples, limits.rows), limits.split)
+    while per_problem > limits.split and tokens_of((1, per_problem), longest, FEWEST_SLOTS) > limits.tokens:
+        per_problem //= 2
+    at_once = min(limits.rows // per_problem, limits.tokens // tokens_of((1, per_problem), longest, FEWEST_SLOTS))
+    at_once = 1 << (max(at_once, 1).bit_length() - 1)
     parts = [
         (problem, range(first, min(first + per_problem, num_samples)))
-        for problem in range(num_problems)
+        for problem in range(len(prompts))
         for first in range(0, num_samples, per_problem)
     ]
     return [parts[i : i + at_once] for i in range(0, len(parts), at_once)]
 
 
-def run_waves(
-    waves: Sequence[Sequence[tuple[int, range]]],
-    begin: Callable[[Sequence[tuple[int, range]]], Wave],
-    advance: Callable[[Wave], None],
-    ended: Callable[[int, int, Int[np.ndarray, " tokens"]], None],
-    limits: Limits,
-) -> None:
-    """Decodes all waves; tells `ended` of each sample's (problem, sample, tokens as written).
-
-    `begin` computes the prompts of a wave, `advance` decodes a chunk of it.
-    """
+def run_waves(waves: Sequence[Sequence[Samples]], decoder: Decoder, limits: Limits) -> None:
+    """Decodes all samples of all waves."""
     aside: list[Wave] = []
-    for i, blocks in enumerate(waves):
-        aside += _run(begin(blocks), advance, ended, limits, last=i == len(waves) - 1 and not aside)
+    for i, samples in enumerate(waves):
+        aside += _run(decoder.begin(samples), decoder, limits, last=i == len(waves) - 1 and not aside)
+        while sum(wave.num_tokens for wave in aside) > limits.tokens // 2:
+            aside += _run(_together(aside, limits), decoder, limits, last=False)
     while aside:
-        # Of like length together: all read the caches as far as the longest reaches.
-        aside.sort(key=lambda wave: int(wave.rows.clock))
-        chosen = [aside.pop(0)]
-        while aside and _fits([*chosen, aside[0]], limits):
-            chosen.append(aside.pop(0))
-        wave = chosen[0] if len(chosen) == 1 else _join(chosen)
-        aside += _run(wave, advance, ended, limits, last=not aside)
+        wave = _together(aside, limits)
+        aside += _run(wave, decoder, limits, last=not aside)
 
 
-def _run(
-    wave: Wave,
-    advance: Callable[[Wave], None],
-    ended: Callable[[int, int, Int[np.ndarray, " tokens"]], None],
-    limits: Limits,
-    *,
-    last: bool,
-) -> list[Wave]:
+def _together(aside: list[Wave], limits: Limits) -> Wave:
+    """Takes those out of `aside` that may go on in one grid, of like length: all read as far as the longest reaches."""
+    aside.sort(key=lambda wave: wave.clock)
+    chosen = [aside.pop(0)]
+    while aside and _fit([*chosen, aside[0]], limits):
+        chosen.append(aside.pop(0))
+    return chosen[0] if len(chosen) == 1 else _joined(chosen, limits)
+
+
+def _run(wave: Wave, decoder: Decoder, limits: Limits, *, last: bool) -> list[Wave]:
     """Decodes a wave until it is empty, or few of its rows are left and it is not the last; returns what is left."""
     few = 0 if last else int(wave.alive.sum() * LAID_ASIDE_AT)
     left: list[Wave] = []
     while True:
-        clock = int(wave.rows.clock)
-        if clock + STEPS_PER_CHUNK > wave.rows.num_slots:
-            slots = _slots_for(clock + STEPS_PER_CHUNK)
-            while wave.alive.size * slots > limits.slots and wave.alive.sum() > 1:
-                wave, second = _halves(wave)
-                left.append(second)
-            wave.rows = decode.with_slots(wave.rows, slots)
-        advance(wave)
-        finished = np.asarray(wave.rows.finished)
-        now = finished & wave.alive
-        if now.any():
-            tokens, start, clock = np.asarray(wave.rows.tokens), np.asarray(wave.rows.start), int(wave.rows.clock)
-            for line, row in zip(*np.nonzero(now), strict=True):
-                written = tokens[line, row, start[line, row] : clock]
-                ended(wave.problems[line], int(wave.sample[line, row]), written)
-            wave.alive &= ~finished
+        wave = _without_finished(wave, decoder, limits)
         count = int(wave.alive.sum())
         if count == 0:
             return left
-        if count <= few or _size_for(wave.alive) <= wave.alive.size // 2:
-            wave = _packed(wave)
         if count <= few:
             return [*left, wave]
+        needed = wave.clock + STEPS_PER_CHUNK
+        if needed > wave.rows.num_slots:
+            slots = slots_for(needed)
+            while tokens_of(wave.alive.shape, wave.prompts.num_tokens, slots) > limits.tokens and wave.alive.sum() > 1:
+                wave, second = _halves(wave, limits)
+                left.append(second)
+            wave.rows = decode.with_slots(wave.rows, slots)
+        decoder.advance(wave)
 
 
-def _slots_for(tokens: int) -> int:
-    """Few sizes, so few compilations; a step reads at most twice what is written."""
-    return max(STEPS_PER_CHUNK, 1 << (tokens - 1).bit_length())
+def _without_finished(wave: Wave, decoder: Decoder, limits: Limits) -> Wave:
+    """Hands over what has ended; packs the others where that makes the grid smaller by half."""
+    now = np.asarray(wave.rows.finished) & wave.alive
+    if now.any():
+        start, clock = np.asarray(wave.rows.start), wave.clock
+        tokens, logprobs = np.asarray(wave.rows.tokens), np.asarray(wave.rows.logprobs)
+        for line, row in zip(*np.nonzero(now), strict=True):
+            written = slice(start[line, row], clock)
+            decoder.ended(
+                wave.problems[line], int(wave.sample[line, row]), tokens[line, row, written],
+                logprobs[line, row, written],
+            )  # fmt: skip
+        wave.alive &= ~now
+    if wave.alive.any() and np.prod(_grid_for(wave.alive, limits)) <= wave.alive.size // 2:
+        return _packed(wave, limits)
+    return wave
 
 
-def _grid_for(alive: Bool[np.ndarray, "problems rows"]) -> tuple[int, int]:
+def _grid_for(alive: Bool[np.ndarray, "problems rows"], limits: Limits) -> tuple[int, int]:
     lines, most = int(alive.any(1).sum()), int(alive.sum(1).max())
-    return 1 << (lines - 1).bit_length(), 1 << (most - 1).bit_length()
+    split = limits.split if alive.shape[1] % limits.split == 0 else 1
+    return power_of_two(lines), power_of_two(most, split)
 
 
-def _size_for(alive: Bool[np.ndarray, "problems rows"]) -> int:
-    lines, most = _grid_for(alive)
-    return lines * most
-
-
-def _packed(wave: Wave) -> Wave:
+def _packed(wave: Wave, limits: Limits) -> Wave:
     """The rows that are not finished, in the smallest grid."""
-    num_lines, num_rows = _grid_for(wave.alive)
+    num_lines, num_rows = _grid_for(wave.alive, limits)
     lines = np.flatnonzero(wave.alive.any(1))
     row = np.full((num_lines, num_rows), -1, np.int32)
     for i, line in enumerate(lines):
         alive = np.flatnonzero(wave.alive[line])
         row[i, : len(alive)] = alive
-    line = np.zeros(num_lines, np.int32)
-    line[: len(lines)] = lines
-    return _taken(wave, line, row)
+    chosen = np.zeros(num_lines, np.int32)
+    chosen[: len(lines)] = lines
+    return _taken(wave, chosen, row)
 
 
-def _halves(wave: Wave) -> tuple[Wave, Wave]:
-    """The unfinished rows in two waves of half the size: of half the problems each, or half the rows of one."""
-    wave = _packed(wave)
-    num_lines, num_rows = wave.alive.shape
-    rows = np.where(wave.alive, np.arange(num_rows, dtype=np.int32), -1)
-    if num_lines > 1:
-        half = num_lines // 2
-        return tuple(  # type: ignore[return-value]
-            _taken(wave, np.arange(first, first + half, dtype=np.int32), rows[first : first + half])
-            for first in (0, half)
-        )
-    half = num_rows // 2
+def _halves(wave: Wave, limits: Limits) -> tuple[Wave, Wave]:
+    """The rows that are not finished in two waves: of half the problems each, or of half the rows of one."""
+    lines = np.flatnonzero(wave.alive.any(1))
+    first = np.zeros_like(wave.alive)
+    if len(lines) > 1:
+        first[lines[: len(lines) // 2]] = True
+    else:
+        alive = np.flatnonzero(wave.alive[lines[0]])
+        first[lines[0], alive[: len(alive) // 2]] = True
     return tuple(  # type: ignore[return-value]
-        _taken(wave, np.zeros(1, np.int32), rows[:, first : first + half]) for first in (0, half)
+        _packed(dataclasses.replace(wave, alive=wave.alive & half), limits) for half in (first, ~first)
     )
 
 
@@ -168,26 +210,28 @@ def _taken(wave: Wave, line: Int[np.ndarray, " chosen"], row: Int[np.ndarray, "c
     )
 
 
-def _fits(waves: Sequence[Wave], limits: Limits) -> bool:
-    lines = sum(len(wave.problems) for wave in waves)
-    size = lines * max(wave.alive.shape[1] for wave in waves)
-    slots = _slots_for(max(int(wave.rows.clock) for wave in waves) + STEPS_PER_CHUNK)
-    return size <= limits.rows and size * slots <= limits.slots
+def _fit(waves: Sequence[Wave], limits: Limits) -> bool:
+    lines, most = sum(len(wave.problems) for wave in waves), max(wave.alive.shape[1] for wave in waves)
+    grid = power_of_two(lines), most
+    prompt = max(wave.prompts.num_tokens for wave in waves)
+    slots = slots_for(max(wave.clock for wave in waves) + STEPS_PER_CHUNK)
+    return grid[0] * grid[1] <= limits.rows and tokens_of(grid, prompt, slots) <= limits.tokens
 
 
-def _join(waves: Sequence[Wave]) -> Wave:
-    slots = _slots_for(max(int(wave.rows.clock) for wave in waves) + STEPS_PER_CHUNK)
-    prompts, rows = decode.join(tuple((wave.prompts, wave.rows) for wave in waves), slots)
-    most = max(wave.alive.shape[1] for wave in waves)
-
-    def filled(grid: np.ndarray, value: int | bool) -> np.ndarray:
-        return np.pad(grid, ((0, 0), (0, most - grid.shape[1])), constant_values=value)
-
-    joined = Wave(
-        [problem for wave in waves for problem in wave.problems],
-        prompts,
-        rows,
-        np.concatenate([filled(wave.sample, -1) for wave in waves]),
-        np.concatenate([filled(wave.alive, False) for wave in waves]),
-    )
-    return _packed(joined) if _size_for(joined.alive) < joined.alive.size else joined
+def _joined(waves: Sequence[Wave], limits: Limits) -> Wave:
+    lines, most = sum(len(wave.problems) for wave in waves), max(wave.alive.shape[1] for wave in waves)
+    clock, grid = max(wave.clock for wave in waves), (power_of_two(lines), most)
+    one = decode.empty(
+        waves[0].prompts, waves[0].rows, np.int32(clock), grid=grid,
+        num_prompt=max(wave.prompts.num_tokens for wave in waves), num_slots=slots_for(clock + STEPS_PER_CHUNK),
+    )  # fmt: skip
+    problems: list[int] = []
+    sample, alive = np.full(grid, -1, np.int32), np.zeros(grid, bool)
+    for wave in waves:
+        first = len(problems)
+        one = decode.put(one, wave.prompts, wave.rows, np.int32(first))
+        problems += wave.problems
+        here = np.s_[first : len(problems), : wave.alive.shape[1]]
+        sample[here], alive[here] = wave.sample, wave.alive
+    prompts, rows = one
+    return Wave([*problems, *[problems[0]] * (grid[0] - lines)], prompts, rows, sample, alive)

@@ -69,18 +69,20 @@ def test_a_hundred_thousand_draws_follow_the_known_distribution(temperature: flo
     logits = np.random.default_rng(0).normal(size=12).astype(np.float32) * 1.5
     count = 100_000
     uniform = Draws.uniform(Draws(0).problem_key("p"), jnp.arange(count), jnp.zeros(count, jnp.int32))
-    drawn = next_tokens(jnp.broadcast_to(jnp.asarray(logits), (count, 12)), uniform, temperature, top_p)
+    drawn = next_tokens(
+        jnp.broadcast_to(jnp.asarray(logits), (count, 12)), uniform, temperature=temperature, top_p=top_p
+    )
     assert_follows(np.asarray(drawn), expected_probabilities(logits, temperature, top_p))
 
 
 def test_extreme_uniform_numbers_never_draw_a_token_without_probability() -> None:
     logits = jnp.array([[-jnp.inf, 0.0, 1.0, -jnp.inf]] * 2)
-    drawn = next_tokens(logits, jnp.array([0.0, 1.0 - 2**-24]), 1.0, 1.0)
+    drawn = next_tokens(logits, jnp.array([0.0, 1.0 - 2**-24]), temperature=1.0)
     assert drawn.tolist() == [1, 2]
 
 
 def test_temperature_zero_takes_the_largest_logit() -> None:
-    assert next_tokens(jnp.array([[0.1, 3.0, 2.9]]), jnp.array([0.99]), 0.0, 1.0).tolist() == [1]
+    assert next_tokens(jnp.array([[0.1, 3.0, 2.9]]), jnp.array([0.99]), temperature=0.0).tolist() == [1]
 
 
 def test_draws_depend_on_seed_problem_sample_and_position_only() -> None:
@@ -157,15 +159,15 @@ def test_a_response_ends_at_its_first_eos_or_at_max_tokens(sampler: Sampler) -> 
 def test_a_problems_samples_do_not_depend_on_the_other_problems(sampler: Sampler) -> None:
     settings = SamplingSettings(num_samples=8, temperature=1.0, max_tokens=50)
     a, b = Prompt("a", [1, 4, 5]), Prompt("b", [1, 9])
-    alone = next(sampler.sample([b], settings))
-    among = list(sampler.sample([a, b], settings))[1]
+    alone = sampler.sample([b], settings)[0]
+    among = sampler.sample([a, b], settings)[1]
     assert [row.tolist() for row in alone.tokens] == [row.tolist() for row in among.tokens]
 
 
 def test_more_samples_keep_the_first_ones(sampler: Sampler) -> None:
     """In float32 on a CPU, where the rows of a product hardly depend on their number, the texts agree too."""
     few, many = (
-        next(sampler.sample([Prompt("a", [1, 4, 5])], SamplingSettings(num_samples=n, temperature=1.0, max_tokens=40)))
+        sampler.sample([Prompt("a", [1, 4, 5])], SamplingSettings(num_samples=n, temperature=1.0, max_tokens=40))[0]
         for n in (16, 64)
     )
     same = sum(x.tolist() == y.tolist() for x, y in zip(few.tokens, many.tokens[:16], strict=True))
@@ -195,10 +197,8 @@ def test_impossible_settings_are_refused(wrong: dict) -> None:
 def test_weights_that_are_not_numbers_are_refused(params: model.Params) -> None:
     broken = {**params, "output": params["output"].at[0, 0].set(jnp.nan)}
     with pytest.raises(RunError, match="not finite"):
-        next(
-            Sampler(CONFIG, broken, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32").sample(
-                [Prompt("p", [1, 2])], SamplingSettings()
-            )
+        Sampler(CONFIG, broken, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32").sample(
+            [Prompt("p", [1, 2])], SamplingSettings()
         )
 
 
