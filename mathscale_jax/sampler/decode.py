@@ -12,12 +12,14 @@ or else problems, over data and fsdp.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from mathscale_jax import model
@@ -31,6 +33,7 @@ CacheDtype = Literal["float32", "bfloat16", "int8"]
 _PROBLEMS, _ROWS, _SLOTS = -5, -4, -2
 _PROMPT_PROBLEMS, _PROMPT = -4, -3
 _PREFILLED_AT_A_TIME = 8192  # tokens
+dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 # By layer, or stacked: {"key": ..., "value": ...}; of int8 ones with the scales of each [..., slots, 1] besides.
 Caches: TypeAlias = PyTree[Array]
 
@@ -133,7 +136,7 @@ def begin(
         computed = jax.tree.map(lambda *xs: jnp.concatenate(xs, _PROMPT_PROBLEMS), *[caches for _, caches in parts])
     problem_axes, row_axes = _split_over(sample.shape)
     computed = jax.tree.map(partial(_constrain, {_PROMPT_PROBLEMS: problem_axes, -2: "tensor"}), computed)
-    logits = jnp.einsum("pe,ev->pv", last, params["output"], preferred_element_type=jnp.float32)
+    logits = _logits(last, params)
     prompts = Prompts(computed, length, room, draws)
 
     of_rows = jnp.broadcast_to(logits[:, None], (num_problems, num_rows, logits.shape[-1]))
@@ -197,11 +200,16 @@ def decode_chunk(
             finished=rows.finished | (drawn == rule.eos_id) | (position + 1 >= prompts.room[:, None]),
             # Outside the scan over layers: inside, every step would copy what is stacked.
             caches=jax.tree.map(
-                lambda cache, new: write(cache, new, rows.clock - 1, cache.ndim + _SLOTS), rows.caches, new
+                lambda cache, new: _as_it_lies(write(cache, new, rows.clock - 1, cache.ndim + _SLOTS)), rows.caches, new
             ),
         )
 
     return _readable(jax.lax.while_loop(running, step, rows))
+
+
+def _as_it_lies(cache: Array) -> Array:
+    """Keeps the compiler from turning caches into a layout of its own when the loop begins: a copy of all of them."""
+    return with_layout_constraint(cache, Layout(tuple(range(cache.ndim))))
 
 
 def _readable(rows: Rows) -> Rows:
@@ -249,7 +257,6 @@ def _forward(
         sees_prompt = sees_prompt & (absolute[..., None] - in_prompt < config.sliding_window)
         sees_slots = sees_slots & (slot - slots < config.sliding_window)
     sees_prompt, sees_slots = sees_prompt[:, :, None, None], sees_slots[:, :, None, None]
-    dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def attend_caches(query: Array, key: Array, value: Array, caches: Any) -> tuple[Array, Caches]:
         prompt, own = caches
@@ -282,8 +289,14 @@ def _forward(
         config, params, tokens.reshape(shape), absolute.reshape(shape), attend_caches,
         together or (prompts.caches, rows.caches), compute=compute,
     )  # fmt: skip
-    logits = jnp.einsum("re,ev->rv", hidden[:, 0], params["output"], preferred_element_type=jnp.float32)
+    logits = _logits(hidden[:, 0], params)
     return logits.reshape(num_problems, num_rows, -1), new
+
+
+def _logits(hidden: Float[Array, "rows embed"], params: model.Params) -> Float[Array, "rows vocab"]:
+    logits = dot("re,ev->rv", hidden, params["output"])
+    # Where they are made: drawing wants whole rows, and the compiler would gather the matrix for that.
+    return _constrain({0: LOGICAL_AXES["batch"], 1: "tensor"}, logits)
 
 
 def _stored(layer: dict[str, Array], dtype: CacheDtype | None) -> dict[str, Array]:
@@ -451,6 +464,7 @@ def _constrain(axes: dict[int, Any], x: Array) -> Array:
         return x
     spec = [None] * x.ndim
     for axis, over in axes.items():
-        if over != "tensor" or x.shape[axis] % mesh.shape["tensor"] == 0:
+        parts = math.prod(mesh.shape[name] for name in ((over,) if isinstance(over, str) else over or ()))
+        if x.shape[axis] % parts == 0:
             spec[axis] = over
     return constrain(x, *spec)
