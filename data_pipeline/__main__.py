@@ -1,8 +1,9 @@
 """python -m data_pipeline: makes datasets.
 
     python -m data_pipeline prepare demo --out runs/demo/data
+    python -m data_pipeline from-samples runs/gsm8k/eval --out right.jsonl
 
-writes train.jsonl, test.jsonl and tokenizer.model.
+The first writes train.jsonl, test.jsonl and tokenizer.model; the second right answers that a model drew.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from etils import epath
 
 from data_pipeline import cli
 from data_pipeline.files import write_atomically, write_json_lines
+from data_pipeline.from_samples import FromSamples, rows_from_samples
 from data_pipeline.settings import Settings
 from data_pipeline.tasks import Problem
 from data_pipeline.templates import Template
@@ -62,13 +64,22 @@ def _row(problem: Problem) -> dict[str, str]:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline", description="Makes datasets.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="make or fetch a dataset")
     tasks = prepare.add_subparsers(dest="task", required=True)
     demo = tasks.add_parser("demo", help="generated multi-step word problems", description=DemoData.__doc__)
     cli.add_flags(demo, DemoData)
-    prepare_demo(cli.from_flags(DemoData, parser.parse_args(argv)))
+    right = commands.add_parser("from-samples", help="right answers of a model", description=FromSamples.__doc__)
+    right.add_argument("folder", metavar="DIR", help="graded eval folder")
+    cli.add_flags(right, FromSamples)
+    arguments = parser.parse_args(argv)
+    if arguments.command == "from-samples":
+        rows_from_samples(arguments.folder, cli.from_flags(FromSamples, arguments))
+    else:
+        prepare_demo(cli.from_flags(DemoData, arguments))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

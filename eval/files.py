@@ -1,9 +1,9 @@
 """The files of an eval folder: where they lie, and how they are read back.
 
-run.json                    everything that determines the samples, and its hash
-problems.jsonl              the problems with their gold answers, in order
-samples/part-00000.jsonl    all samples of the first problem, written whole and never changed
-grades/part-00000.jsonl     their grades
+run.json                        everything that determines the samples, and its hash
+problems.jsonl                  the problems with their gold answers, in order
+samples/part-00000-00007.jsonl  all samples of problems 0 to 7, written whole and never changed
+grades/part-00000-00007.jsonl   their grades
 metrics.json, report.html
 """
 
@@ -19,9 +19,15 @@ from data_pipeline.files import read_json_lines
 from data_pipeline.settings import UsageError
 
 
-def part_name(problem_index: int) -> str:
-    """The file of a problem, in samples/ and in grades/."""
-    return f"part-{problem_index:05d}.jsonl"
+def part_name(problems: range) -> str:
+    """The file of a group of problems, by their indices, in samples/ and in grades/."""
+    return f"part-{problems[0]:05d}-{problems[-1]:05d}.jsonl"
+
+
+def problems_of(part: epath.Path) -> range:
+    """The indices of the problems in a part file."""
+    first, last = part.name.removesuffix(".jsonl").split("-")[1:]
+    return range(int(first), int(last) + 1)
 
 
 def parts(folder: epath.Path, kind: str) -> list[epath.Path]:

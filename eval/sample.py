@@ -1,31 +1,37 @@
-"""The batch job that draws samples: one immutable part file per problem, resumable at any moment."""
+"""The batch job that draws samples: immutable part files of whole problems, resumable at any moment, in shards."""
 
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
 import pydantic
 from etils import epath
 
-from data_pipeline.cli import Stopped, StopSignal, logger, make_folder
+from data_pipeline.cli import StopSignal, logger, make_folder
 from data_pipeline.files import write_json, write_json_lines
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from data_pipeline.tasks import TASKS, Problem
 from data_pipeline.tasks import read_problems as read_task
 from data_pipeline.tokenizer import Tokenizer
-from eval.files import part_name, parts, read_problems, read_run
+from eval.files import part_name, parts, problems_of, read_problems, read_run
+from eval.prompts import Prompts, PromptSettings
 from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
 from mathscale_jax.checksums import fingerprint
 from mathscale_jax.sampler import ProblemSamples, Prompt, Sampler, SamplingSettings
 
+# A group of problems fills the rows about this many times: its last samples, few at a time, are a small part then.
+_WAVES_OF_A_GROUP = 8
 
-class SampleSettings(SamplingSettings):
+
+class SampleSettings(PromptSettings, SamplingSettings):
     """`eval sample`: draws samples of a task's problems from a checkpoint."""
 
     checkpoint: str = pydantic.Field(description="checkpoint or run folder; @STEP or @best behind it, else the newest")
@@ -34,64 +40,127 @@ class SampleSettings(SamplingSettings):
     source: str | None = pydantic.Field(None, description="file of rows; none takes the task's public source")
     num_problems: pydantic.PositiveInt | None = pydantic.Field(None, description="only the first ones; none: all")
     dtype: Literal["bfloat16", "float32"] = pydantic.Field("bfloat16", description="of weights and activations")
+    kv_cache: Literal["int8"] | None = pydantic.Field(
+        None, description="dtype of the responses' keys and values: int8 takes half the memory; none: as the others"
+    )
+    rows: pydantic.PositiveInt = pydantic.Field(256, description="samples that are decoded at once")
+    shard: str | None = pydantic.Field(
+        None, description="i/N: only every N-th group of problems, from the i-th on (0/4 to 3/4), for N such jobs"
+    )
     out: str = pydantic.Field(description="eval folder")
+
+    @pydantic.field_validator("shard")
+    @classmethod
+    def _is_a_shard(cls, shard: str | None) -> str | None:
+        found = None if shard is None else re.fullmatch(r"(\d+)/(\d+)", shard)
+        if shard is not None and not (found and int(found[1]) < int(found[2])):
+            raise ValueError(f"shard={shard!r} must be i/N with i from 0 to N - 1, for example 0/4")
+        return shard
 
 
 def sample(settings: SampleSettings) -> epath.Path:
     """Draws what is not there yet; returns the eval folder.
 
     A prompt that fills the model's context is recorded as an error and does not stop the job. Raises UsageError
-    where the folder belongs to other samples; Stopped where a signal ended the job between two problems.
+    where the folder belongs to other samples; Stopped where a signal ended the job: what is in files is kept.
     """
     out = epath.Path(settings.out)
     make_folder(out / "samples", "--out")
     problems = read_task(settings.task, settings.split, settings.source)[: settings.num_problems]
     checkpoint = open_checkpoint(settings.checkpoint)
+    texts = Prompts(settings, checkpoint.meta.template)
+    settings = settings.model_copy(update={"stop": settings.stop or texts.stop})
     logger.info("loading %s as %s", checkpoint.name, settings.dtype)
-    sampler = Sampler.of(checkpoint, settings.dtype)
-    prompts = [_prompt(problem, checkpoint) for problem in problems]
-    _open_folder(out, _run(settings, checkpoint, sampler, problems), problems)
+    before = read_run(out) if (out / "run.json").exists() else {}
+    sampler = Sampler.of(
+        checkpoint, settings.dtype, cache_dtype=settings.kv_cache, rows=settings.rows,
+        max_tokens=before.get("cache_tokens"),  # as planned where the job began, perhaps on another device
+    )  # fmt: skip
+    _open_folder(out, _run(settings, checkpoint, sampler, problems, texts), problems)
 
-    todo = [i for i in range(len(problems)) if not (out / "samples" / part_name(i)).exists()]
-    done = len(problems) - len(todo)
+    prompts = [Prompt(problem.id, checkpoint.tokenizer.encode_prompt(texts.render(problem))) for problem in problems]
+    mine = list(_groups(len(problems), settings))
+    covered = {index for part in parts(out, "samples") for index in problems_of(part)}
+    done = sum(index in covered for group in mine for index in group)
     if done:
-        logger.info("%d of %d problems are sampled already", done, len(problems))
+        logger.info("%d of %d problems are sampled already", done, sum(map(len, mine)))
+    todo = [group for whole in mine for group in _missing(whole, covered)]
+    total = sum(map(len, mine)) * settings.num_samples
     num_tokens, started = 0, time.monotonic()
-    with StopSignal() as stop, Progress(len(problems), "sampling", "problems", done=done) as bar:
-        for index in todo:
-            try:
-                sampler.room(prompts[index], settings)
-            except UsageError as error:
-                logger.warning("%s: recorded as an error", error)
-                rows = _failed(problems[index], settings.num_samples)
-            else:
-                (drawn,) = sampler.sample([prompts[index]], settings)
-                rows = _rows(drawn, checkpoint.tokenizer)
-            write_json_lines(out / "samples" / part_name(index), rows)
-            num_tokens += sum(row["num_tokens"] for row in rows)
+    with (
+        StopSignal(),
+        ThreadPoolExecutor(1) as writer,
+        Progress(total, "sampling", "samples", done=done * settings.num_samples) as bar,
+    ):
+
+        def one_more(tokens: int) -> None:
+            nonlocal num_tokens
+            num_tokens += tokens
             bar.update(1, f"{num_tokens / (time.monotonic() - started):,.0f} useful tokens/s")
-            if stop.exit_code is not None and index != todo[-1]:
-                saved = f"{bar.done} of {len(problems)} problems saved"
-                raise Stopped(f"stopped with {saved}; the same command goes on", stop.exit_code)
+
+        written: Future[None] | None = None
+        for group in todo:
+            able, failed = [], {}
+            for index in group:
+                try:
+                    sampler.room(prompts[index], settings)
+                    able.append(index)
+                except UsageError as error:
+                    logger.warning("%s: recorded as an error", error)
+                    failed[index] = _failed(problems[index], settings.num_samples)
+                    bar.update(settings.num_samples)
+            drawn = sampler.sample([prompts[index] for index in able], settings, one_more) if able else []
+            if written is not None:
+                written.result()
+            by_index = dict(zip(able, drawn, strict=True))
+            written = writer.submit(_write, out, group, by_index, failed, checkpoint.tokenizer, settings)
+        if written is not None:
+            written.result()
     return out
 
 
-def _prompt(problem: Problem, checkpoint: Checkpoint) -> Prompt:
-    text = checkpoint.meta.template.render_prompt(problem.question)
-    return Prompt(problem.id, checkpoint.tokenizer.encode_prompt(text))
+def _groups(num_problems: int, settings: SampleSettings) -> Iterator[range]:
+    """The problems that are decoded together, and lie in a file together; of this shard."""
+    size = max(1, _WAVES_OF_A_GROUP * settings.rows // settings.num_samples)
+    shard, shards = map(int, (settings.shard or "0/1").split("/"))
+    for number, first in enumerate(range(0, num_problems, size)):
+        if number % shards == shard:
+            yield range(first, min(first + size, num_problems))
 
 
-def _rows(drawn: ProblemSamples, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    return [
-        {
+def _missing(group: range, covered: set[int]) -> Iterator[range]:
+    """What is left of a group; of one that was cut off at the end of fewer problems, the others."""
+    left = [index for index in group if index not in covered]
+    if left:
+        yield range(left[0], left[-1] + 1)
+
+
+def _write(
+    out: epath.Path,
+    group: range,
+    drawn: dict[int, ProblemSamples],
+    failed: dict[int, list[dict[str, Any]]],
+    tokenizer: Tokenizer,
+    settings: SampleSettings,
+) -> None:
+    rows = [row for index in group for row in failed.get(index) or _rows(drawn[index], tokenizer, settings)]
+    write_json_lines(out / "samples" / part_name(group), rows)
+
+
+def _rows(drawn: ProblemSamples, tokenizer: Tokenizer, settings: SampleSettings) -> Iterator[dict[str, Any]]:
+    for sample_id, (tokens, reason) in enumerate(zip(drawn.tokens, drawn.finish_reasons, strict=True)):
+        text = tokenizer.decode(tokens.tolist())
+        if reason == "stop":
+            text = text[: min(text.index(stop) for stop in settings.stop if stop in text)]
+        logprob = {"logprob": round(drawn.logprobs[sample_id], 4)} if settings.logprobs else {}
+        yield {
             "problem_id": drawn.problem_id,
             "sample_id": sample_id,
-            "text": tokenizer.decode(tokens.tolist()),
+            "text": text,
             "num_tokens": len(tokens),
             "finish_reason": reason,
+            **logprob,
         }
-        for sample_id, (tokens, reason) in enumerate(zip(drawn.tokens, drawn.finish_reasons, strict=True))
-    ]
 
 
 def _failed(problem: Problem, num_samples: int) -> list[dict[str, Any]]:
@@ -100,7 +169,7 @@ def _failed(problem: Problem, num_samples: int) -> list[dict[str, Any]]:
 
 
 def _run(
-    settings: SampleSettings, checkpoint: Checkpoint, sampler: Sampler, problems: Sequence[Problem]
+    settings: SampleSettings, checkpoint: Checkpoint, sampler: Sampler, problems: Sequence[Problem], prompts: Prompts
 ) -> dict[str, Any]:
     """run.json: what determines the samples, its hash, and what they were made with."""
     texts = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
@@ -114,7 +183,11 @@ def _run(
         "template": checkpoint.meta.template.model_dump(mode="json"),
         "tokenizer_sha256": checkpoint.meta.tokenizer_sha256,
         "dtype": settings.dtype,
-        **{name: getattr(settings, name) for name in SamplingSettings.model_fields},
+        "kv_cache": settings.kv_cache,
+        "shots_sha256": prompts.sha256,
+        "rows": settings.rows,
+        "cache_tokens": sampler.limits.tokens,
+        **settings.model_dump(mode="json", include=set(SamplingSettings.model_fields)),
         # Other hardware, or another version of jax, may round otherwise and so draw other texts.
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,

@@ -20,10 +20,11 @@ from mathscale_jax import lora, model
 from mathscale_jax.attention import with_backend
 from mathscale_jax.chips import Topology
 from mathscale_jax.config import ComputeSettings, ModelConfig, TrainSettings
-from mathscale_jax.mesh import check_batch, largest_mesh, sharding_of
+from mathscale_jax.mesh import check_batch, sharding_of
 from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
 from mathscale_jax.sampler import decode
-from mathscale_jax.sampler.draw import Draws, SamplingSettings
+from mathscale_jax.sampler.draw import SamplingSettings
+from mathscale_jax.sampler.placement import decode_mesh
 from mathscale_jax.step import TrainState, make_train_step, param_shardings, spec_shardings, state_shardings
 
 # Of the planned decode step: the rows and lengths of a usual evaluation.
@@ -85,30 +86,27 @@ def lower_train_step(settings: TrainSettings, config: ModelConfig, mesh: Mesh) -
         return step.lower(_with_shardings(state, shardings), batch, *frozen)
 
 
-def compile_sampler(config: ModelConfig, devices: Sequence[jax.Device]) -> tuple[Mesh, dict[str, Any]]:
-    """The sampler's prefill of one prompt, and its decode step with the default number of samples, compiled.
-
-    The sampler leaves the places of its caches to the compiler, so each program takes what the one before gives.
-    """
-    mesh = largest_mesh(config, devices)
+def compile_sampler(
+    config: ModelConfig, topology: Topology, devices: Sequence[jax.Device]
+) -> tuple[Mesh, dict[str, Any]]:
+    """The sampler's prefill of one prompt, and a decode step of the default number of its samples, compiled."""
+    mesh = decode_mesh(config, "bfloat16", devices, topology.chip.hbm_bytes)
     compute = ComputeSettings(remat="none")
     params = _with_shardings(_abstract(model.param_specs(config), jnp.bfloat16), param_shardings(config, mesh))
     settings = SamplingSettings()
+    rule = decode.Rule(settings.temperature, settings.top_k, settings.top_p, eos_id=2, num_pieces=config.vocab_size)
 
-    def replicated(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding_of(mesh, ()))
+    def whole(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(mesh, ()))
 
-    prefill = decode.prefill.lower(config, compute, params, replicated(DECODE_PROMPT), replicated()).compile()
-    prefix = _with_shardings(prefill.out_info, prefill.output_shardings)
-    start = decode.start.lower(config, prefix, settings.num_samples, DECODE_RESPONSE).compile()
-    state = _with_shardings(start.out_info, start.output_shardings)
-    key = jax.eval_shape(lambda: Draws(0).problem_key("")).update(sharding=sharding_of(mesh, ()))
-    step = decode.decode_chunk.lower(
-        config, compute, params, prefix, state, key, replicated(settings.num_samples), replicated(),
-        num_steps=1, temperature=settings.temperature, top_p=settings.top_p, eos_id=2,
-        num_pieces=config.vocab_size,
-    )  # fmt: skip
-    return mesh, {"prefill": prefill, "decode": step.compile()}
+    with jax.set_mesh(mesh):
+        prefill = decode.begin.lower(
+            config, compute, params, whole((1, DECODE_PROMPT)), whole((1,)), whole((1,)), whole((1, 2), jnp.uint32),
+            whole((1, settings.num_samples)), rule=rule, cache_dtype="bfloat16", num_slots=DECODE_RESPONSE,
+        ).compile()  # fmt: skip
+        prompts, rows, _ = _with_shardings(prefill.out_info, prefill.output_shardings)
+        step = decode.decode_chunk.lower(config, compute, params, prompts, rows, rule=rule, num_steps=1)
+        return mesh, {"prefill": prefill, "decode": step.compile()}
 
 
 def _abstract(specs: Any, dtype: Any) -> Any:

@@ -10,7 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from data_pipeline.settings import UsageError
-from mathscale_jax.config import MeshSettings, ModelConfig
+from mathscale_jax.config import MeshSettings
 
 MESH_AXES = ("data", "fsdp", "tensor")
 MAX_UNSHARDED = 0.02  # of a model's parameters: norms are whole, and far less than this
@@ -71,13 +71,6 @@ def _sizes(settings: MeshSettings, num_devices: int, platform: str) -> tuple[int
             f"be {num_devices}, so each one of {divisors}; -1 in one axis takes what is left"
         )
     return tuple(sizes)
-
-
-def largest_mesh(config: ModelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh that splits the weights over as many of the devices (by default all) as divide the residual stream."""
-    devices = list(jax.devices() if devices is None else devices)
-    count = max(n for n in range(1, len(devices) + 1) if config.hidden_size % n == 0)
-    return make_mesh(MeshSettings(data=1, fsdp=count, tensor=1), devices[:count])
 
 
 def partition_spec(*logical_axes: str | None) -> PartitionSpec:

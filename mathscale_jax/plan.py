@@ -90,7 +90,7 @@ def plan(
     programs = {"train_step": (mesh, _compile(lowered.compile, topology))}
     if with_sampler:
         logger.info("compiling the sampler's prefill and decode step")
-        sampler = _compile(lambda: compile_sampler(config, devices), topology)
+        sampler = _compile(lambda: compile_sampler(config, topology, devices), topology)
         if isinstance(sampler, Memory):
             programs["sampler"] = (mesh, sampler)
         else:

@@ -23,6 +23,9 @@ from mathscale_jax.processes import is_primary, rows_of_process
 from mathscale_jax.sampler import Prompt, Sampler, SamplingSettings
 from mathscale_jax.step import SummedLoss, to_devices
 
+# Of a device's memory, for a copy of the weights to sample with and its caches, beside what training needs.
+_MEMORY_SHARE = 0.2
+
 
 class Validation:
     """The loss over every example of `settings.validation`, each counted once: sum of NLL / number of tokens."""
@@ -108,7 +111,9 @@ class LoopSampling:
             params,
             eos_id=self._tokenizer.eos_id,
             num_pieces=self._tokenizer.vocab_size,
+            text=self._tokenizer.decode,
             dtype=self._dtype,
+            memory_share=_MEMORY_SHARE,
         )
         rows = []
         for problem, drawn in zip(self._problems, sampler.sample(self._prompts, self._sampling), strict=True):

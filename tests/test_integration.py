@@ -101,9 +101,10 @@ def test_256_samples_of_each_problem_are_drawn_and_graded(folder: Path, test_dat
     )
     assert set(metrics["pass_at"]) == {str(k) for k in range(1, NUM_SAMPLES + 1)}
     problems = read_problems("gsm8k", "test", str(test_data / "gsm8k_test.jsonl.gz"))[:NUM_PROBLEMS]
+    parts = sorted((folder / "eval" / "samples").iterdir())
+    rows = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
     for index, problem in enumerate(problems):
-        part = (folder / "eval" / "samples" / f"part-{index:05d}.jsonl").read_text().splitlines()
-        samples = [json.loads(line) for line in part]
+        samples = rows[index * NUM_SAMPLES : (index + 1) * NUM_SAMPLES]
         assert [sample["sample_id"] for sample in samples] == list(range(NUM_SAMPLES))
         assert {sample["problem_id"] for sample in samples} == {problem.id}
         assert len({sample["text"] for sample in samples}) > NUM_SAMPLES / 2

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
 from mathscale_jax import model
 from mathscale_jax.attention import attend
@@ -55,13 +55,13 @@ class Rule:
 class Prompts:
     """Computed prompts, padded at their ends to a length that few compilations serve.
 
-    `room` is the most tokens that a response may have, `draws` the key of a problem's random draws.
+    `room` is the most tokens that a response may have, `draws` the data of the key of a problem's random draws.
     """
 
     caches: Caches  # key and value, each [..., problems, prompt, kv_heads, head_dim]
     length: Int[Array, " problems"]
     room: Int[Array, " problems"]
-    draws: Array  # keys [problems]
+    draws: UInt32[Array, "problems 2"]
 
     @property
     def num_tokens(self) -> int:
@@ -100,7 +100,7 @@ def begin(
     tokens: Int[Array, "problems prompt"],
     length: Int[Array, " problems"],
     room: Int[Array, " problems"],
-    draws: Array,
+    draws: UInt32[Array, "problems 2"],
     sample: Int[Array, "problems rows"],
     *,
     rule: Rule,
@@ -231,7 +231,7 @@ def _draw(
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
         flat = constrain(flat, tuple(mesh.axis_names) if flat.shape[0] % mesh.size == 0 else None)
-    uniform = jax.vmap(Draws.uniform)(prompts.draws, sample, position).reshape(-1)
+    uniform = jax.vmap(Draws.uniform)(Draws.keys(prompts.draws), sample, position).reshape(-1)
     drawn = next_tokens(flat, uniform, temperature=rule.temperature, top_k=rule.top_k, top_p=rule.top_p)
     logprob = log_probabilities(flat, drawn) if rule.logprobs else jnp.zeros(drawn.shape)
     return drawn.reshape(sample.shape), logprob.reshape(sample.shape)
@@ -381,7 +381,7 @@ def empty(
             jax.tree.map(of_prompt, prompts.caches),
             jnp.ones(grid[0], jnp.int32),
             jnp.ones(grid[0], jnp.int32),
-            jnp.broadcast_to(prompts.draws[0], grid[0]),
+            jnp.zeros((grid[0], 2), jnp.uint32),
         ),
         Rows(
             clock=clock,

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from data_pipeline.settings import Settings
 
 # Logits divided by less than this overflow float32's exponent, or are greedy in all but name.
 MIN_TEMPERATURE = 0.01
 _BITS_OF_ONE = 0x3F800000  # 1.0 in float32
+_IMPLEMENTATION = "threefry2x32"
 _BLOCK = 128  # tokens
 
 
@@ -75,10 +76,15 @@ class Draws:
 
     def problem_key(self, problem_id: str) -> jax.Array:
         """The key of a problem. threefry is pinned: its bits are the same on every backend."""
-        key = jax.random.key(self.seed, impl="threefry2x32")
+        key = jax.random.key(self.seed, impl=_IMPLEMENTATION)
         for word in np.frombuffer(hashlib.sha256(problem_id.encode()).digest()[:8], ">u4"):
             key = jax.random.fold_in(key, np.uint32(word))
         return key
+
+    @staticmethod
+    def keys(data: UInt32[Array, "problems 2"]) -> jax.Array:
+        """The keys with these data."""
+        return jax.random.wrap_key_data(data, impl=_IMPLEMENTATION)
 
     @staticmethod
     def uniform(

@@ -2,22 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
 from data_pipeline.cli import RunError, StopSignal
 from data_pipeline.settings import UsageError
+from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import model
-from mathscale_jax.checkpoint import Checkpoint
+from mathscale_jax.checkpoint import Meta
 from mathscale_jax.config import ComputeSettings, ModelConfig
 from mathscale_jax.sampler import decode
 from mathscale_jax.sampler.decode import CacheDtype, Rule
 from mathscale_jax.sampler.draw import Draws, SamplingSettings
-from mathscale_jax.sampler.placement import decode_mesh, placed, token_limit
+from mathscale_jax.sampler.placement import decode_mesh, memory_of, placed, token_limit
 from mathscale_jax.sampler.schedule import (
     FEWEST_SLOTS,
     SHORTEST_PROMPT,
@@ -36,6 +38,21 @@ from mathscale_jax.step import param_shardings
 ROWS = 256  # decoded at once, where nothing else is asked for
 ComputeDtype = Literal["bfloat16", "float32"]
 FinishReason = Literal["eos", "length", "stop"]
+
+
+class Weights(Protocol):
+    """What weights come from: a checkpoint, or a published folder."""
+
+    @property
+    def meta(self) -> Meta:
+        """What they are."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Theirs."""
+
+    def restore_params(self, shardings: Any = None, dtype: str = "float32") -> model.Params:
+        """The weights in `dtype`, laid out by `shardings`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +80,13 @@ class ProblemSamples:
 class Sampler:
     """Draws samples from a model.
 
-    `params` may have any dtype and sharding; they are cast to `dtype` and laid out for decoding once, on `devices` (by
-    default all). A group of problems is decoded in the same way whoever asks for it, so its samples are reproducible
-    by (weights, prompts, settings, `limits`) on the same kind of device.
+    `params` may have any dtype and sharding: they are copied in `dtype` to where decoding wants them, on the devices
+    they lie on. With `mesh`, of `decode_mesh`, they are there already, and become the sampler's own.
+    A group of problems is decoded in the same way whoever asks for it, so its samples are reproducible by (weights,
+    prompts, settings, `limits`) on the same kind of device.
     Tokens from `num_pieces` on, which pad a vocabulary, are never drawn. `text` decodes tokens; stop strings need it.
+    `rows` are decoded at once, with caches for `max_tokens` tokens in all, by default as many as there is room for in
+    `memory_share` of the devices' memory.
     """
 
     def __init__(
@@ -79,32 +99,36 @@ class Sampler:
         text: Callable[[list[int]], str] | None = None,
         dtype: ComputeDtype = "bfloat16",
         cache_dtype: CacheDtype | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        mesh: Mesh | None = None,
         rows: int = ROWS,
         max_tokens: int | None = None,
+        memory_share: float = 1.0,
     ):
         self.config, self.eos_id, self.num_pieces, self.text = config, eos_id, num_pieces, text
         self.cache_dtype: CacheDtype = cache_dtype or dtype
         self.compute = ComputeSettings(dtype=dtype, remat="none")
-        self.mesh = decode_mesh(config, dtype, devices)
-        self.params = placed(params, config, self.mesh, dtype)
+        devices = _devices_of(params) if mesh is None else list(mesh.devices.flat)
+        memory = memory_share * memory_of(devices[0])
+        self.mesh = decode_mesh(config, dtype, devices, memory) if mesh is None else mesh
+        params = placed(params, config, self.mesh, dtype) if mesh is None else params
+        self.params = model.layers_apart(params) if devices[0].platform == "gpu" else params
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        self.limits = Limits(rows, max_tokens or token_limit(config, self.mesh, dtype, self.cache_dtype), split)
+        limit = max_tokens or token_limit(config, self.mesh, dtype, self.cache_dtype, memory)
+        self.limits = Limits(max(rows, split), limit, split)
 
     @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, dtype: Literal["bfloat16", "float32"] = "bfloat16", **options: Any
-    ) -> "Sampler":
-        """A sampler with the weights of a checkpoint, and `options` as they are above."""
-        config = checkpoint.meta.model
+    def of(cls, weights: Weights, dtype: ComputeDtype = "bfloat16", **options: Any) -> "Sampler":
+        """A sampler with the weights of a checkpoint on all devices, and `options` as they are above."""
+        config = weights.meta.model
         mesh = decode_mesh(config, dtype)
         return cls(
             config,
-            checkpoint.restore_params(param_shardings(config, mesh), dtype),
-            eos_id=checkpoint.tokenizer.eos_id,
-            num_pieces=checkpoint.tokenizer.vocab_size,
-            text=checkpoint.tokenizer.decode,
+            weights.restore_params(param_shardings(config, mesh), dtype),
+            eos_id=weights.tokenizer.eos_id,
+            num_pieces=weights.tokenizer.vocab_size,
+            text=weights.tokenizer.decode,
             dtype=dtype,
+            mesh=mesh,
             **options,
         )
 
@@ -150,6 +174,12 @@ class Sampler:
         return group.collected()
 
 
+def _devices_of(params: model.Params) -> Sequence[jax.Device]:
+    """In the order of their mesh, which that of the sampler must have too; by default all."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    return list(sharding.mesh.devices.flat) if isinstance(sharding, NamedSharding) else list(sharding.device_set)
+
+
 def _padded(prompt: Prompt) -> int:
     return max(SHORTEST_PROMPT, power_of_two(len(prompt.tokens)))
 
@@ -173,7 +203,8 @@ class _Group:
     ):
         self._sampler, self._prompts, self._settings, self._done = sampler, prompts, settings, done
         self._rooms = [sampler.room(prompt, settings) for prompt in prompts]
-        self._draws = [Draws(settings.seed).problem_key(prompt.problem_id) for prompt in prompts]
+        keys = [Draws(settings.seed).problem_key(prompt.problem_id) for prompt in prompts]
+        self._draws = [np.asarray(jax.random.key_data(key)) for key in keys]
         self._samples: list[dict[int, _Sample]] = [{} for _ in prompts]
         self._num_prompt = max(map(_padded, prompts))
         self._rule = Rule(
@@ -195,7 +226,7 @@ class _Group:
             self._sampler.config, self._sampler.compute, self._sampler.params, tokens,
             np.asarray([len(self._prompts[problem].tokens) for problem in problems], np.int32),
             np.asarray([self._rooms[problem] for problem in problems], np.int32),
-            jnp.stack([self._draws[problem] for problem in problems]), sample,
+            np.stack([self._draws[problem] for problem in problems]), sample,
             rule=self._rule, cache_dtype=self._sampler.cache_dtype, num_slots=FEWEST_SLOTS,
         )  # fmt: skip
         if not np.asarray(finite).all():

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mathscale_jax import model
 from mathscale_jax.config import ModelConfig
@@ -13,8 +13,8 @@ from mathscale_jax.mesh import MESH_AXES
 from mathscale_jax.sampler.decode import CacheDtype
 from mathscale_jax.step import param_shardings
 
-# Of a device's memory: what weights may take before more devices share them, and what programs get at all.
-_FOR_WEIGHTS, _USABLE = 0.45, 0.9
+_USABLE = 0.9  # of a device's memory; the rest is for what programs need meanwhile
+_FOR_WEIGHTS = 0.5  # of that, before more devices share them
 # Of what the weights leave, for the caches that are decoded; as much for what is laid aside or copied.
 _FOR_CACHES = 0.4
 _BYTES_OF_A_CPU = 2**33
@@ -22,13 +22,13 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def decode_mesh(
-    config: ModelConfig, dtype: str, devices: Sequence[jax.Device] | None = None, memory: int | None = None
+    config: ModelConfig, dtype: str, devices: Sequence[jax.Device] | None = None, memory: float | None = None
 ) -> Mesh:
     """A (data, fsdp, tensor) mesh over `devices`, by default all: as few as hold the weights share them by heads.
 
     The others hold copies, and share the rows: a step then sends less. Where heads cannot be shared by as many as the
-    weights need, each device holds a part along the residual stream and gathers the rest in every step. `memory` of a
-    device in bytes is asked of it by default.
+    weights need, each device holds a part along the residual stream and gathers the rest in every step. `memory` is
+    what a device gives to weights and caches, in bytes; by default most of what it has.
     """
     devices = list(jax.devices() if devices is None else devices)
     memory = memory or memory_of(devices[0])
@@ -37,28 +37,33 @@ def decode_mesh(
     shares = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0 and all(size % n == 0 for size in sizes)]
     tensor = next((n for n in shares if weights / n <= _FOR_WEIGHTS * memory), shares[-1])
     others = len(devices) // tensor
-    gathers = weights / tensor > _USABLE * memory and config.hidden_size % others == 0
+    gathers = weights / tensor > memory and config.hidden_size % others == 0
     grid = np.asarray(devices).reshape((1, others, tensor) if gathers else (others, 1, tensor))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def memory_of(device: jax.Device) -> int:
-    """Bytes of a device; of a CPU, some that any machine has."""
+def memory_of(device: jax.Device) -> float:
+    """Bytes of a device that programs may use; of a CPU, some that any machine has."""
     stats = device.memory_stats() if device.platform != "cpu" else None
-    return stats["bytes_limit"] if stats else _BYTES_OF_A_CPU
+    return _USABLE * (stats["bytes_limit"] if stats else _BYTES_OF_A_CPU)
 
 
-def token_limit(config: ModelConfig, mesh: Mesh, dtype: str, cache_dtype: CacheDtype, memory: int | None = None) -> int:
+def token_limit(
+    config: ModelConfig, mesh: Mesh, dtype: str, cache_dtype: CacheDtype, memory: float | None = None
+) -> int:
     """The tokens for whose keys and values there is room on all devices together, when the weights are there."""
     memory = memory or memory_of(mesh.devices.flat[0])
     weights = config.num_parameters * _BYTES[dtype] / (mesh.shape["fsdp"] * mesh.shape["tensor"])
-    free = (_USABLE * memory - weights) * mesh.size
     vector = config.head_dim + 4 if cache_dtype == "int8" else config.head_dim * _BYTES[cache_dtype]
-    return max(0, math.floor(_FOR_CACHES * free / (2 * config.num_layers * config.num_kv_heads * vector)))
+    token = 2 * config.num_layers * config.num_kv_heads * vector
+    return max(0, math.floor(_FOR_CACHES * (memory - weights) * mesh.size / token))
 
 
 def placed(params: model.Params, config: ModelConfig, mesh: Mesh, dtype: str) -> model.Params:
-    """A copy of the parameters in `dtype` where they belong on `mesh`, in the form that its devices decode fastest."""
+    """A copy of the parameters in `dtype` where they belong on `mesh`, whose devices they must lie on already."""
+
+    def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        return jax.jit(lambda leaf: leaf.astype(dtype), out_shardings=sharding)(leaf)
+
     with jax.set_mesh(mesh):
-        params = jax.jit(model.cast, static_argnums=1, out_shardings=param_shardings(config, mesh))(params, dtype)
-    return model.layers_apart(params) if mesh.devices.flat[0].platform == "gpu" else params
+        return jax.tree.map(place, params, param_shardings(config, mesh))

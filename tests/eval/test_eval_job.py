@@ -41,6 +41,7 @@ def settings(trained: Path, out: Path, **changes: Any) -> SampleSettings:
         num_samples=8,
         max_tokens=24,
         dtype="float32",
+        rows=1,  # so that a group is a problem
     )
     return SampleSettings(**{**plain, **changes})
 
@@ -67,7 +68,7 @@ def test_every_problem_has_one_part_file_with_all_its_samples(folder: epath.Path
     problems = read(folder, "problems.jsonl")
     assert len(problems) == NUM_PROBLEMS
     for index, problem in enumerate(problems):
-        rows = read(folder, f"samples/part-{index:05d}.jsonl")
+        rows = read(folder, f"samples/part-{index:05d}-{index:05d}.jsonl")
         assert [row["sample_id"] for row in rows] == list(range(8))
         assert {row["problem_id"] for row in rows} == {problem["problem_id"]}
         assert all(1 <= row["num_tokens"] <= 24 and row["finish_reason"] in ("eos", "length") for row in rows)
@@ -88,6 +89,8 @@ def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
         "8",
         "--max-tokens",
         "24",
+        "--rows",
+        "2",
     ]
     undisturbed = tmp_path / "undisturbed"
     whole = [str(undisturbed) if a == str(out) else a for a in arguments]
@@ -100,11 +103,12 @@ def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in (out / "samples").glob("part-*")}
-    assert 2 <= len(finished) < 20
+    assert 2 <= len(finished) < 10
     again = run("eval", *arguments)
     assert again.returncode == 0, again.stderr
-    for index in range(20):
-        name = f"part-{index:05d}.jsonl"
+    names = [f"part-{first:05d}-{first + 1:05d}.jsonl" for first in range(0, 20, 2)]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == names
+    for name in names:
         assert (out / "samples" / name).read_bytes() == (undisturbed / "samples" / name).read_bytes()
     for name, written in finished.items():
         assert (out / "samples" / name).stat().st_mtime_ns == written  # nothing was drawn twice
@@ -134,8 +138,8 @@ def test_a_prompt_beyond_the_context_is_recorded_and_the_job_goes_on(trained: Pa
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = sample(settings(trained, tmp_path / "out", task="jsonl", source=str(source)))
-    assert {row["finish_reason"] for row in read(out, "samples/part-00000.jsonl")} == {"error"}
-    assert {row["finish_reason"] for row in read(out, "samples/part-00001.jsonl")} <= {"eos", "length"}
+    assert {row["finish_reason"] for row in read(out, "samples/part-00000-00000.jsonl")} == {"error"}
+    assert {row["finish_reason"] for row in read(out, "samples/part-00001-00001.jsonl")} <= {"eos", "length"}
     metrics = json.loads(grade(out).read_text())
     assert metrics["num_problems"] == 2
 
@@ -143,11 +147,13 @@ def test_a_prompt_beyond_the_context_is_recorded_and_the_job_goes_on(trained: Pa
 def rewrite_texts(folder: epath.Path, right_per_problem: list[int]) -> None:
     """Replaces the texts: the first samples of problem i are right, the others are wrong in different ways."""
     for index, (problem, right) in enumerate(zip(read(folder, "problems.jsonl"), right_per_problem, strict=True)):
-        rows = read(folder, f"samples/part-{index:05d}.jsonl")
+        rows = read(folder, f"samples/part-{index:05d}-{index:05d}.jsonl")
         for row in rows:
             answer = problem["answer"] if row["sample_id"] < right else str(1000 + row["sample_id"])
             row["text"] = f"1 + 1 = 2\nThe answer is: {answer}."
-        (folder / "samples" / f"part-{index:05d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "samples" / f"part-{index:05d}-{index:05d}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 def test_metrics_are_those_of_the_texts(folder: epath.Path) -> None:
@@ -161,15 +167,15 @@ def test_metrics_are_those_of_the_texts(folder: epath.Path) -> None:
     # Two equal right answers beat six different wrong ones; one right among seven wrong shares an eightfold tie.
     assert metrics["maj_at"]["8"]["value"] == pytest.approx((1 / 8 + 1 + 1 + 1) / 6)
     assert metrics["complete"] is True and metrics["grader_version"]
-    assert {(g["answer"] is not None, g["rule"]) for g in read(folder, "grades/part-00003.jsonl")} == {
+    assert {(g["answer"] is not None, g["rule"]) for g in read(folder, "grades/part-00003-00003.jsonl")} == {
         (True, "answer_line")
     }
 
 
 def test_missing_samples_are_said_and_do_not_count(folder: epath.Path) -> None:
     rewrite_texts(folder, [8, 8, 0, 0, 0, 0])
-    (folder / "samples" / "part-00005.jsonl").unlink()
-    part = folder / "samples" / "part-00004.jsonl"
+    (folder / "samples" / "part-00005-00005.jsonl").unlink()
+    part = folder / "samples" / "part-00004-00004.jsonl"
     part.write_text("".join(part.read_text().splitlines(keepends=True)[:3]))
     metrics = json.loads(grade(folder).read_text())
     assert metrics["num_problems"] == 4
@@ -182,9 +188,9 @@ def test_duplicates_and_unknown_problems_are_named_and_left_out(
     folder: epath.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rewrite_texts(folder, [8, 0, 0, 0, 0, 0])
-    part = folder / "samples" / "part-00001.jsonl"
+    part = folder / "samples" / "part-00001-00001.jsonl"
     again = {
-        **read(folder, "samples/part-00001.jsonl")[0],
+        **read(folder, "samples/part-00001-00001.jsonl")[0],
         "text": "The answer is: " + read(folder, "problems.jsonl")[1]["answer"],
     }
     stranger = {**again, "problem_id": "stranger"}
@@ -197,8 +203,8 @@ def test_duplicates_and_unknown_problems_are_named_and_left_out(
 def test_damage_is_said(folder: epath.Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not an eval folder"):
         grade(epath.Path(tmp_path))
-    (folder / "samples" / "part-00002.jsonl").write_text('{"problem_id": "x", ')
-    with pytest.raises(RunError, match=r"part-00002.jsonl is damaged"):
+    (folder / "samples" / "part-00002-00002.jsonl").write_text('{"problem_id": "x", ')
+    with pytest.raises(RunError, match=r"part-00002-00002.jsonl is damaged"):
         grade(folder)
     shutil.rmtree(folder / "samples")
     with pytest.raises(RunError, match="no problem has all its 8 samples"):
@@ -227,7 +233,7 @@ def test_samples_without_a_run_file_are_not_adopted(trained: Path, folder: epath
         sample(settings(trained, Path(folder)))
 
 
-@pytest.mark.parametrize("name", ["run.json", "problems.jsonl", "samples/part-00000.jsonl"])
+@pytest.mark.parametrize("name", ["run.json", "problems.jsonl", "samples/part-00000-00000.jsonl"])
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'{"problem_id": "demo/40"}\n', b"[1"])
 def test_a_damaged_file_is_named(folder: epath.Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)

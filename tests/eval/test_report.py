@@ -52,8 +52,8 @@ def write_eval(folder, answers, *, finished=None, question="What is 6 times 7?",
             grades.append({**key, "answer": answer, "rule": "integer", "correct": answer == "42", "seconds": 0.0})
     gold = {"question": question, "answer": "42", "solution": "6 * 7 = 42", "level": None, "subject": None}
     write_lines(folder / "problems.jsonl", [{"problem_id": i, "num_steps": 1} | gold for i in ids])
-    write_lines(folder / "samples" / "part-00000.jsonl", samples)
-    write_lines(folder / "grades" / "part-00000.jsonl", grades)
+    write_lines(folder / "samples" / "part-00000-00000.jsonl", samples)
+    write_lines(folder / "grades" / "part-00000-00000.jsonl", grades)
     run = {"task": "sums", "split": "test", "num_problems": len(answers), "num_samples": len(answers[0])}
     run |= {"temperature": 0.7, "top_p": 1.0, "seed": 0, "checkpoint": "run-a/702"}
     rows = answers[:finished]
@@ -183,7 +183,7 @@ def test_of_duplicated_keys_the_first_wins(tmp_path):
         "correct": True,
         "seconds": 0,
     }
-    write_lines(tmp_path / "grades" / "part-00001.jsonl", [again])
+    write_lines(tmp_path / "grades" / "part-00001-00001.jsonl", [again])
     assert "0 of 4" in Page(write_report(tmp_path).read_text()).words
 
 

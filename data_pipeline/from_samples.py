@@ -1,0 +1,90 @@
+"""Right answers that a model drew as a dataset to train on: rejection-sampling fine-tuning (arXiv 2308.01825)."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pydantic
+from etils import epath
+
+from data_pipeline.cli import logger
+from data_pipeline.files import read_json_lines, write_json_lines
+from data_pipeline.settings import Settings, UsageError
+from data_pipeline.templates import Template
+
+
+class FromSamples(Settings):
+    """`from-samples DIR`: the right answers in a graded eval folder, as rows of the task jsonl."""
+
+    out: str = pydantic.Field(description="file of rows to write, .jsonl")
+    per_problem: pydantic.PositiveInt = pydantic.Field(4, description="at most this many different answers a problem")
+    seed: pydantic.NonNegativeInt = pydantic.Field(0, description="which ones, where there are more")
+
+
+def rows_from_samples(folder: str, settings: FromSamples) -> int:
+    """Writes the rows, and returns how many. A row's `lineage` says which sample of which run it is.
+
+    Answers that differ in white space only are one. Raises UsageError where the folder is not graded, or no answer of
+    it is right.
+    """
+    directory = epath.Path(folder)
+    if not (directory / "run.json").exists():
+        raise UsageError(f"{folder} is not an eval folder: it has no run.json")
+    if not any((directory / "grades").glob("part-*.jsonl")):
+        raise UsageError(f"{folder} is not graded: run `python -m eval grade {folder}` first")
+    run = json.loads((directory / "run.json").read_text())
+    right = {(row["problem_id"], row["sample_id"]) for row in _rows(directory / "grades") if row["correct"]}
+    template = Template(**run["template"])
+    before, between, after = template.response.replace("{solution}", "\0").replace("{answer}", "\0").split("\0")
+    texts: dict[str, dict[str, tuple[int, str]]] = {}
+    odd = 0
+    for row in _rows(directory / "samples"):
+        problem, sample = row["problem_id"], row["sample_id"]
+        if (problem, sample) in right:
+            text = row["text"].strip()
+            body, found, _ = text.removeprefix(before.lstrip()).rpartition(between)
+            if not found or not body.strip():
+                odd += 1
+            else:
+                texts.setdefault(problem, {}).setdefault(" ".join(body.split()), (sample, body.strip()))
+    rows = [
+        row
+        for problem in read_json_lines(directory / "problems.jsonl")
+        for row in _of_problem(problem, list(texts.get(problem["problem_id"], {}).values()), run, settings)
+    ]
+    if not rows:
+        raise UsageError(f"{folder}: none of its samples is right, and in the form of the template")
+    write_json_lines(settings.out, rows)
+    distinct = sum(map(len, texts.values()))
+    logger.info(
+        "%d rows of %d problems in %s: of %d right samples %d differ, %d are not in the template's form",
+        len(rows), len({row["lineage"]["problem_id"] for row in rows}), settings.out, len(right), distinct, odd,
+    )  # fmt: skip
+    return len(rows)
+
+
+def _rows(folder: epath.Path) -> Iterator[dict[str, Any]]:
+    for part in sorted(folder.glob("part-*.jsonl")):
+        yield from read_json_lines(part)
+
+
+def _of_problem(
+    problem: dict[str, Any], solutions: list[tuple[int, str]], run: dict[str, Any], settings: FromSamples
+) -> Iterator[dict[str, Any]]:
+    def chance(solution: tuple[int, str]) -> bytes:
+        return hashlib.sha256(f"{settings.seed} {problem['problem_id']} {solution[0]}".encode()).digest()
+
+    for sample, text in sorted(sorted(solutions, key=chance)[: settings.per_problem]):
+        yield {
+            "id": f"{problem['problem_id']}#{sample}",
+            "question": problem["question"],
+            "solution": text,
+            "answer": problem["answer"],
+            "lineage": {
+                "problem_id": problem["problem_id"],
+                "sample_id": sample,
+                "checkpoint": run["checkpoint"],
+                "run": run["hash"],
+            },
+        }

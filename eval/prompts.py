@@ -1,0 +1,57 @@
+"""The texts that a model is given: a question in the template, behind worked examples where a base model needs them."""
+
+import hashlib
+
+import pydantic
+
+from data_pipeline.settings import Settings, UsageError
+from data_pipeline.tasks import Problem, read_problems
+from data_pipeline.templates import Template
+
+_BETWEEN = "\n\n"
+
+
+class PromptSettings(Settings):
+    """What stands before a question."""
+
+    task: str
+    shots: pydantic.NonNegativeInt = pydantic.Field(
+        0, description="worked examples before each question; a response then ends where another question begins"
+    )
+    shots_source: str | None = pydantic.Field(
+        None, description="file whose first rows they are; none: the training split of the task's public source"
+    )
+
+
+class Prompts:
+    """Renders questions. `stop` ends a response where the model goes on with an example of its own.
+
+    Raises UsageError where there are fewer examples than asked for.
+    """
+
+    def __init__(self, settings: PromptSettings, template: Template):
+        self._template = template
+        self._shots = ""
+        self.stop: tuple[str, ...] = ()
+        if not settings.shots:
+            return
+        examples = read_problems(settings.task, "train", settings.shots_source)[: settings.shots]
+        if len(examples) < settings.shots:
+            raise UsageError(f"shots={settings.shots}: there are {len(examples)} examples to take them from")
+        self._shots = "".join(self._example(problem) + _BETWEEN for problem in examples)
+        begins = template.prompt.partition("{question}")[0].strip()
+        self.stop = (_BETWEEN + begins,) if begins else ()
+
+    def render(self, problem: Problem) -> str:
+        """The whole text of a problem's prompt."""
+        return self._shots + self._template.render_prompt(problem.question)
+
+    @property
+    def sha256(self) -> str:
+        """Of the examples."""
+        return hashlib.sha256(self._shots.encode()).hexdigest()
+
+    def _example(self, problem: Problem) -> str:
+        prompt = self._template.render_prompt(problem.question)
+        response = self._template.render_response(problem.solution, problem.answer)
+        return prompt + ("" if prompt[-1:].isspace() else " ") + response
