@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import string
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +36,7 @@ def rows_from_samples(folder: str, settings: FromSamples) -> int:
         raise UsageError(f"{folder} is not graded: run `python -m eval grade {folder}` first")
     run = json.loads((directory / "run.json").read_text())
     right = {(row["problem_id"], row["sample_id"]) for row in _rows(directory / "grades") if row["correct"]}
-    template = Template(**run["template"])
-    before, between, after = template.response.replace("{solution}", "\0").replace("{answer}", "\0").split("\0")
+    before, between = _around_solution(Template(**run["template"]))
     texts: dict[str, dict[str, tuple[int, str]]] = {}
     odd = 0
     for row in _rows(directory / "samples"):
@@ -62,6 +62,16 @@ def rows_from_samples(folder: str, settings: FromSamples) -> int:
         len(rows), len({row["lineage"]["problem_id"] for row in rows}), settings.out, len(right), distinct, odd,
     )  # fmt: skip
     return len(rows)
+
+
+def _around_solution(template: Template) -> tuple[str, str]:
+    """What a response has before its solution, and between that and the answer."""
+    parts = [(text, field) for text, field, _, _ in string.Formatter().parse(template.response) if field is not None]
+    if [field for _, field in parts] != ["solution", "answer"] or not parts[1][0].strip():
+        raise UsageError(
+            f"the template's response {template.response!r} does not tell solution from answer: rows cannot be made of it"
+        )
+    return parts[0][0], parts[1][0]
 
 
 def _rows(folder: epath.Path) -> Iterator[dict[str, Any]]:
