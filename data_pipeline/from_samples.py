@@ -69,7 +69,7 @@ def _around_solution(template: Template) -> tuple[str, str]:
     parts = [(text, field) for text, field, _, _ in string.Formatter().parse(template.response) if field is not None]
     if [field for _, field in parts] != ["solution", "answer"] or not parts[1][0].strip():
         raise UsageError(
-            f"the template's response {template.response!r} does not tell solution from answer: rows cannot be made of it"
+            f"its response {template.response!r} does not tell solution from answer: no rows can be made of it"
         )
     return parts[0][0], parts[1][0]
 

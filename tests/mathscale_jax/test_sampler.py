@@ -1,18 +1,23 @@
 """What the sampler draws: the right distribution, from the right randomness, as a plain forward pass would."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from mathscale_jax import model
 from mathscale_jax.config import ModelConfig
-from mathscale_jax.sampler import Draws, Prompt, Sampler, SamplingSettings
+from mathscale_jax.sampler import Draws, Prompt, Sampler, SamplingSettings, schedule
+from mathscale_jax.sampler.decode import CacheDtype
 from mathscale_jax.sampler.draw import next_tokens
+from mathscale_jax.sampler.schedule import Limits, first_waves
+from mathscale_jax.step import param_shardings
 
 EOS = 2
 CONFIG = ModelConfig(
@@ -35,14 +40,22 @@ def params() -> model.Params:
     return jax.tree.map(lambda p: p * 8, jax.jit(lambda: model.init(CONFIG, 1))())
 
 
+def make(params: model.Params, **options: Any) -> Sampler:
+    return Sampler(CONFIG, params, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32", **options)
+
+
 @pytest.fixture(scope="module")
 def sampler(params: model.Params) -> Sampler:
-    return Sampler(CONFIG, params, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32")
+    return make(params)
 
 
-def expected_probabilities(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
-    """Nucleus sampling written as a loop over the ranked tokens (Holtzman et al. 2019)."""
+def expected_probabilities(
+    logits: np.ndarray, temperature: float, top_p: float = 1.0, top_k: int | None = None
+) -> np.ndarray:
+    """The k most probable tokens, then nucleus sampling as a loop over the ranked tokens (Holtzman et al. 2019)."""
     p = np.exp(logits.astype(np.float64) / temperature)
+    if top_k is not None:
+        p[np.argsort(-p)[top_k:]] = 0
     p /= p.sum()
     kept, mass = np.zeros_like(p), 0.0
     for token in np.argsort(-p):
@@ -56,6 +69,9 @@ def expected_probabilities(logits: np.ndarray, temperature: float, top_p: float)
 def assert_follows(tokens: np.ndarray, probabilities: np.ndarray) -> None:
     counts = np.bincount(tokens, minlength=len(probabilities))
     assert counts[probabilities == 0].sum() == 0
+    rare = (probabilities > 0) & (probabilities * len(tokens) < 5)  # chi-square wants 5 in each cell: one cell of all
+    counts = np.append(counts[~rare], counts[rare].sum())
+    probabilities = np.append(probabilities[~rare], probabilities[rare].sum())
     expected = probabilities[probabilities > 0] * len(tokens)
     chi_square = ((counts[probabilities > 0] - expected) ** 2 / expected).sum()
     freedom = len(expected) - 1
@@ -63,16 +79,23 @@ def assert_follows(tokens: np.ndarray, probabilities: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 1.0), (1.0, 0.8), (0.7, 0.95), (1.0, 0.01)]
+    ("temperature", "top_p", "top_k"),
+    [
+        *((1.0, 1.0, None), (0.7, 1.0, None), (1.5, 1.0, None), (1.0, 0.8, None), (0.7, 0.95, None), (1.0, 0.01, None)),
+        *((1.0, 1.0, 5), (0.7, 1.0, 1), (1.0, 0.8, 6), (0.7, 0.5, 3), (1.0, 1.0, 400)),
+    ],
 )
-def test_a_hundred_thousand_draws_follow_the_known_distribution(temperature: float, top_p: float) -> None:
-    logits = np.random.default_rng(0).normal(size=12).astype(np.float32) * 1.5
+def test_a_hundred_thousand_draws_follow_the_known_distribution(
+    temperature: float, top_p: float, top_k: int | None
+) -> None:
+    # 300 tokens, most of them improbable: blocks of the vocabulary with much and with little of the mass.
+    logits = np.random.default_rng(0).normal(size=300).astype(np.float32) - 8
+    logits[::25] += 10
     count = 100_000
     uniform = Draws.uniform(Draws(0).problem_key("p"), jnp.arange(count), jnp.zeros(count, jnp.int32))
-    drawn = next_tokens(
-        jnp.broadcast_to(jnp.asarray(logits), (count, 12)), uniform, temperature=temperature, top_p=top_p
-    )
-    assert_follows(np.asarray(drawn), expected_probabilities(logits, temperature, top_p))
+    every = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
+    drawn = next_tokens(every, uniform, temperature=temperature, top_p=top_p, top_k=top_k)
+    assert_follows(np.asarray(drawn), expected_probabilities(logits, temperature, top_p, top_k))
 
 
 def test_extreme_uniform_numbers_never_draw_a_token_without_probability() -> None:
@@ -128,8 +151,10 @@ def test_what_pads_a_vocabulary_is_never_drawn(params: model.Params) -> None:
     assert drawn == set(range(CONFIG.vocab_size - 5))
 
 
-def test_second_tokens_follow_the_model_given_the_first(params: model.Params, sampler: Sampler) -> None:
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_second_tokens_follow_the_model_given_the_first(params: model.Params, cache_dtype: CacheDtype) -> None:
     """The shared prompt and the row's own cache together give each row its own conditional distribution."""
+    sampler = make(params, cache_dtype=cache_dtype)
     prompt = [1, 7, 3, 11]
     settings = SamplingSettings(num_samples=20_000, temperature=4.0, top_p=0.95, max_tokens=2)
     (result,) = sampler.sample([Prompt("p", prompt)], settings)
@@ -205,3 +230,131 @@ def test_weights_that_are_not_numbers_are_refused(params: model.Params) -> None:
 def test_greedy_with_many_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="num_samples=256"):
         SamplingSettings(temperature=0)
+
+
+# Prompts of two padded lengths, and responses of 1 to 90 tokens.
+GROUP = [Prompt(str(i), [1, *range(3, 3 + length)]) for i, length in enumerate((3, 7, 2, 9, 15, 4))]
+GROUP += [Prompt("long", [1, *range(3, 23), *range(3, 23), *range(3, 23), *range(3, 20)])]
+DRAWN = SamplingSettings(num_samples=24, temperature=1.0, max_tokens=90)
+
+
+@pytest.fixture(scope="module")
+def drawn(sampler: Sampler) -> list[list[list[int]]]:
+    return texts_of(sampler)
+
+
+def texts_of(sampler: Sampler, settings: SamplingSettings = DRAWN) -> list[list[list[int]]]:
+    return [[row.tolist() for row in result.tokens] for result in sampler.sample(GROUP, settings)]
+
+
+def share_that_differs(one: list[list[list[int]]], other: list[list[list[int]]]) -> float:
+    pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
+    return float(np.mean([a != b for a, b in pairs]))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often the schedule did what."""
+    counts = dict.fromkeys(("_packed", "_halves", "_joined"), 0)
+
+    def counting(name: str) -> Any:
+        original = getattr(schedule, name)
+
+        def count(*arguments: Any) -> Any:
+            counts[name] += 1
+            return original(*arguments)
+
+        return count
+
+    for name in counts:
+        monkeypatch.setattr(schedule, name, counting(name))
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"rows": 8}, {"_packed", "_joined"}),
+        ({"rows": 32}, {"_packed", "_joined"}),
+        ({"rows": 64, "max_tokens": 5000}, {"_packed", "_halves", "_joined"}),
+        ({"rows": 512}, {"_packed"}),
+    ],
+)
+def test_samples_are_the_same_under_every_schedule(
+    params: model.Params, drawn: Any, calls: dict[str, int], options: dict[str, int], wanted: set[str]
+) -> None:
+    """Of 168 samples of up to 90 tokens at most one, as the last bits of a product depend on its shape."""
+    assert share_that_differs(texts_of(make(params, **options)), drawn) < 0.01
+    assert {name for name, count in calls.items() if count} >= wanted
+
+
+def test_samples_are_the_same_in_chunks_of_any_length(
+    params: model.Params, drawn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mathscale_jax.sampler.schedule", "mathscale_jax.sampler.generate"):
+        monkeypatch.setattr(f"{name}.STEPS_PER_CHUNK", 7)
+    assert share_that_differs(texts_of(make(params, rows=32)), drawn) < 0.01
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 1), (2, 2), (1, 2), (3, 1)])
+def test_samples_are_the_same_on_other_meshes(params: model.Params, drawn: Any, data: int, tensor: int) -> None:
+    devices = np.asarray(jax.devices()[: data * tensor]).reshape(data, 1, tensor)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    placed = jax.tree.map(jax.device_put, params, param_shardings(CONFIG, mesh))
+    assert share_that_differs(texts_of(make(placed, mesh=mesh, rows=32)), drawn) < 0.01
+
+
+def test_layers_apart_give_the_same_samples(params: model.Params, drawn: Any) -> None:
+    sampler = make(params, rows=32)
+    sampler.params = model.layers_apart(sampler.params)
+    assert share_that_differs(texts_of(sampler), drawn) < 0.01
+
+
+def test_the_log_probability_of_a_sample_is_that_of_its_tokens(params: model.Params) -> None:
+    settings = DRAWN.model_copy(update={"logprobs": True, "temperature": 0.7, "top_k": 9})
+    sampler = make(params, rows=32)
+    for prompt, result in zip(GROUP, sampler.sample(GROUP, settings), strict=True):
+        for tokens, logprob in list(zip(result.tokens, result.logprobs, strict=True))[:5]:
+            whole = jnp.asarray([[*prompt.tokens, *tokens.tolist()]])
+            logits = jax.nn.log_softmax(model.logits(CONFIG, params, whole)[0], axis=-1)
+            expected = sum(logits[len(prompt.tokens) - 1 + i, token] for i, token in enumerate(tokens.tolist()))
+            assert logprob == pytest.approx(float(expected), abs=2e-3)
+
+
+def test_a_response_ends_where_it_first_holds_a_stop_string(params: model.Params, drawn: Any) -> None:
+    sampler = make(params, rows=32, text=lambda tokens: "".join(chr(ord("a") + token) for token in tokens))
+    settings = DRAWN.model_copy(update={"stop": ("fg", "j")})
+    seen = set()
+    for result, whole in zip(sampler.sample(GROUP, settings), drawn, strict=True):
+        for tokens, reason, unstopped in zip(result.tokens, result.finish_reasons, whole, strict=True):
+            text = sampler.text(unstopped) if sampler.text else ""
+            ends = [text.index(stop) + len(stop) for stop in settings.stop if stop in text]
+            assert len(tokens) == min([*ends, len(unstopped)])
+            assert tokens.tolist() == unstopped[: len(tokens)]
+            assert (reason == "stop") == bool(ends)
+            seen.add(reason)
+    assert seen >= {"stop", "eos"}
+
+
+def test_stop_strings_come_from_the_command_line() -> None:
+    assert SamplingSettings(stop="\n\n").stop == ("\n\n",)  # type: ignore[arg-type]
+    assert SamplingSettings(stop='["a", "[b"]').stop == ("a", "[b")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stop"):
+        SamplingSettings(stop="")  # type: ignore[arg-type]
+
+
+def test_a_device_too_small_for_one_sample_is_said(params: model.Params) -> None:
+    with pytest.raises(UsageError, match=r"needs caches for \d+ tokens; beside the weights there is room for 100"):
+        make(params, max_tokens=100).sample(GROUP, DRAWN)
+
+
+@pytest.mark.parametrize("limits", [Limits(8, 10_000), Limits(64, 4000), Limits(256, 10**6, 8), Limits(1, 10**5)])
+@pytest.mark.parametrize("num_samples", [1, 5, 64, 300])
+def test_waves_hold_every_sample_once_and_keep_the_limits(limits: Limits, num_samples: int) -> None:
+    waves = first_waves([64, 128, 64, 64, 64], num_samples, limits)
+    every = [(problem, sample) for wave in waves for problem, samples in wave for sample in samples]
+    assert sorted(every) == [(problem, sample) for problem in range(5) for sample in range(num_samples)]
+    for wave in waves:
+        rows = schedule.power_of_two(max(len(samples) for _, samples in wave), limits.split)
+        assert len(wave) * rows <= limits.rows
+        assert schedule.tokens_of((len(wave), rows), 128, schedule.FEWEST_SLOTS) <= limits.tokens
