@@ -114,7 +114,7 @@ class Sampler:
         self.params = model.layers_apart(params) if devices[0].platform == "gpu" else params
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         limit = max_tokens or token_limit(config, self.mesh, dtype, self.cache_dtype, memory)
-        self.limits = Limits(max(rows, split), limit, split)
+        self.limits = Limits(power_of_two(max(rows, split), split), limit, split)
 
     @classmethod
     def of(cls, weights: Weights, dtype: ComputeDtype = "bfloat16", **options: Any) -> "Sampler":
