@@ -240,10 +240,10 @@ def test_greedy_with_many_samples_is_refused() -> None:
         SamplingSettings(temperature=0)
 
 
-# Prompts of two padded lengths, and responses of 1 to 90 tokens.
-GROUP = [Prompt(str(i), [1, *range(3, 3 + length)]) for i, length in enumerate((3, 7, 2, 9, 15, 4))]
-GROUP += [Prompt("long", [1, *range(3, 23), *range(3, 23), *range(3, 23), *range(3, 20)])]
-DRAWN = SamplingSettings(num_samples=24, temperature=1.0, max_tokens=90)
+# Few problems, as each shape of a grid takes a second to compile.
+GROUP = [Prompt(str(i), [1, *range(3, 3 + length)]) for i, length in enumerate((3, 17, 2))]
+GROUP += [Prompt("longer than a padding unit", [1, *range(3, 23), *range(3, 23), *range(3, 23), 7, 8, 9, 10])]
+DRAWN = SamplingSettings(num_samples=16, temperature=1.0, max_tokens=80)
 
 
 @pytest.fixture(scope="module")
@@ -282,17 +282,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ({"rows": 8}, {"_packed", "_joined"}),
-        ({"rows": 32}, {"_packed", "_joined"}),
-        ({"rows": 64, "max_tokens": 1300}, {"_packed", "_halves", "_joined"}),
-        ({"rows": 512}, {"_packed"}),
+        ({"rows": 16}, {"_packed", "_joined"}),
+        ({"rows": 64, "max_tokens": 900}, {"_packed", "_halves"}),
     ],
 )
 def test_samples_are_the_same_under_every_schedule(
     params: model.Params, drawn: Any, calls: dict[str, int], options: dict[str, int], wanted: set[str]
 ) -> None:
-    """Of 168 samples of up to 90 tokens at most one, as the last bits of a product depend on its shape."""
-    assert share_that_differs(texts_of(make(params, **options)), drawn) < 0.01
+    """The last bits of a product depend on its shape: one of the 64 samples may differ, none does today."""
+    assert share_that_differs(texts_of(make(params, **options)), drawn) < 0.02
     assert {name for name, count in calls.items() if count} >= wanted
 
 
@@ -301,32 +299,32 @@ def test_samples_are_the_same_in_chunks_of_any_length(
 ) -> None:
     for name in ("mathscale_jax.sampler.schedule", "mathscale_jax.sampler.generate"):
         monkeypatch.setattr(f"{name}.STEPS_PER_CHUNK", 7)
-    assert share_that_differs(texts_of(make(params, rows=32)), drawn) < 0.01
+    assert share_that_differs(texts_of(make(params)), drawn) < 0.02
 
 
 @pytest.mark.parametrize(("data", "tensor"), [(2, 2), (3, 1)])
 def test_samples_are_the_same_on_other_meshes(params: model.Params, drawn: Any, data: int, tensor: int) -> None:
-    assert share_that_differs(texts_of(make(params, mesh=mesh_of(data, tensor), rows=32)), drawn) < 0.01
+    assert share_that_differs(texts_of(make(params, mesh=mesh_of(data, tensor))), drawn) < 0.02
 
 
 def test_samples_are_the_same_with_weights_that_lie_elsewhere(params: model.Params, drawn: Any) -> None:
     """As a training run has them, on all devices in another dtype and layout: the sampler makes a copy for itself."""
     mesh = make_mesh(MeshSettings(data=2, fsdp=4, tensor=1))
     trained = jax.tree.map(jax.device_put, params, param_shardings(CONFIG, mesh))
-    sampler = Sampler(CONFIG, trained, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32", rows=32)
+    sampler = Sampler(CONFIG, trained, eos_id=EOS, num_pieces=CONFIG.vocab_size, dtype="float32")
     assert sampler.mesh.size == 8
-    assert share_that_differs(texts_of(sampler), drawn) < 0.01
+    assert share_that_differs(texts_of(sampler), drawn) < 0.02
 
 
 def test_layers_apart_give_the_same_samples(params: model.Params, drawn: Any) -> None:
-    sampler = make(params, rows=32)
-    sampler.params = model.layers_apart(sampler.params)
-    assert share_that_differs(texts_of(sampler), drawn) < 0.01
+    sampler = make(params)
+    sampler.params = model.layers_apart(jax.tree.map(jnp.copy, sampler.params))
+    assert share_that_differs(texts_of(sampler), drawn) < 0.02
 
 
 def test_the_log_probability_of_a_sample_is_that_of_its_tokens(params: model.Params) -> None:
     settings = DRAWN.model_copy(update={"logprobs": True, "temperature": 0.7, "top_k": 9})
-    sampler = make(params, rows=32)
+    sampler = make(params)
     for prompt, result in zip(GROUP, sampler.sample(GROUP, settings), strict=True):
         for tokens, logprob in list(zip(result.tokens, result.logprobs, strict=True))[:5]:
             whole = jnp.asarray([[*prompt.tokens, *tokens.tolist()]])
@@ -336,7 +334,7 @@ def test_the_log_probability_of_a_sample_is_that_of_its_tokens(params: model.Par
 
 
 def test_a_response_ends_where_it_first_holds_a_stop_string(params: model.Params, drawn: Any) -> None:
-    sampler = make(params, rows=32, text=lambda tokens: "".join(chr(ord("a") + token) for token in tokens))
+    sampler = make(params, text=lambda tokens: "".join(chr(ord("a") + token) for token in tokens))
     settings = DRAWN.model_copy(update={"stop": ("fg", "j")})
     seen = set()
     for result, whole in zip(sampler.sample(GROUP, settings), drawn, strict=True):
