@@ -1,16 +1,17 @@
 """Samples from an OpenAI-compatible server (vLLM, SGLang, llama.cpp) in place of a checkpoint of ours."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 
-from data_pipeline.cli import RunError, StopSignal, first_line
+from data_pipeline.cli import RunError, StopSignal, first_line, logger
+from data_pipeline.templates import Template
+from eval.local import failed
 from mathscale_jax.sampler import SamplingSettings
 
-_REASONS = {"stop": "eos", "length": "length"}
 _AT_ONCE = 16  # requests; the server queues what it cannot do at once
 _RETRIES = 8
 _SECONDS = 3600.0  # for one request: hundreds of samples, perhaps behind others'
@@ -23,21 +24,24 @@ class Endpoint:
     its seeds are asked for, and no two servers promise the same texts.
     """
 
-    def __init__(self, url: str, model: str):
-        self.model = model
+    def __init__(self, url: str, model: str, template: Template):
+        self.name, self.template = f"{model} at {url}", template
+        self.lineage = "an OpenAI-compatible server"
+        self.told: dict[str, Any] = {"model": model, "endpoint": url, "template": template.model_dump(mode="json")}
+        self._model = model
         self._client = openai.OpenAI(
             base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=_RETRIES, timeout=_SECONDS
         )
 
     def draw(
-        self, prompts: Sequence[str], settings: SamplingSettings, one_more: Callable[[int], None]
+        self, prompts: dict[str, str], settings: SamplingSettings, one_more: Callable[[int], None]
     ) -> list[list[dict[str, Any]]]:
         """Rows of each prompt's samples; of a prompt that the server refuses (too long, say) those of an error.
 
         Raises RunError where the server does not answer; Stopped where a signal asks to.
         """
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            futures = [pool.submit(self._draw, prompt, settings, one_more) for prompt in prompts]
+            futures = [pool.submit(self._draw, prompt, settings, one_more) for prompt in prompts.values()]
             try:
                 return [future.result() for future in futures]
             except BaseException:
@@ -49,14 +53,13 @@ class Endpoint:
         extra: dict[str, Any] = {} if settings.top_k is None else {"extra_body": {"top_k": settings.top_k}}
         try:
             answer = self._client.completions.create(
-                model=self.model, prompt=prompt, n=settings.num_samples, temperature=settings.temperature,
+                model=self._model, prompt=prompt, n=settings.num_samples, temperature=settings.temperature,
                 top_p=settings.top_p, max_tokens=settings.max_tokens, stop=list(settings.stop) or None,
                 seed=settings.seed, logprobs=0, **extra,
             )  # fmt: skip
         except openai.BadRequestError as error:
-            return [{"text": "", "num_tokens": 0, "finish_reason": "error", "error": first_line(error)}] * (
-                settings.num_samples
-            )
+            logger.warning("recorded as an error: %s", first_line(error))
+            return failed(settings, one_more)
         except openai.OpenAIError as error:
             raise RunError(f"{self._client.base_url} does not answer: {first_line(error)}") from error
         rows = []
@@ -65,7 +68,7 @@ class Endpoint:
             row: dict[str, Any] = {
                 "text": choice.text,
                 "num_tokens": len(tokens or []),
-                "finish_reason": _REASONS.get(choice.finish_reason, "eos"),
+                "finish_reason": "length" if choice.finish_reason == "length" else "eos",
             }
             if settings.logprobs and choice.logprobs is not None:
                 row["logprob"] = sum(choice.logprobs.token_logprobs or [])

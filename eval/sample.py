@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
-import jax
 import pydantic
 from etils import epath
 
@@ -20,21 +19,31 @@ from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from data_pipeline.tasks import TASKS, Problem
 from data_pipeline.tasks import read_problems as read_task
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.templates import load_template
+from eval.endpoint import Endpoint
 from eval.files import part_name, parts, problems_of, read_problems, read_run
+from eval.local import Local, Row
 from eval.prompts import Prompts, PromptSettings
-from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
-from mathscale_jax.checksums import fingerprint
-from mathscale_jax.sampler import ProblemSamples, Prompt, Sampler, SamplingSettings
+from mathscale_jax.sampler import SamplingSettings
 
 # A group of problems fills the rows about this many times: its last samples, few at a time, are a small part then.
 _WAVES_OF_A_GROUP = 8
 
 
 class SampleSettings(PromptSettings, SamplingSettings):
-    """`eval sample`: draws samples of a task's problems from a checkpoint."""
+    """`eval sample`: draws samples of a task's problems from a checkpoint, or from a server."""
 
-    checkpoint: str = pydantic.Field(description="checkpoint or run folder; @STEP or @best behind it, else the newest")
+    checkpoint: str | None = pydantic.Field(
+        None,
+        description="checkpoint or run folder, @STEP or @best behind it, else the newest; or a Hugging Face folder",
+    )
+    endpoint: str | None = pydantic.Field(
+        None, description="or: URL of an OpenAI-compatible server, such as http://localhost:8000/v1, with its model"
+    )
+    model: str | None = pydantic.Field(None, description="name of the model at the endpoint")
+    template: str | None = pydantic.Field(
+        None, description="prompt template of the endpoint's model, a YAML file; a checkpoint has its own"
+    )
     task: str = pydantic.Field(description=f"one of {', '.join(TASKS)}")
     split: str = pydantic.Field("test", description="split of the task")
     source: str | None = pydantic.Field(None, description="file of rows; none takes the task's public source")
@@ -48,6 +57,18 @@ class SampleSettings(PromptSettings, SamplingSettings):
         None, description="i/N: only every N-th group of problems, from the i-th on (0/4 to 3/4), for N such jobs"
     )
     out: str = pydantic.Field(description="eval folder")
+
+    @pydantic.model_validator(mode="after")
+    def _one_model(self) -> "SampleSettings":
+        if (self.checkpoint is None) == (self.endpoint is None):
+            raise ValueError("give a checkpoint, or an endpoint")
+        if (self.endpoint is None) != (self.model is None):
+            raise ValueError("endpoint and model go together")
+        if self.template is not None and self.endpoint is None:
+            raise ValueError(
+                f"template={self.template!r}: a checkpoint has its own; only an endpoint's model takes one"
+            )
+        return self
 
     @pydantic.field_validator("shard")
     @classmethod
@@ -67,24 +88,17 @@ def sample(settings: SampleSettings) -> epath.Path:
     out = epath.Path(settings.out)
     make_folder(out / "samples", "--out")
     problems = read_task(settings.task, settings.split, settings.source)[: settings.num_problems]
-    checkpoint = open_checkpoint(settings.checkpoint)
-    texts = Prompts(settings, checkpoint.meta.template)
-    settings = settings.model_copy(update={"stop": settings.stop or texts.stop})
-    logger.info("loading %s as %s", checkpoint.name, settings.dtype)
     before = read_run(out) if (out / "run.json").exists() else {}
-    sampler = Sampler.of(
-        checkpoint, settings.dtype, cache_dtype=settings.kv_cache, rows=settings.rows,
-        max_tokens=before.get("cache_tokens"),  # as planned where the job began, perhaps on another device
-    )  # fmt: skip
-    _open_folder(out, _run(settings, checkpoint, sampler, problems, texts), problems)
+    model = _model(settings, before.get("cache_tokens"))
+    prompts = Prompts(settings, model.template)
+    settings = settings.model_copy(update={"stop": settings.stop or prompts.stop})
+    _open_folder(out, _run(settings, model, problems, prompts), problems)
 
-    prompts = [Prompt(problem.id, checkpoint.tokenizer.encode_prompt(texts.render(problem))) for problem in problems]
     mine = list(_groups(len(problems), settings))
     covered = {index for part in parts(out, "samples") for index in problems_of(part)}
     done = sum(index in covered for group in mine for index in group)
     if done:
         logger.info("%d of %d problems are sampled already", done, sum(map(len, mine)))
-    todo = [group for whole in mine for group in _missing(whole, covered)]
     total = sum(map(len, mine)) * settings.num_samples
     num_tokens, started = 0, time.monotonic()
     with (
@@ -98,25 +112,35 @@ def sample(settings: SampleSettings) -> epath.Path:
             num_tokens += tokens
             bar.update(1, f"{num_tokens / (time.monotonic() - started):,.0f} useful tokens/s")
 
-        written: Future[None] | None = None
-        for group in todo:
-            able, failed = [], {}
-            for index in group:
-                try:
-                    sampler.room(prompts[index], settings)
-                    able.append(index)
-                except UsageError as error:
-                    logger.warning("%s: recorded as an error", error)
-                    failed[index] = _failed(problems[index], settings.num_samples)
-                    bar.update(settings.num_samples)
-            drawn = sampler.sample([prompts[index] for index in able], settings, one_more) if able else []
+        written: Future[None] | None = None  # while the next group is drawn
+        for group in (missing for whole in mine for missing in _missing(whole, covered)):
+            of_group = [problems[index] for index in group]
+            drawn = model.draw({problem.id: prompts.render(problem) for problem in of_group}, settings, one_more)
             if written is not None:
                 written.result()
-            by_index = dict(zip(able, drawn, strict=True))
-            written = writer.submit(_write, out, group, by_index, failed, checkpoint.tokenizer, settings)
+            written = writer.submit(write_json_lines, out / "samples" / part_name(group), _rows(of_group, drawn))
         if written is not None:
             written.result()
     return out
+
+
+def _model(settings: SampleSettings, cache_tokens: int | None) -> Local | Endpoint:
+    if settings.endpoint is not None:
+        assert settings.model is not None
+        return Endpoint(settings.endpoint, settings.model, load_template(settings.template))
+    assert settings.checkpoint is not None
+    return Local(
+        settings.checkpoint, dtype=settings.dtype, kv_cache=settings.kv_cache, rows=settings.rows,
+        cache_tokens=cache_tokens,  # as planned where the job began, perhaps on another device
+    )  # fmt: skip
+
+
+def _rows(problems: Sequence[Problem], drawn: Sequence[Sequence[Row]]) -> list[Row]:
+    return [
+        {"problem_id": problem.id, "sample_id": sample_id, **row}
+        for problem, rows in zip(problems, drawn, strict=True)
+        for sample_id, row in enumerate(rows)
+    ]
 
 
 def _groups(num_problems: int, settings: SampleSettings) -> Iterator[range]:
@@ -135,41 +159,8 @@ def _missing(group: range, covered: set[int]) -> Iterator[range]:
         yield range(left[0], left[-1] + 1)
 
 
-def _write(
-    out: epath.Path,
-    group: range,
-    drawn: dict[int, ProblemSamples],
-    failed: dict[int, list[dict[str, Any]]],
-    tokenizer: Tokenizer,
-    settings: SampleSettings,
-) -> None:
-    rows = [row for index in group for row in failed.get(index) or _rows(drawn[index], tokenizer, settings)]
-    write_json_lines(out / "samples" / part_name(group), rows)
-
-
-def _rows(drawn: ProblemSamples, tokenizer: Tokenizer, settings: SampleSettings) -> Iterator[dict[str, Any]]:
-    for sample_id, (tokens, reason) in enumerate(zip(drawn.tokens, drawn.finish_reasons, strict=True)):
-        text = tokenizer.decode(tokens.tolist())
-        if reason == "stop":
-            text = text[: min(text.index(stop) for stop in settings.stop if stop in text)]
-        logprob = {"logprob": round(drawn.logprobs[sample_id], 4)} if settings.logprobs else {}
-        yield {
-            "problem_id": drawn.problem_id,
-            "sample_id": sample_id,
-            "text": text,
-            "num_tokens": len(tokens),
-            "finish_reason": reason,
-            **logprob,
-        }
-
-
-def _failed(problem: Problem, num_samples: int) -> list[dict[str, Any]]:
-    row = {"problem_id": problem.id, "text": "", "num_tokens": 0, "finish_reason": "error"}
-    return [{**row, "sample_id": sample_id} for sample_id in range(num_samples)]
-
-
 def _run(
-    settings: SampleSettings, checkpoint: Checkpoint, sampler: Sampler, problems: Sequence[Problem], prompts: Prompts
+    settings: SampleSettings, model: Local | Endpoint, problems: Sequence[Problem], prompts: Prompts
 ) -> dict[str, Any]:
     """run.json: what determines the samples, its hash, and what they were made with."""
     texts = json.dumps([dataclasses.asdict(problem) for problem in problems], sort_keys=True)
@@ -178,27 +169,17 @@ def _run(
         "split": settings.split,
         "num_problems": len(problems),
         "problems_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-        "weights": fingerprint(sampler.params),
-        "model": checkpoint.meta.model.model_dump(mode="json"),
-        "template": checkpoint.meta.template.model_dump(mode="json"),
-        "tokenizer_sha256": checkpoint.meta.tokenizer_sha256,
-        "dtype": settings.dtype,
-        "kv_cache": settings.kv_cache,
         "shots_sha256": prompts.sha256,
-        "rows": settings.rows,
-        "cache_tokens": sampler.limits.tokens,
         **settings.model_dump(mode="json", include=set(SamplingSettings.model_fields)),
-        # Other hardware, or another version of jax, may round otherwise and so draw other texts.
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
+        **model.told,
     }
     digest = hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
     versions = {name: importlib.metadata.version(name) for name in ("mathscale-jax", "jaxlib", "flax")}
     return {
         **determining,
         "hash": digest,
-        "checkpoint": checkpoint.name,
-        "lineage": checkpoint.meta.lineage,
+        "checkpoint": model.name,
+        "lineage": model.lineage,
         "source": settings.source,
         "made_with": versions,
     }

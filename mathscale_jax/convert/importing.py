@@ -1,6 +1,7 @@
 """Published weights as checkpoints: read tensor by tensor while they are written, on as many hosts as there are."""
 
 import contextlib
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -44,17 +45,7 @@ def import_weights(
             _check_destination(out)
             check_local(source)
             opened = open_source(fetch(source), max_context)
-            published = opened.path / TEMPLATE_FILE
-            chat_template = load_template(str(published) if template is None and published.exists() else template)
-            if tokenizer is None and not (opened.path / TOKENIZER_FILE).exists():
-                raise UsageError(
-                    f"{opened.path} holds no {TOKENIZER_FILE}, SentencePiece's file (a tokenizer.json cannot take its "
-                    "place): put it there, or name it with --tokenizer"
-                )
-            file = tokenizer or str(opened.path / TOKENIZER_FILE)
-            pieces = Tokenizer.load(file)
-            check_vocabulary(pieces, opened.config, f"tokenizer {file}")
-            check_companions(pieces, opened.companions)
+            meta, pieces = described(opened, tokenizer, template)
             dtype = dtype or opened.dtype
             if (out / TOKENIZER_FILE).exists() and (out / TOKENIZER_FILE).read_bytes() != pieces.model:
                 raise UsageError(f"{out} holds another {TOKENIZER_FILE}, which would be lost: choose another folder")
@@ -63,8 +54,7 @@ def import_weights(
             if is_primary():
                 held.enter_context(locked(out, "DST"))
         check_shared(out, "DST")
-        lineage = f"imported from {Path(source).resolve().name} ({opened.kind})"
-        meta = Meta(opened.config, chat_template, pieces.sha256, lineage, companions=opened.companions)
+        meta = dataclasses.replace(meta, lineage=f"imported from {Path(source).resolve().name} ({opened.kind})")
         arrays = {leaf.name: _lazy(opened, leaf, dtype) for leaf in leaves(opened.config, opened.layout)}
         total = sum(array.piece_bytes * len(array.pieces) for array in arrays.values())
         logger.info(
@@ -79,6 +69,26 @@ def import_weights(
                     _leave_nothing(out)
                 raise
     logger.info("imported %s into %s", source, destination)
+
+
+def described(source: Source, tokenizer: str | None = None, template: str | None = None) -> tuple[Meta, Tokenizer]:
+    """What opened weights are, and their tokenizer; the files named replace those that lie beside the weights.
+
+    Raises UsageError where there is no tokenizer, or one of another model.
+    """
+    published = source.path / TEMPLATE_FILE
+    chat_template = load_template(str(published) if template is None and published.exists() else template)
+    if tokenizer is None and not (source.path / TOKENIZER_FILE).exists():
+        raise UsageError(
+            f"{source.path} holds no {TOKENIZER_FILE}, SentencePiece's file (a tokenizer.json cannot take its "
+            "place): put it there, or name it with --tokenizer"
+        )
+    file = tokenizer or str(source.path / TOKENIZER_FILE)
+    pieces = Tokenizer.load(file)
+    check_vocabulary(pieces, source.config, f"tokenizer {file}")
+    check_companions(pieces, source.companions)
+    lineage = f"published weights ({source.kind})"
+    return Meta(source.config, chat_template, pieces.sha256, lineage, companions=source.companions), pieces
 
 
 def _check_destination(out: epath.Path) -> None:
