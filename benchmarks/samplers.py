@@ -16,6 +16,7 @@ from mathscale_jax import model
 from mathscale_jax.checkpoint import open_checkpoint
 from mathscale_jax.config import ModelConfig
 from mathscale_jax.sampler import Draws, Prompt, Sampler, SamplingSettings, decode
+from mathscale_jax.sampler.grid import with_slots
 from mathscale_jax.sampler.placement import decode_mesh
 from mathscale_jax.sampler.schedule import FEWEST_SLOTS, STEPS_PER_CHUNK, power_of_two, slots_for
 from mathscale_jax.step import param_shardings
@@ -106,7 +107,7 @@ class Plain(Ours):
                 )  # fmt: skip
                 while not np.asarray(rows.finished).all():
                     if int(rows.clock) + STEPS_PER_CHUNK > rows.num_slots:
-                        rows = decode.with_slots(rows, slots_for(int(rows.clock) + STEPS_PER_CHUNK))
+                        rows = with_slots(rows, slots_for(int(rows.clock) + STEPS_PER_CHUNK))
                     rows = decode.decode_chunk(
                         sampler.config, sampler.compute, sampler.params, prompts, rows, rule=rule,
                         num_steps=STEPS_PER_CHUNK,

@@ -6,36 +6,40 @@ the response [problems, rows, kv_heads, slots, head_dim]. In every step all rows
 where rows of several waves are put together, those with fewer tokens begin at a later slot. Attention is one softmax
 over the scores of prompt, response so far, and the token itself.
 
-Caches are stacked, with a leading axis of layers, or apart, a tuple with one tree a layer, as the parameters are (see
-model.layers_apart); axes are therefore counted from the end. Inside a mesh kv_heads are split over tensor, and rows,
-or else problems, over data and fsdp.
+grid.py says what a grid is made of.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mathscale_jax import model
 from mathscale_jax.attention import attend
 from mathscale_jax.config import ComputeSettings, ModelConfig
 from mathscale_jax.mesh import LOGICAL_AXES, constrain
 from mathscale_jax.sampler.draw import Draws, log_probabilities, next_tokens
+from mathscale_jax.sampler.grid import (
+    PROBLEMS,
+    PROMPT_PROBLEMS,
+    ROWS,
+    SLOTS,
+    Caches,
+    Prompts,
+    Rows,
+    on_mesh,
+    readable,
+    split_over,
+)
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
-# Of each cache, and of the prompts' keys and values.
-_PROBLEMS, _ROWS, _SLOTS = -5, -4, -2
-_PROMPT_PROBLEMS, _PROMPT = -4, -3
 _PREFILLED_AT_A_TIME = 8192  # tokens
 dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
-# By layer, or stacked: {"key": ..., "value": ...}; of int8 ones with the scales of each [..., slots, 1] besides.
-Caches: TypeAlias = PyTree[Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,48 +52,6 @@ class Rule:
     eos_id: int
     num_pieces: int  # tokens from here on pad the vocabulary and stand for no text: they are never drawn
     logprobs: bool = False
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """Computed prompts, padded at their ends to a length that few compilations serve.
-
-    `room` is the most tokens that a response may have, `draws` the data of the key of a problem's random draws.
-    """
-
-    caches: Caches  # key and value, each [..., problems, prompt, kv_heads, head_dim]
-    length: Int[Array, " problems"]
-    room: Int[Array, " problems"]
-    draws: UInt32[Array, "problems 2"]
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the padded prompts."""
-        return jax.tree.leaves(self.caches)[0].shape[_PROMPT]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Everything that a chunk of steps changes, and what does not change of a row.
-
-    `clock` counts the slots with tokens; the response of a row began at slot `start`. The last token is drawn and not
-    yet computed: caches hold one slot less. Rows that only fill the grid are finished, with -1 for their sample.
-    """
-
-    clock: Int[Array, ""]
-    start: Int[Array, "problems rows"]
-    sample: Int[Array, "problems rows"]
-    tokens: Int[Array, "problems rows slots"]
-    logprobs: Float[Array, "problems rows slots"]
-    finished: Bool[Array, "problems rows"]
-    caches: Caches  # each [..., problems, rows, kv_heads, slots, head_dim or 1]
-
-    @property
-    def num_slots(self) -> int:
-        """Room, in tokens."""
-        return self.tokens.shape[-1]
 
 
 @partial(jax.jit, static_argnames=("config", "compute", "rule", "cache_dtype", "num_slots"))
@@ -133,9 +95,9 @@ def begin(
             prefill(tokens[i : i + at_a_time], length[i : i + at_a_time]) for i in range(0, num_problems, at_a_time)
         ]
         last = jnp.concatenate([hidden for hidden, _ in parts])
-        computed = jax.tree.map(lambda *xs: jnp.concatenate(xs, _PROMPT_PROBLEMS), *[caches for _, caches in parts])
-    problem_axes, row_axes = _split_over(sample.shape)
-    computed = jax.tree.map(partial(_constrain, {_PROMPT_PROBLEMS: problem_axes, -2: "tensor"}), computed)
+        computed = jax.tree.map(lambda *xs: jnp.concatenate(xs, PROMPT_PROBLEMS), *[caches for _, caches in parts])
+    problem_axes, row_axes = split_over(sample.shape)
+    computed = jax.tree.map(partial(on_mesh, {PROMPT_PROBLEMS: problem_axes, -2: "tensor"}), computed)
     logits = _logits(last, params)
     prompts = Prompts(computed, length, room, draws)
 
@@ -143,12 +105,12 @@ def begin(
     first, logprob = _draw(rule, prompts, of_rows, sample, jnp.zeros_like(sample))
 
     def empty(like: Array) -> Array:
-        return jnp.zeros((*like.shape[:_PROMPT_PROBLEMS], *sample.shape, like.shape[-2], num_slots, like.shape[-1]))
+        return jnp.zeros((*like.shape[:PROMPT_PROBLEMS], *sample.shape, like.shape[-2], num_slots, like.shape[-1]))
 
     caches = _map_layers(
         lambda layer: _stored({name: empty(of_prompt) for name, of_prompt in layer.items()}, cache_dtype), computed
     )
-    caches = jax.tree.map(partial(_constrain, {_PROBLEMS: problem_axes, _ROWS: row_axes, -3: "tensor"}), caches)
+    caches = jax.tree.map(partial(on_mesh, {PROBLEMS: problem_axes, ROWS: row_axes, -3: "tensor"}), caches)
     at_first = jnp.arange(num_slots) == 0
     rows = Rows(
         clock=jnp.ones((), jnp.int32),
@@ -159,7 +121,7 @@ def begin(
         finished=(sample < 0) | (first == rule.eos_id) | (room[:, None] <= 1),
         caches=caches,
     )
-    return prompts, _readable(rows), jnp.isfinite(logits).all(-1)
+    return prompts, readable(rows), jnp.isfinite(logits).all(-1)
 
 
 @partial(jax.jit, static_argnames=("config", "compute", "rule", "num_steps"), donate_argnames="rows")
@@ -200,22 +162,16 @@ def decode_chunk(
             finished=rows.finished | (drawn == rule.eos_id) | (position + 1 >= prompts.room[:, None]),
             # Outside the scan over layers: inside, every step would copy what is stacked.
             caches=jax.tree.map(
-                lambda cache, new: _as_it_lies(write(cache, new, rows.clock - 1, cache.ndim + _SLOTS)), rows.caches, new
+                lambda cache, new: _as_it_lies(write(cache, new, rows.clock - 1, cache.ndim + SLOTS)), rows.caches, new
             ),
         )
 
-    return _readable(jax.lax.while_loop(running, step, rows))
+    return readable(jax.lax.while_loop(running, step, rows))
 
 
 def _as_it_lies(cache: Array) -> Array:
     """Keeps the compiler from turning caches into a layout of its own when the loop begins: a copy of all of them."""
     return with_layout_constraint(cache, Layout(tuple(range(cache.ndim))))
-
-
-def _readable(rows: Rows) -> Rows:
-    """What the host looks at, whole on every device: each process of several reads it."""
-    looked_at = ("clock", "start", "tokens", "logprobs", "finished")
-    return dataclasses.replace(rows, **{name: constrain(getattr(rows, name)) for name in looked_at})
 
 
 def _draw(
@@ -296,7 +252,7 @@ def _forward(
 def _logits(hidden: Float[Array, "rows embed"], params: model.Params) -> Float[Array, "rows vocab"]:
     logits = dot("re,ev->rv", hidden, params["output"])
     # Where they are made: drawing wants whole rows, and the compiler would gather the matrix for that.
-    return _constrain({0: LOGICAL_AXES["batch"], 1: "tensor"}, logits)
+    return on_mesh({0: LOGICAL_AXES["batch"], 1: "tensor"}, logits)
 
 
 def _stored(layer: dict[str, Array], dtype: CacheDtype | None) -> dict[str, Array]:
@@ -312,159 +268,5 @@ def _stored(layer: dict[str, Array], dtype: CacheDtype | None) -> dict[str, Arra
     return stored
 
 
-# ---- other grids ----------------------------------------------------------------------------------------------
-
-
-@partial(jax.jit, static_argnames="num_slots")
-def with_slots(rows: Rows, num_slots: int) -> Rows:
-    """The same rows with more slots."""
-    return _map_slots(rows, lambda x, axis: _filled(x, axis, num_slots))
-
-
-@jax.jit
-def take(
-    prompts: Prompts, rows: Rows, problem: Int[Array, " chosen"], row: Int[Array, "chosen per_problem"]
-) -> tuple[Prompts, Rows]:
-    """Those problems, and of each those rows; -1 for a row that only fills the grid."""
-    at = problem[:, None], jnp.maximum(row, 0)
-
-    def of_cache(cache: Array) -> Array:
-        return cache[at] if cache.ndim == -_PROBLEMS else cache[:, *at]
-
-    def of_prompt(cache: Array) -> Array:
-        return jnp.take(cache, problem, axis=_PROMPT_PROBLEMS)
-
-    problem_axes, row_axes = _split_over(row.shape)
-    chosen = dataclasses.replace(
-        rows,
-        start=rows.start[at],
-        sample=jnp.where(row < 0, -1, rows.sample[at]),
-        tokens=rows.tokens[at],
-        logprobs=rows.logprobs[at],
-        finished=rows.finished[at] | (row < 0),
-        caches=jax.tree.map(
-            lambda x: _constrain({_PROBLEMS: problem_axes, _ROWS: row_axes, -3: "tensor"}, of_cache(x)), rows.caches
-        ),
-    )
-    of_problems = Prompts(
-        jax.tree.map(
-            lambda x: _constrain({_PROMPT_PROBLEMS: problem_axes, -2: "tensor"}, of_prompt(x)), prompts.caches
-        ),
-        prompts.length[problem], prompts.room[problem], prompts.draws[problem],
-    )  # fmt: skip
-    return of_problems, _readable(chosen)
-
-
-@partial(jax.jit, static_argnames=("grid", "num_prompt", "num_slots"))
-def empty(
-    prompts: Prompts, rows: Rows, clock: Int[Array, ""], *, grid: tuple[int, int], num_prompt: int, num_slots: int
-) -> tuple[Prompts, Rows]:
-    """A grid of rows that are finished, of the kind of `prompts` and `rows`, for `put`."""
-    problem_axes, row_axes = _split_over(grid)
-
-    def sized(x: Array, axes: dict[int, Any], *sizes: tuple[int, int]) -> Array:
-        shape = list(x.shape)
-        for axis, size in sizes:
-            shape[axis] = size
-        return _constrain(axes, jnp.zeros(shape, x.dtype))
-
-    def of_prompt(x: Array) -> Array:
-        axes = {_PROMPT_PROBLEMS: problem_axes, -2: "tensor"}
-        return sized(x, axes, (_PROMPT_PROBLEMS, grid[0]), (_PROMPT, num_prompt))
-
-    def of_cache(x: Array) -> Array:
-        axes = {_PROBLEMS: problem_axes, _ROWS: row_axes, -3: "tensor"}
-        return sized(x, axes, (_PROBLEMS, grid[0]), (_ROWS, grid[1]), (_SLOTS, num_slots))
-
-    return (
-        Prompts(
-            jax.tree.map(of_prompt, prompts.caches),
-            jnp.ones(grid[0], jnp.int32),
-            jnp.ones(grid[0], jnp.int32),
-            jnp.zeros((grid[0], 2), jnp.uint32),
-        ),
-        Rows(
-            clock=clock,
-            start=jnp.broadcast_to(clock, grid),
-            sample=jnp.full(grid, -1, jnp.int32),
-            tokens=jnp.zeros((*grid, num_slots), jnp.int32),
-            logprobs=jnp.zeros((*grid, num_slots), jnp.float32),
-            finished=jnp.ones(grid, bool),
-            caches=jax.tree.map(of_cache, rows.caches),
-        ),
-    )
-
-
-@partial(jax.jit, donate_argnames="into")
-def put(into: tuple[Prompts, Rows], prompts: Prompts, rows: Rows, line: Int[Array, ""]) -> tuple[Prompts, Rows]:
-    """Puts a grid into a larger one, from its problem `line` on, so that what both wrote last is in one slot."""
-    all_prompts, all_rows = into
-    later = all_rows.clock - rows.clock
-
-    def put_lines(x: Array, part: Array, axis: int = 0) -> Array:
-        first: list[Any] = [0] * x.ndim
-        first[axis] = line
-        return jax.lax.dynamic_update_slice(x, part, first)
-
-    def put_slots(x: Array, part: Array, axis: int, lines: int) -> Array:
-        return put_lines(x, jnp.roll(_filled(part, axis, x.shape[axis]), later, axis), lines)
-
-    return (
-        Prompts(
-            jax.tree.map(lambda x, part: put_lines(x, part, _PROMPT_PROBLEMS), all_prompts.caches, prompts.caches),
-            *(put_lines(getattr(all_prompts, name), getattr(prompts, name)) for name in ("length", "room", "draws")),
-        ),
-        Rows(
-            clock=all_rows.clock,
-            start=put_lines(all_rows.start, rows.start + later),
-            sample=put_lines(all_rows.sample, rows.sample),
-            tokens=put_slots(all_rows.tokens, rows.tokens, -1, 0),
-            logprobs=put_slots(all_rows.logprobs, rows.logprobs, -1, 0),
-            finished=put_lines(all_rows.finished, rows.finished),
-            caches=jax.tree.map(lambda x, part: put_slots(x, part, _SLOTS, _PROBLEMS), all_rows.caches, rows.caches),
-        ),
-    )
-
-
 def _map_layers(function: Callable[[dict[str, Array]], dict[str, Array]], caches: Caches) -> Caches:
     return tuple(map(function, caches)) if isinstance(caches, tuple) else function(caches)
-
-
-def _map_slots(rows: Rows, change: Callable[[Array, int], Array]) -> Rows:
-    """`change(array, axis)` of all that has an axis of slots."""
-    return dataclasses.replace(
-        rows,
-        tokens=change(rows.tokens, -1),
-        logprobs=change(rows.logprobs, -1),
-        caches=jax.tree.map(lambda x: change(x, _SLOTS), rows.caches),
-    )
-
-
-def _filled(x: Array, axis: int, size: int, value: Any = 0) -> Array:
-    """`x` with `value` behind it, up to `size` along an axis."""
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, pads, constant_values=value)
-
-
-def _split_over(grid: tuple[int, ...]) -> tuple[Any, Any]:
-    """The mesh axes of the grid's problems and rows: the rows are split where they can be, else the problems."""
-    mesh, axes = jax.sharding.get_abstract_mesh(), LOGICAL_AXES["batch"]
-    if mesh.empty:
-        return None, None
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if grid[1] % parts == 0:
-        return None, axes
-    return (axes, None) if grid[0] % parts == 0 else (None, None)
-
-
-def _constrain(axes: dict[int, Any], x: Array) -> Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    spec = [None] * x.ndim
-    for axis, over in axes.items():
-        parts = math.prod(mesh.shape[name] for name in ((over,) if isinstance(over, str) else over or ()))
-        if x.shape[axis] % parts == 0:
-            spec[axis] = over
-    return constrain(x, *spec)

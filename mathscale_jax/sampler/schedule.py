@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Int
 
-from mathscale_jax.sampler import decode
+from mathscale_jax.sampler.grid import Prompts, Rows, empty, put, take, with_slots
 
 # Decode steps between two looks of the host at the rows.
 STEPS_PER_CHUNK = 32
@@ -42,8 +42,8 @@ class Wave:
     """Rows that are decoded together. `problems[i]` is whose the i-th line of the grid is."""
 
     problems: list[int]
-    prompts: decode.Prompts
-    rows: decode.Rows
+    prompts: Prompts
+    rows: Rows
     sample: Int[np.ndarray, "problems rows"]
     alive: Bool[np.ndarray, "problems rows"]
 
@@ -143,7 +143,7 @@ def _run(wave: Wave, decoder: Decoder, limits: Limits, *, last: bool) -> list[Wa
             while tokens_of(wave.alive.shape, wave.prompts.num_tokens, slots) > limits.tokens and wave.alive.sum() > 1:
                 wave, second = _halves(wave, limits)
                 left.append(second)
-            wave.rows = decode.with_slots(wave.rows, slots)
+            wave.rows = with_slots(wave.rows, slots)
         decoder.advance(wave)
 
 
@@ -199,7 +199,7 @@ def _halves(wave: Wave, limits: Limits) -> tuple[Wave, Wave]:
 
 
 def _taken(wave: Wave, line: Int[np.ndarray, " chosen"], row: Int[np.ndarray, "chosen per_problem"]) -> Wave:
-    prompts, rows = decode.take(wave.prompts, wave.rows, line, row)
+    prompts, rows = take(wave.prompts, wave.rows, line, row)
     at = line[:, None], np.maximum(row, 0)
     return Wave(
         [wave.problems[i] for i in line],
@@ -221,7 +221,7 @@ def _fit(waves: Sequence[Wave], limits: Limits) -> bool:
 def _joined(waves: Sequence[Wave], limits: Limits) -> Wave:
     lines, most = sum(len(wave.problems) for wave in waves), max(wave.alive.shape[1] for wave in waves)
     clock, grid = max(wave.clock for wave in waves), (power_of_two(lines), most)
-    one = decode.empty(
+    one = empty(
         waves[0].prompts, waves[0].rows, np.int32(clock), grid=grid,
         num_prompt=max(wave.prompts.num_tokens for wave in waves), num_slots=slots_for(clock + STEPS_PER_CHUNK),
     )  # fmt: skip
@@ -229,7 +229,7 @@ def _joined(waves: Sequence[Wave], limits: Limits) -> Wave:
     sample, alive = np.full(grid, -1, np.int32), np.zeros(grid, bool)
     for wave in waves:
         first = len(problems)
-        one = decode.put(one, wave.prompts, wave.rows, np.int32(first))
+        one = put(one, wave.prompts, wave.rows, np.int32(first))
         problems += wave.problems
         here = np.s_[first : len(problems), : wave.alive.shape[1]]
         sample[here], alive[here] = wave.sample, wave.alive
