@@ -325,11 +325,12 @@ def test_layers_apart_give_the_same_samples(params: model.Params, drawn: Any) ->
 
 def test_the_log_probability_of_a_sample_is_that_of_its_tokens(params: model.Params) -> None:
     settings = DRAWN.model_copy(update={"logprobs": True, "temperature": 0.7, "top_k": 9})
-    sampler = make(params)
+    sampler, every_logit = make(params), jax.jit(partial(model.logits, CONFIG))
     for prompt, result in zip(GROUP, sampler.sample(GROUP, settings), strict=True):
         for tokens, logprob in list(zip(result.tokens, result.logprobs, strict=True))[:5]:
-            whole = jnp.asarray([[*prompt.tokens, *tokens.tolist()]])
-            logits = jax.nn.log_softmax(model.logits(CONFIG, params, whole)[0], axis=-1)
+            whole = np.zeros((1, 160), np.int32)
+            whole[0, : len(prompt.tokens) + len(tokens)] = [*prompt.tokens, *tokens.tolist()]
+            logits = jax.nn.log_softmax(every_logit(params, whole)[0], axis=-1)
             expected = sum(logits[len(prompt.tokens) - 1 + i, token] for i, token in enumerate(tokens.tolist()))
             assert logprob == pytest.approx(float(expected), abs=2e-3)
 
