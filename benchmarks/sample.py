@@ -32,6 +32,7 @@ from benchmarks.worker import Limits, Worker, WorkerFailed
 from data_pipeline.cli import logger, run_command
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import read_problems
+from mathscale_jax.checkpoint import open_checkpoint
 from mathscale_jax.config import ModelConfig
 
 
@@ -83,7 +84,7 @@ def benchmark(settings: SampleBenchmark, command: str) -> None:
                     worker.call("run", 0)
                     for seed in range(1, settings.rounds + 1):
                         drawn[name].append(worker.call("run", seed))
-                        logger.info("%s: %.0f useful tokens/s", name, _speed(drawn[name][-1]))
+                        logger.info("%s: %.0f useful tokens/s", name, samplers.speed(drawn[name][-1]))
                     if name == "ours":
                         device = worker.call("describe")["device"]
             except WorkerFailed as failure:
@@ -91,7 +92,9 @@ def benchmark(settings: SampleBenchmark, command: str) -> None:
                 logger.warning("%s: %s", name, failure)
     rows = [_row(name, of, drawn["ours"], told.get(name)) for name, of in drawn.items()]
     header = ["", "useful tokens/s", "ours is faster by", "seconds", "tokens a response: mean, longest"]
-    body = f"{_described(settings, work)}\n\n{table(header, rows)}"
+    config = weights if isinstance(weights, ModelConfig) else open_checkpoint(weights).meta.model
+    of_bound = _of_bound(settings, work, config, device, drawn["ours"])
+    body = f"{_described(settings, work)}\n\n{table(header, rows)}{of_bound}"
     print(body, flush=True)
     if settings.out is not None:
         subject = f"sample-{Path(settings.checkpoint).name if settings.checkpoint else settings.preset}"
@@ -141,15 +144,11 @@ def _contestants(
     return contestants
 
 
-def _speed(drawn: Drawn) -> float:
-    return sum(drawn.lengths) / drawn.seconds
-
-
 def _row(name: str, of: list[Drawn], ours: list[Drawn], failure: str | None) -> list[str]:
     if not of:
         return [name, failure or "not measured", "", "", ""]
-    speeds = sorted(map(_speed, of))
-    ratios = sorted(_speed(a) / _speed(b) for a, b in zip(ours, of, strict=False))
+    speeds = sorted(map(samplers.speed, of))
+    ratios = sorted(samplers.speed(a) / samplers.speed(b) for a, b in zip(ours, of, strict=False))
     lengths = [length for drawn in of for length in drawn.lengths]
     return [
         name,
@@ -158,6 +157,16 @@ def _row(name: str, of: list[Drawn], ours: list[Drawn], failure: str | None) -> 
         f"{statistics.median(drawn.seconds for drawn in of):.1f}",
         f"{np.mean(lengths):.0f}, {max(lengths)}",
     ]
+
+
+def _of_bound(settings: SampleBenchmark, work: Work, config: ModelConfig, device: str, of: list[Drawn]) -> str:
+    mean_prompt = float(np.mean([len(prompt) for prompt in work.prompts]))
+    lengths = of[0].lengths if of else []
+    bound = samplers.bound(config, device, settings.dtype, mean_prompt, lengths, settings.rows) if lengths else None
+    if bound is None:
+        return ""
+    reached = 100 * statistics.median(map(samplers.speed, of)) / bound
+    return f"\n\nThe device's bound with every row always busy: {bound:,.0f} useful tokens/s; {reached:.0f} % reached."
 
 
 def _described(settings: SampleBenchmark, work: Work) -> str:

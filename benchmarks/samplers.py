@@ -14,6 +14,8 @@ import numpy as np
 
 from mathscale_jax import model
 from mathscale_jax.checkpoint import open_checkpoint
+from mathscale_jax.chips import chip_of
+from mathscale_jax.compiled import keep_compiled
 from mathscale_jax.config import ModelConfig
 from mathscale_jax.sampler import Draws, Prompt, Sampler, SamplingSettings, decode
 from mathscale_jax.sampler.grid import with_slots
@@ -48,10 +50,35 @@ class Drawn:
     seconds: float
 
 
+def speed(drawn: Drawn) -> float:
+    """Useful tokens a second."""
+    return sum(drawn.lengths) / drawn.seconds
+
+
+def bound(
+    config: ModelConfig, device: str, dtype: str, prompt_length: float, lengths: Sequence[int], rows: int
+) -> float | None:
+    """Useful tokens a second that one device cannot exceed; None where its figures are not known.
+
+    With every row always busy, a step reads all weights but the table of embeddings, one prompt's keys and values,
+    and each row's own; or it is bound by its products, 2 FLOPs a weight and token.
+    """
+    chip = chip_of(device)
+    if chip is None:
+        return None
+    size = 2 if dtype == "bfloat16" else 4
+    tokens, token = sum(lengths), 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+    weights = config.num_parameters - config.vocab_size * config.hidden_size
+    steps = tokens / rows
+    read = steps * (weights * size + prompt_length * token) + token * sum(n * n / 2 for n in lengths)
+    return tokens / max(read / chip.hbm_bandwidth, 2 * weights * tokens / chip.peak_flops)
+
+
 class Ours:
     """The sampler as `eval sample` uses it: a group of problems at a time. `rows` are decoded at once."""
 
     def __init__(self, weights: str | ModelConfig, work: Work, dtype: Any, rows: int, mean_length: float, cache: Any):
+        keep_compiled()
         self._work = work
         options: dict[str, Any] = {"rows": rows, "cache_dtype": cache}
         if isinstance(weights, str):

@@ -17,6 +17,11 @@ from data_pipeline.settings import UsageError
 _LINE_ENDS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in "\x85\u2028\u2029"})
 
 
+def cache_folder() -> Path:
+    """What is kept between commands: $XDG_CACHE_HOME/mathscale_jax, by default ~/.cache/mathscale_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mathscale_jax"
+
+
 def write_atomically(path: Path | epath.Path, write: Callable[[BinaryIO], Any]) -> None:
     """Calls `write` on a temporary file beside `path`, flushes it to disk, and renames it.
 

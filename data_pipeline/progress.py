@@ -60,6 +60,8 @@ class Progress:
         self._last_line = time.monotonic()
         rate = (self.done - self._started_from) / max(self._last_line - self._started_at, 1e-9)
         note = note and f", {note}"
+        if self.total is not None and self.total > self.done and rate > 0:
+            note += f", {tqdm.tqdm.format_interval((self.total - self.done) / rate)} left"
         if self.unit == "bytes":
             of = "" if self.total is None else f"/{self.total / 1e9:.2f}"
             logger.info("%s: %.2f%s GB, %.2f GB/s%s", self.title, self.done / 1e9, of, rate / 1e9, note)

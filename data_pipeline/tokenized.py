@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from data_pipeline.files import write_atomically
+from data_pipeline.files import cache_folder, write_atomically
 from data_pipeline.progress import progress
 from data_pipeline.tasks import Problem
 from data_pipeline.templates import Template
@@ -59,11 +58,6 @@ class TokenizedRows:
         return TokenizedRows(tokens, offsets, self.prompt_lengths[rows], ids)
 
 
-def default_cache_dir() -> Path:
-    """Where token caches live: $XDG_CACHE_HOME/mathscale_jax, by default ~/.cache/mathscale_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mathscale_jax"
-
-
 def tokenize_cached(
     problems: Sequence[Problem], tokenizer: Tokenizer, template: Template, cache_dir: Path | None = None
 ) -> TokenizedRows:
@@ -71,7 +65,7 @@ def tokenize_cached(
     digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer.sha256} {template.sha256}".encode())
     for problem in problems:
         digest.update(repr((problem.question, problem.solution, problem.answer)).encode())
-    path = (cache_dir or default_cache_dir()) / "tokens" / f"{digest.hexdigest()}.npz"
+    path = (cache_dir or cache_folder()) / "tokens" / f"{digest.hexdigest()}.npz"
     if path.exists():
         try:
             with np.load(path) as arrays:

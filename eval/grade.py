@@ -40,7 +40,7 @@ def grade(folder: epath.Path) -> epath.Path:
     kind = get_task(run["task"]).kind
     graded: dict[str, list[dict[str, Any]]] = {}
     (folder / "grades").mkdir(exist_ok=True)
-    for part in progress(parts(folder, "samples"), "grading", "problems"):
+    for part in progress(parts(folder, "samples"), "grading", "files"):
         rows = []
         for sample in read_samples(part, problems):
             row = _grade_sample(sample, problems[sample["problem_id"]]["answer"], kind)

@@ -9,6 +9,7 @@ from data_pipeline.cli import logger
 from data_pipeline.settings import UsageError
 from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
 from mathscale_jax.checksums import fingerprint
+from mathscale_jax.compiled import keep_compiled
 from mathscale_jax.convert.published import Published, is_published
 from mathscale_jax.sampler import ProblemSamples, Prompt, Sampler, SamplingSettings
 
@@ -27,6 +28,7 @@ class Local:
         rows: int,
         cache_tokens: int | None,
     ):
+        keep_compiled()
         weights: Published | Checkpoint = Published(path) if is_published(path) else open_checkpoint(path)
         self.name, self.lineage, self.template = weights.name, weights.meta.lineage, weights.meta.template
         self._tokenizer = weights.tokenizer

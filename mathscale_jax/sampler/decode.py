@@ -145,25 +145,21 @@ def decode_chunk(
         return (rows.clock < last) & ~jnp.all(rows.finished)
 
     def step(rows: Rows) -> Rows:
-        latest = jax.lax.dynamic_index_in_dim(rows.tokens, rows.clock - 1, 2, keepdims=False)
-        logits, new = _forward(config, compute, params, prompts, rows, latest)
+        logits, caches = next_logits(config, compute, params, prompts, rows)
         position = rows.clock - rows.start
         drawn, logprob = _draw(rule, prompts, logits, rows.sample, position)
         drawn = jnp.where(rows.finished, rule.eos_id, drawn)
 
-        def write(array: Array, new: Array, slot: Array, axis: int) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(array, new, slot, axis)
+        def write(array: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(array, new[..., None], rows.clock, 2)
 
         return dataclasses.replace(
             rows,
             clock=rows.clock + 1,
-            tokens=write(rows.tokens, drawn[..., None], rows.clock, 2),
-            logprobs=write(rows.logprobs, logprob[..., None], rows.clock, 2) if rule.logprobs else rows.logprobs,
+            tokens=write(rows.tokens, drawn),
+            logprobs=write(rows.logprobs, logprob) if rule.logprobs else rows.logprobs,
             finished=rows.finished | (drawn == rule.eos_id) | (position + 1 >= prompts.room[:, None]),
-            # Outside the scan over layers: inside, every step would copy what is stacked.
-            caches=jax.tree.map(
-                lambda cache, new: _as_it_lies(write(cache, new, rows.clock - 1, cache.ndim + SLOTS)), rows.caches, new
-            ),
+            caches=caches,
         )
 
     return readable(jax.lax.while_loop(running, step, rows))
@@ -193,15 +189,11 @@ def _draw(
     return drawn.reshape(sample.shape), logprob.reshape(sample.shape)
 
 
-def _forward(
-    config: ModelConfig,
-    compute: ComputeSettings,
-    params: model.Params,
-    prompts: Prompts,
-    rows: Rows,
-    tokens: Int[Array, "problems rows"],
+def next_logits(
+    config: ModelConfig, compute: ComputeSettings, params: model.Params, prompts: Prompts, rows: Rows
 ) -> tuple[Float[Array, "problems rows vocab"], Caches]:
-    """The logits after each row's latest token, which lies in slot clock - 1, and what the caches get there."""
+    """The logits after each row's latest token, which lies in slot clock - 1, and the caches with that token."""
+    tokens = jax.lax.dynamic_index_in_dim(rows.tokens, rows.clock - 1, 2, keepdims=False)
     num_problems, num_rows = tokens.shape
     grid = num_problems, num_rows, config.num_kv_heads
     slot = rows.clock - 1
@@ -245,8 +237,13 @@ def _forward(
         config, params, tokens.reshape(shape), absolute.reshape(shape), attend_caches,
         together or (prompts.caches, rows.caches), compute=compute,
     )  # fmt: skip
+
+    def write(cache: Array, new: Array) -> Array:
+        return _as_it_lies(jax.lax.dynamic_update_slice_in_dim(cache, new, slot, cache.ndim + SLOTS))
+
     logits = _logits(hidden[:, 0], params)
-    return logits.reshape(num_problems, num_rows, -1), new
+    # Written behind the scan over layers: inside, every step would copy what is stacked.
+    return logits.reshape(num_problems, num_rows, -1), jax.tree.map(write, rows.caches, new)
 
 
 def _logits(hidden: Float[Array, "rows embed"], params: model.Params) -> Float[Array, "rows vocab"]:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import data_pipeline.tokenized
+from data_pipeline.files import cache_folder
 from data_pipeline.tasks import Problem
 from data_pipeline.templates import Template
-from data_pipeline.tokenized import TokenizedRows, default_cache_dir, tokenize, tokenize_cached
+from data_pipeline.tokenized import TokenizedRows, tokenize, tokenize_cached
 from data_pipeline.tokenizer import train_tokenizer
 
 PROBLEMS = [Problem("a", "Ann has 3 pens.", "3 + 1 = 4", "4"), Problem("b", "Ben?", "2", "2")]
@@ -139,7 +140,7 @@ def test_selected_rows_are_those_rows_in_that_order():
 
 def test_the_cache_is_where_the_user_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "mathscale_jax"
+    assert cache_folder() == tmp_path / "mathscale_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert str(default_cache_dir()) == "/home/someone/.cache/mathscale_jax"
+    assert str(cache_folder()) == "/home/someone/.cache/mathscale_jax"
