@@ -136,7 +136,7 @@ class Plain(Ours):
                     if int(rows.clock) + STEPS_PER_CHUNK > rows.num_slots:
                         rows = with_slots(rows, slots_for(int(rows.clock) + STEPS_PER_CHUNK))
                     rows = decode.decode_chunk(
-                        sampler.config, sampler.compute, sampler.params, prompts, rows, rule=rule,
+                        sampler.config, sampler.compute, sampler.params, prompts, rows, (0, 0, 0), rule=rule,
                         num_steps=STEPS_PER_CHUNK,
                     )  # fmt: skip
                 lengths += useful(np.asarray(rows.tokens)[:, 0], sampler.eos_id, work.max_tokens)

@@ -105,7 +105,8 @@ def compile_sampler(
             whole((1, settings.num_samples)), rule=rule, cache_dtype="bfloat16", num_slots=DECODE_RESPONSE,
         ).compile()  # fmt: skip
         prompts, rows, _ = _with_shardings(prefill.out_info, prefill.output_shardings)
-        step = decode.decode_chunk.lower(config, compute, params, prompts, rows, rule=rule, num_steps=1)
+        none = (whole(()),) * 3
+        step = decode.decode_chunk.lower(config, compute, params, prompts, rows, none, rule=rule, num_steps=1)
         return mesh, {"prefill": prefill, "decode": step.compile()}
 
 

@@ -234,11 +234,11 @@ class _Group:
             raise RunError(f"problem {name!r}: the model's logits are not finite: its weights are damaged")
         return Wave(problems, prompts, rows, sample, sample >= 0)
 
-    def advance(self, wave: Wave) -> None:
+    def advance(self, wave: Wave, fewest: tuple[int, int, int]) -> None:
         StopSignal.heed()
         wave.rows = decode.decode_chunk(
             self._sampler.config, self._sampler.compute, self._sampler.params, wave.prompts, wave.rows,
-            rule=self._rule, num_steps=STEPS_PER_CHUNK,
+            tuple(map(np.int32, fewest)), rule=self._rule, num_steps=STEPS_PER_CHUNK,
         )  # fmt: skip
         if self._settings.stop:
             self._end_at_stops(wave)

@@ -1,9 +1,9 @@
 """Which rows are decoded together: waves of samples that begin together, and rest together when few are left.
 
 A decode step reads all weights whatever the number of its rows, so rows should be many; a wave's last samples are
-few. So a wave is packed into a smaller grid as its rows end, and laid aside when a quarter of them is left; what was
-laid aside goes on together. The schedule is a function of the prompts, the settings and the limits, never of time:
-the same group of problems is drawn in the same way by whoever draws it.
+few. So a wave is packed into the next smaller grid as soon as its rows fit, and laid aside when a quarter of them is
+left; what was laid aside goes on together. The schedule is a function of the prompts, the settings and the limits,
+never of time: the same group of problems is drawn in the same way by whoever draws it.
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ from jaxtyping import Bool, Int
 
 from mathscale_jax.sampler.grid import Prompts, Rows, empty, put, take, with_slots
 
-# Decode steps between two looks of the host at the rows.
+# Decode steps between two looks of the host at the rows, unless enough of them end before.
 STEPS_PER_CHUNK = 32
-# Few sizes of grids, caches and prompts, so few compilations: powers of two.
 FEWEST_SLOTS, SHORTEST_PROMPT = 64, 64
 LAID_ASIDE_AT = 1 / 4  # of the rows a wave began with
 
@@ -64,8 +63,11 @@ class Decoder(Protocol):
     def begin(self, samples: Sequence[Samples]) -> Wave:
         """A wave with the first token of each sample."""
 
-    def advance(self, wave: Wave) -> None:
-        """`STEPS_PER_CHUNK` more tokens of each; its `rows` say which have finished."""
+    def advance(self, wave: Wave, fewest: tuple[int, int, int]) -> None:
+        """`STEPS_PER_CHUNK` more tokens of each, or fewer: until `fewest` problems, rows of one, or rows, are left.
+
+        Its `rows` say which have finished.
+        """
 
     def ended(self, problem: int, sample: int, tokens: Int[np.ndarray, " tokens"], logprobs: np.ndarray) -> None:
         """A sample has all its tokens, and perhaps some more behind its end."""
@@ -81,9 +83,18 @@ def power_of_two(number: int, multiple: int = 1) -> int:
     return multiple * (1 << (-(-number // multiple) - 1).bit_length())
 
 
+def size_for(number: int, multiple: int = 1) -> int:
+    """Of rows and slots, the size that holds a number: a power of two, or three quarters of one from 64 on.
+
+    Every size is compiled anew, and what is beyond the number is computed for nothing: a sixth on average.
+    """
+    size = power_of_two(number, multiple)
+    return size * 3 // 4 if size >= max(64, 4 * multiple) and number <= size * 3 // 4 else size
+
+
 def slots_for(tokens: int) -> int:
-    """A step reads at most twice what is written."""
-    return max(FEWEST_SLOTS, power_of_two(tokens))
+    """A step reads as far as these."""
+    return max(FEWEST_SLOTS, size_for(tokens))
 
 
 def first_waves(prompts: Sequence[int], num_samples: int, limits: Limits) -> list[list[Samples]]:
@@ -144,11 +155,23 @@ def _run(wave: Wave, decoder: Decoder, limits: Limits, *, last: bool) -> list[Wa
                 wave, second = _halves(wave, limits)
                 left.append(second)
             wave.rows = with_slots(wave.rows, slots)
-        decoder.advance(wave)
+        decoder.advance(wave, (*_next_smaller(wave.alive.shape, limits), few))
+
+
+def _next_smaller(grid: Sequence[int], limits: Limits) -> tuple[int, int]:
+    """How many problems, or rows of a problem, fit into a smaller grid."""
+    of_rows = grid[1] - 1
+    while of_rows and _num_rows(of_rows, grid, limits) >= grid[1]:
+        of_rows -= 1
+    return grid[0] // 2, of_rows
+
+
+def _num_rows(most: int, grid: Sequence[int], limits: Limits) -> int:
+    return size_for(most, limits.split if grid[1] % limits.split == 0 else 1)
 
 
 def _without_finished(wave: Wave, decoder: Decoder, limits: Limits) -> Wave:
-    """Hands over what has ended; packs the others where that makes the grid smaller by half."""
+    """Hands over what has ended; packs the others where they fit into a smaller grid."""
     now = np.asarray(wave.rows.finished) & wave.alive
     if now.any():
         start, clock = np.asarray(wave.rows.start), wave.clock
@@ -160,15 +183,14 @@ def _without_finished(wave: Wave, decoder: Decoder, limits: Limits) -> Wave:
                 logprobs[line, row, written],
             )  # fmt: skip
         wave.alive &= ~now
-    if wave.alive.any() and np.prod(_grid_for(wave.alive, limits)) <= wave.alive.size // 2:
+    if wave.alive.any() and np.prod(_grid_for(wave.alive, limits)) < wave.alive.size:
         return _packed(wave, limits)
     return wave
 
 
 def _grid_for(alive: Bool[np.ndarray, "problems rows"], limits: Limits) -> tuple[int, int]:
     lines, most = int(alive.any(1).sum()), int(alive.sum(1).max())
-    split = limits.split if alive.shape[1] % limits.split == 0 else 1
-    return power_of_two(lines), power_of_two(most, split)
+    return power_of_two(lines), _num_rows(most, alive.shape, limits)
 
 
 def _packed(wave: Wave, limits: Limits) -> Wave:
