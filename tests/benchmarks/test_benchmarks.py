@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_run import environment, run
+from small_run import environment, run, write_config
 
-from benchmarks import convert
+from benchmarks import convert, samplers
 from benchmarks.peers import Measurement
 from benchmarks.rounds import Contestant, Row, cpu_ratio, measure, ratios
+from benchmarks.samplers import Work
 from benchmarks.train import BenchmarkSettings, check_losses, contestants_of
 from benchmarks.worker import Limits, Worker, WorkerFailed
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
+from mathscale_jax.config import ModelConfig
 
 TINY = ("--models", "demo", "--rows", "2", "--context", "64", "--loss-chunk", "32", "--rounds", "2", "--steps", "1")
 LIMITS = Limits(seconds=60, cores=None, environment={})
@@ -207,3 +209,43 @@ def test_the_input_pipeline_is_measured(tmp_path: Path) -> None:
     values = results(tmp_path / "out")
     assert values["examples"] == 40 and values["step_seconds"] == pytest.approx(2 * 64 / 10_000)
     assert values["wait_share"] >= 0 and values["positions_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_samplers_draw_the_same_number_of_samples_of_the_same_prompts(tmp_path: Path) -> None:
+    sizes = ("--num-problems", "2", "--num-samples", "8", "--prompt-length", "10", "--mean-length", "5")
+    limits = ("--max-tokens", "12", "--rounds", "1", "--dtype", "float32")
+    result = run("benchmarks.sample", "--preset", "demo", *sizes, *limits, "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    measured = results(tmp_path)["measured"]
+    assert len(measured) == 2 and not any(of["failed"] for of in measured.values())
+    for of in measured.values():
+        assert 16 <= of["tokens"][0] <= 16 * 12 and of["seconds"][0] > 0
+
+
+def test_the_bound_of_a_device_is_what_it_must_read() -> None:
+    """LLaMA-2 7B on an H200: 13.2 GB of weights and 256 x 75 tokens of 0.5 MiB in a step, at 4.8 TB/s."""
+    config = ModelConfig.model_validate({"preset": "llama2-7b"})
+    bound = samplers.bound(config, "NVIDIA H200", "bfloat16", 150, [150] * 256, 256)
+    assert bound == pytest.approx(256 * 4.8e12 / (13.21e9 + 0.08e9 + 256 * 75 * 2**19), rel=0.01)
+    assert samplers.bound(config, "cpu", "bfloat16", 150, [150], 256) is None
+
+
+def test_random_weights_end_a_response_after_the_length_asked_for() -> None:
+    config = ModelConfig.model_validate({"preset": "demo"})
+    prompts = tuple(tuple(range(3 + i, 23 + i)) for i in range(2))
+    drawn = samplers.Ours(config, Work(prompts, 256, 0.7, 100), "float32", 256, 20, None).run(0)
+    assert len(drawn.lengths) == 512
+    assert np.mean(drawn.lengths) == pytest.approx(20, rel=0.25)  # five standard errors of a geometric length
+
+
+@pytest.mark.slow
+def test_int8_caches_change_what_a_model_says_by_little(tmp_path: Path) -> None:
+    assert run("mathscale_jax.train", "--config", str(write_config(tmp_path)), "num_steps=20").returncode == 0
+    sizes = ("--num-problems", "3", "--num-samples", "4", "--num-compared", "2", "--max-tokens", "24")
+    where = ("--task", "demo", "--source", str(tmp_path / "data" / "test.jsonl"), "--out", str(tmp_path / "results"))
+    checkpoint = ("--checkpoint", str(tmp_path / "run"), "--dtype", "float32")
+    result = run("benchmarks.int8_cache", *checkpoint, *sizes, *where)
+    assert result.returncode == 0, result.stderr
+    compared = results(tmp_path / "results")
+    assert 0 < compared["kl"]["mean"] < compared["kl"]["max"] < 0.01 and compared["same_argmax"] > 0.9

@@ -120,7 +120,7 @@ def test_progress_of_bytes_is_told_in_gigabytes(monkeypatch, log_lines):
     monkeypatch.setattr(data_pipeline.progress.time, "monotonic", lambda: next(clock))
     with Progress(26_953_662_464, "importing", "bytes") as bar:
         bar.update(4_500_000_000)
-    assert log_lines()[0] == "importing: 4.50/26.95 GB, 0.45 GB/s"
+    assert log_lines()[0] == "importing: 4.50/26.95 GB, 0.45 GB/s, 00:49 left"
 
 
 def test_nothing_done_says_nothing(log_lines):

@@ -76,8 +76,9 @@ def test_every_problem_has_one_part_file_with_all_its_samples(folder: epath.Path
 
 @pytest.mark.slow
 def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
-    trained: Path, sampled: Path, tmp_path: Path
+    trained: Path, sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "killed"
     arguments = ["sample", "--checkpoint", str(trained / "run"), "--task", "demo", "--dtype", "float32"]
     arguments += [
@@ -104,8 +105,14 @@ def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
     process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in (out / "samples").glob("part-*")}
     assert 2 <= len(finished) < 10
+    programs = tmp_path / "cache" / "mathscale_jax" / "compiled"
+    compiled = {path.name for path in programs.iterdir()}
     again = run("eval", *arguments)
     assert again.returncode == 0, again.stderr
+    # Everything it needed was compiled before, and kept.
+    assert compiled and compiled == {
+        path.name for path in (tmp_path / "cache" / "mathscale_jax" / "compiled").iterdir()
+    }
     names = [f"part-{first:05d}-{first + 1:05d}.jsonl" for first in range(0, 20, 2)]
     assert sorted(path.name for path in (out / "samples").iterdir()) == names
     for name in names:

@@ -1,5 +1,6 @@
 """What the sampler draws: the right distribution, from the right randomness, as a plain forward pass would."""
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -360,6 +361,25 @@ def test_stop_strings_come_from_the_command_line() -> None:
 def test_a_device_too_small_for_one_sample_is_said(params: model.Params) -> None:
     with pytest.raises(UsageError, match=r"needs caches for \d+ tokens; beside the weights there is room for 100"):
         make(params, max_tokens=100).sample(GROUP, DRAWN)
+
+
+def test_sizes_are_few_and_hold_what_is_asked_for() -> None:
+    sizes = {schedule.size_for(number) for number in range(1, 257)}
+    assert sizes == {1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256}
+    for number in range(1, 257):
+        assert schedule.size_for(number) == min(size for size in sizes if size >= number)
+        assert schedule.size_for(number, 8) % 8 == 0 and schedule.size_for(number, 8) >= number
+
+
+@pytest.mark.parametrize("grid", [(1, 256), (4, 64), (2, 96), (8, 1), (1, 1)])
+@pytest.mark.parametrize("split", [1, 8])
+def test_a_chunk_ends_early_exactly_where_its_rows_can_be_packed(grid: tuple[int, int], split: int) -> None:
+    limits = Limits(256, 10**6, split)
+    problems, of_one = schedule._next_smaller(grid, limits)
+    for lines, rows in itertools.product(range(1, grid[0] + 1), range(1, grid[1] + 1)):
+        alive = (np.arange(grid[0]) < lines)[:, None] & (np.arange(grid[1]) < rows)
+        smaller = np.prod(schedule._grid_for(alive, limits)) < alive.size
+        assert smaller == (lines <= problems or rows <= of_one)
 
 
 @pytest.mark.parametrize("limits", [Limits(8, 10_000), Limits(64, 4000), Limits(256, 10**6, 8), Limits(1, 10**5)])
