@@ -33,7 +33,7 @@ parity: $(VENV)/.torch
 plan: $(VENV)/.tpu
 	$(BIN)/python -m benchmarks.plan
 
-# Our training step against PyTorch's on this machine; what was measured elsewhere: benchmarks/results/.
+# Our training step against PyTorch's on this machine; the other benchmarks need data or a GPU: see their --help.
 bench: $(VENV)/.torch
 	$(BIN)/python -m benchmarks.train --out runs/benchmarks
 

@@ -1,10 +1,11 @@
 """python -m eval: draws samples, grades them, shows what they mean.
 
     python -m eval run --task gsm8k --checkpoint runs/gsm8k --out runs/gsm8k/eval
+    python -m eval sample --task gsm8k --checkpoint runs/gsm8k --out runs/gsm8k/eval --shard 0/4
     python -m eval grade runs/gsm8k/eval
     python -m eval report runs/gsm8k/eval
 
-`run` is sample, grade and report in one; each goes on where an earlier one of it stopped.
+`run` is sample, grade and report in one; sampling goes on where it was stopped, and N jobs share it by --shard.
 """
 
 import argparse
@@ -24,7 +25,10 @@ def _main(argv: Sequence[str] | None) -> None:
         prog="python -m eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("run", "sample, grade and report"), ("sample", "draw samples from a checkpoint")):
+    for name, text in (
+        ("run", "sample, grade and report"),
+        ("sample", "draw samples from a checkpoint, a Hugging Face folder or a server"),
+    ):
         cli.add_flags(commands.add_parser(name, help=text, description=text), SampleSettings)
     for name, text in (
         ("grade", "grade the samples of an eval folder again and write metrics.json"),
