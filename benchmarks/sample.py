@@ -76,7 +76,7 @@ def benchmark(settings: SampleBenchmark, command: str) -> None:
         contestants = _contestants(settings, work, weights, Path(folder))
         drawn: dict[str, list[Drawn]] = {name: [] for name in contestants}
         told: dict[str, str] = {}
-        device = "cpu"
+        where: dict[str, Any] = {"device": "cpu"}
         for name, (factory, arguments) in contestants.items():
             logger.info("%s: loading, and drawing everything once", name)
             try:
@@ -86,14 +86,14 @@ def benchmark(settings: SampleBenchmark, command: str) -> None:
                         drawn[name].append(worker.call("run", seed))
                         logger.info("%s: %.0f useful tokens/s", name, samplers.speed(drawn[name][-1]))
                     if name == "ours":
-                        device = worker.call("describe")["device"]
+                        where = worker.call("describe")
             except WorkerFailed as failure:
                 told[name] = str(failure)
                 logger.warning("%s: %s", name, failure)
     rows = [_row(name, of, drawn["ours"], told.get(name)) for name, of in drawn.items()]
     header = ["", "useful tokens/s", "ours is faster by", "seconds", "tokens a response: mean, longest"]
     config = weights if isinstance(weights, ModelConfig) else open_checkpoint(weights).meta.model
-    of_bound = _of_bound(settings, work, config, device, drawn["ours"])
+    of_bound = _of_bound(settings, work, config, where, drawn["ours"])
     body = f"{_described(settings, work)}\n\n{table(header, rows)}{of_bound}"
     print(body, flush=True)
     if settings.out is not None:
@@ -109,7 +109,9 @@ def benchmark(settings: SampleBenchmark, command: str) -> None:
                 for name, of in drawn.items()
             },
         }
-        logger.info("wrote %s", write_results(settings.out, subject, environment(device, load), command, body, values))
+        logger.info(
+            "wrote %s", write_results(settings.out, subject, environment(where["device"], load), command, body, values)
+        )
 
 
 def _work(settings: SampleBenchmark) -> tuple[Work, str | ModelConfig]:
@@ -159,14 +161,16 @@ def _row(name: str, of: list[Drawn], ours: list[Drawn], failure: str | None) -> 
     ]
 
 
-def _of_bound(settings: SampleBenchmark, work: Work, config: ModelConfig, device: str, of: list[Drawn]) -> str:
+def _of_bound(
+    settings: SampleBenchmark, work: Work, config: ModelConfig, where: dict[str, Any], of: list[Drawn]
+) -> str:
     mean_prompt = float(np.mean([len(prompt) for prompt in work.prompts]))
     lengths = of[0].lengths if of else []
-    bound = samplers.bound(config, device, settings.dtype, mean_prompt, lengths, settings.rows) if lengths else None
+    bound = samplers.bound(config, where, settings.kv_cache, mean_prompt, lengths, settings.rows) if lengths else None
     if bound is None:
         return ""
     reached = 100 * statistics.median(map(samplers.speed, of)) / bound
-    return f"\n\nThe device's bound with every row always busy: {bound:,.0f} useful tokens/s; {reached:.0f} % reached."
+    return f"\n\nWith every row always busy the devices' bound is {bound:,.0f} useful tokens/s; {reached:.0f} % of it."
 
 
 def _described(settings: SampleBenchmark, work: Work) -> str:

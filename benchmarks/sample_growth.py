@@ -54,7 +54,7 @@ class GrowthSettings(Settings):
 
 def benchmark(settings: GrowthSettings, command: str) -> None:
     """Measures, prints, and writes the results."""
-    load, device = os.getloadavg()[0], "cpu"
+    load, where = os.getloadavg()[0], {"device": "cpu"}
     config = (
         ModelConfig.model_validate({"preset": settings.preset})
         if settings.checkpoint is None
@@ -64,13 +64,14 @@ def benchmark(settings: GrowthSettings, command: str) -> None:
     measured: list[dict[str, Any]] = []
     for cell in _cells(settings):
         try:
-            device, drawn = _drawn(settings, config, cell)
+            where, drawn = _drawn(settings, config, cell)
         except WorkerFailed as failure:
             rows.append([*map(str, cell.values()), str(failure), "", ""])
             measured.append({**cell, "failed": str(failure)})
             continue
         speeds = [samplers.speed(each) for each in drawn]
-        bound = samplers.bound(config, device, settings.dtype, cell["prompt_length"], drawn[0].lengths, settings.rows)
+        lengths, prompt = drawn[0].lengths, cell["prompt_length"]
+        bound = samplers.bound(config, where, settings.kv_cache, prompt, lengths, settings.rows)
         rows.append([
             *map(str, cell.values()),
             f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
@@ -89,8 +90,8 @@ def benchmark(settings: GrowthSettings, command: str) -> None:
     if settings.out is not None:
         name = settings.preset or f"{config.num_parameters / 1e6:.0f}m"
         values = {"settings": settings.model_dump(exclude={"out"}), "measured": measured}
-        where = environment(device, load)
-        logger.info("wrote %s", write_results(settings.out, f"sample-growth-{name}", where, command, body, values))
+        at, subject = environment(where["device"], load), f"sample-growth-{name}"
+        logger.info("wrote %s", write_results(settings.out, subject, at, command, body, values))
 
 
 def _cells(settings: GrowthSettings) -> list[dict[str, int]]:
@@ -104,15 +105,14 @@ def _cells(settings: GrowthSettings) -> list[dict[str, int]]:
     return cells
 
 
-def _drawn(settings: GrowthSettings, config: ModelConfig, cell: dict[str, int]) -> tuple[str, list[Drawn]]:
+def _drawn(settings: GrowthSettings, config: ModelConfig, cell: dict[str, int]) -> tuple[dict[str, Any], list[Drawn]]:
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, config.vocab_size, (settings.num_problems, cell["prompt_length"])).tolist()
     work = Work(tuple(map(tuple, prompts)), cell["num_samples"], settings.temperature, 4 * cell["mean_length"])
     arguments = (config, work, settings.dtype, settings.rows, cell["mean_length"], settings.kv_cache)
     with Worker(samplers.Ours, arguments, Limits(settings.time_limit, None, {})) as worker:
         worker.call("run", 0)
-        device = worker.call("describe")["device"]
-        return device, [worker.call("run", seed) for seed in range(1, settings.rounds + 1)]
+        return worker.call("describe"), [worker.call("run", seed) for seed in range(1, settings.rounds + 1)]
 
 
 def _main(argv: Sequence[str] | None) -> None:

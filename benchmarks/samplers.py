@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eval.sample import group_size
 from mathscale_jax import model
 from mathscale_jax.checkpoint import open_checkpoint
 from mathscale_jax.chips import chip_of
@@ -19,7 +20,7 @@ from mathscale_jax.compiled import keep_compiled
 from mathscale_jax.config import ModelConfig
 from mathscale_jax.sampler import Draws, Prompt, Sampler, SamplingSettings, decode
 from mathscale_jax.sampler.grid import with_slots
-from mathscale_jax.sampler.placement import decode_mesh
+from mathscale_jax.sampler.placement import bytes_of_vector, decode_mesh
 from mathscale_jax.sampler.schedule import FEWEST_SLOTS, STEPS_PER_CHUNK, power_of_two, slots_for
 from mathscale_jax.step import param_shardings
 
@@ -56,22 +57,29 @@ def speed(drawn: Drawn) -> float:
 
 
 def bound(
-    config: ModelConfig, device: str, dtype: str, prompt_length: float, lengths: Sequence[int], rows: int
+    config: ModelConfig,
+    where: Mapping[str, Any],
+    kv_cache: Any,
+    prompt_length: float,
+    lengths: Sequence[int],
+    rows: int,
 ) -> float | None:
-    """Useful tokens a second that one device cannot exceed; None where its figures are not known.
+    """Useful tokens a second of bfloat16 weights that devices cannot exceed; None where their figures are not known.
 
     With every row always busy, a step reads all weights but the table of embeddings, one prompt's keys and values,
-    and each row's own; or it is bound by its products, 2 FLOPs a weight and token.
+    and each row's own; or it is bound by its products, 2 FLOPs a weight and token. `where` is what a contestant says
+    of itself: that several devices share all of this is the least that each must do.
     """
-    chip = chip_of(device)
-    if chip is None:
+    chip = chip_of(where["device"])
+    if chip is None or where["dtype"] != "bfloat16":
         return None
-    size = 2 if dtype == "bfloat16" else 4
-    tokens, token = sum(lengths), 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+    vectors = 2 * config.num_layers * config.num_kv_heads
+    token, own = (vectors * bytes_of_vector(config, dtype) for dtype in ("bfloat16", kv_cache or "bfloat16"))
+    tokens = sum(lengths)
     weights = config.num_parameters - config.vocab_size * config.hidden_size
     steps = tokens / rows
-    read = steps * (weights * size + prompt_length * token) + token * sum(n * n / 2 for n in lengths)
-    return tokens / max(read / chip.hbm_bandwidth, 2 * weights * tokens / chip.peak_flops)
+    read = steps * (2 * weights + prompt_length * token) + own * sum(n * n / 2 for n in lengths)
+    return where["num_devices"] * tokens / max(read / chip.hbm_bandwidth, 2 * weights * tokens / chip.peak_flops)
 
 
 class Ours:
@@ -93,12 +101,14 @@ class Ours:
     def describe(self) -> dict[str, Any]:
         """Where it runs."""
         device = jax.devices()[0]
-        return {"device": device.device_kind, "mesh": dict(self.sampler.mesh.shape)}
+        mesh = self.sampler.mesh
+        told = {"device": device.device_kind, "num_devices": mesh.size, "mesh": dict(mesh.shape)}
+        return told | {"dtype": self.sampler.compute.dtype}
 
     def run(self, seed: int) -> Drawn:
         """All samples of all prompts."""
         prompts = [Prompt(str(i), list(tokens)) for i, tokens in enumerate(self._work.prompts)]
-        group = max(1, 8 * self.sampler.limits.rows // self._work.num_samples)
+        group = group_size(self.sampler.limits.rows, self._work.num_samples)
         lengths: list[int] = []
         started = time.perf_counter()
         for first in range(0, len(prompts), group):

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 
 # JSON escapes control characters, but not these three, at which str.splitlines and others break a line.
@@ -87,3 +88,12 @@ def read_json_lines(path: Path | epath.Path) -> Iterator[dict[str, Any]]:
     for line in epath.Path(path).read_text().split("\n"):
         if line:
             yield json.loads(line)
+
+
+@contextlib.contextmanager
+def damage_named(file: epath.Path, advice: str) -> Iterator[None]:
+    """Turns what reading a damaged `file` raises into a RunError that names it and says what to do."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:  # UnicodeDecodeError is a ValueError
+        raise RunError(f"{file} is damaged ({type(error).__name__}: {error}): {advice}") from error

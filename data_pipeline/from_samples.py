@@ -3,14 +3,14 @@
 import hashlib
 import json
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pydantic
 from etils import epath
 
 from data_pipeline.cli import logger
-from data_pipeline.files import read_json_lines, write_json_lines
+from data_pipeline.files import damage_named, read_json_lines, write_json_lines
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.templates import Template
 
@@ -34,12 +34,16 @@ def rows_from_samples(folder: str, settings: FromSamples) -> int:
         raise UsageError(f"{folder} is not an eval folder: it has no run.json")
     if not any((directory / "grades").glob("part-*.jsonl")):
         raise UsageError(f"{folder} is not graded: run `python -m eval grade {folder}` first")
-    run = json.loads((directory / "run.json").read_text())
-    right = {(row["problem_id"], row["sample_id"]) for row in _rows(directory / "grades") if row["correct"]}
-    before, between = _around_solution(Template(**run["template"]))
+    with damage_named(directory / "run.json", "sample into another folder"):
+        run = json.loads((directory / "run.json").read_text())
+        template = Template(**run["template"])
+        lineage = {"checkpoint": run["checkpoint"], "run": run["hash"]}
+    grades = _rows(directory / "grades", "grade again", ("problem_id", "sample_id", "correct"))
+    right = {(row["problem_id"], row["sample_id"]) for row in grades if row["correct"]}
+    before, between = _around_solution(template)
     texts: dict[str, dict[str, tuple[int, str]]] = {}
     odd = 0
-    for row in _rows(directory / "samples"):
+    for row in _rows(directory / "samples", "remove it and sample again", ("problem_id", "sample_id", "text")):
         problem, sample = row["problem_id"], row["sample_id"]
         if (problem, sample) in right:
             text = row["text"].strip()
@@ -48,11 +52,12 @@ def rows_from_samples(folder: str, settings: FromSamples) -> int:
                 odd += 1
             else:
                 texts.setdefault(problem, {}).setdefault(" ".join(body.split()), (sample, body.strip()))
-    rows = [
-        row
-        for problem in read_json_lines(directory / "problems.jsonl")
-        for row in _of_problem(problem, list(texts.get(problem["problem_id"], {}).values()), run, settings)
-    ]
+    with damage_named(directory / "problems.jsonl", "sample into another folder"):
+        rows = [
+            row
+            for problem in read_json_lines(directory / "problems.jsonl")
+            for row in _of_problem(problem, list(texts.get(problem["problem_id"], {}).values()), lineage, settings)
+        ]
     if not rows:
         raise UsageError(f"{folder}: none of its samples is right, and in the form of the template")
     write_json_lines(settings.out, rows)
@@ -74,13 +79,15 @@ def _around_solution(template: Template) -> tuple[str, str]:
     return parts[0][0], parts[1][0]
 
 
-def _rows(folder: epath.Path) -> Iterator[dict[str, Any]]:
+def _rows(folder: epath.Path, advice: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     for part in sorted(folder.glob("part-*.jsonl")):
-        yield from read_json_lines(part)
+        with damage_named(part, advice):
+            rows = [{key: row[key] for key in keys} for row in read_json_lines(part)]
+        yield from rows
 
 
 def _of_problem(
-    problem: dict[str, Any], solutions: list[tuple[int, str]], run: dict[str, Any], settings: FromSamples
+    problem: dict[str, Any], solutions: list[tuple[int, str]], lineage: dict[str, Any], settings: FromSamples
 ) -> Iterator[dict[str, Any]]:
     def chance(solution: tuple[int, str]) -> bytes:
         return hashlib.sha256(f"{settings.seed} {problem['problem_id']} {solution[0]}".encode()).digest()
@@ -94,7 +101,6 @@ def _of_problem(
             "lineage": {
                 "problem_id": problem["problem_id"],
                 "sample_id": sample,
-                "checkpoint": run["checkpoint"],
-                "run": run["hash"],
+                **lineage,
             },
         }

@@ -14,6 +14,7 @@ from mathscale_jax.sampler import SamplingSettings
 
 _AT_ONCE = 16  # requests; the server queues what it cannot do at once
 _RETRIES = 8
+_TOO_LONG = ("context", "too long", "maximum length")  # what servers say of a prompt that does not fit
 _SECONDS = 3600.0  # for one request: hundreds of samples, perhaps behind others'
 
 
@@ -58,20 +59,25 @@ class Endpoint:
                 seed=settings.seed, logprobs=0, **extra,
             )  # fmt: skip
         except openai.BadRequestError as error:
+            if not any(word in str(error).lower() for word in _TOO_LONG):
+                raise RunError(f"{self._client.base_url} refuses the request: {first_line(error)}") from error
             logger.warning("recorded as an error: %s", first_line(error))
             return failed(settings, one_more)
         except openai.OpenAIError as error:
             raise RunError(f"{self._client.base_url} does not answer: {first_line(error)}") from error
         rows = []
         for choice in sorted(answer.choices, key=lambda choice: choice.index):
-            tokens = choice.logprobs.tokens if choice.logprobs is not None else None
+            told = choice.logprobs.token_logprobs if choice.logprobs is not None else None
+            if told is None:
+                raise RunError(f"{self._client.base_url} gives no logprobs of its tokens, by which they are counted")
             row: dict[str, Any] = {
                 "text": choice.text,
-                "num_tokens": len(tokens or []),
+                "num_tokens": len(told),
+                # Servers do not tell the end of a text from a stop string.
                 "finish_reason": "length" if choice.finish_reason == "length" else "eos",
             }
-            if settings.logprobs and choice.logprobs is not None:
-                row["logprob"] = sum(choice.logprobs.token_logprobs or [])
+            if settings.logprobs:
+                row["logprob"] = round(sum(logprob or 0.0 for logprob in told), 4)
             one_more(row["num_tokens"])
             rows.append(row)
         if len(rows) != settings.num_samples:

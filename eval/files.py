@@ -7,15 +7,14 @@ grades/part-00000-00007.jsonl   their grades
 metrics.json, report.html
 """
 
-import contextlib
 import json
 from collections.abc import Container, Iterator
 from typing import Any
 
 from etils import epath
 
-from data_pipeline.cli import RunError, logger
-from data_pipeline.files import read_json_lines
+from data_pipeline.cli import logger
+from data_pipeline.files import damage_named, read_json_lines
 from data_pipeline.settings import UsageError
 
 
@@ -66,15 +65,6 @@ def read_grades(folder: epath.Path) -> Iterator[dict[str, Any]]:
     for part in parts(folder, "grades"):
         with damage_named(part, "grade again"):
             yield from list(read_json_lines(part))
-
-
-@contextlib.contextmanager
-def damage_named(file: epath.Path, advice: str) -> Iterator[None]:
-    """Turns what reading a damaged `file` raises into a RunError that names it and says what to do."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:  # UnicodeDecodeError is a ValueError
-        raise RunError(f"{file} is damaged ({type(error).__name__}: {error}): {advice}") from error
 
 
 def read_samples(part: epath.Path, known: Container[str]) -> list[dict[str, Any]]:

@@ -38,14 +38,15 @@ def grade(folder: epath.Path) -> epath.Path:
     run = read_run(folder)
     problems = {problem["problem_id"]: problem for problem in read_problems(folder)}
     kind = get_task(run["task"]).kind
-    graded: dict[str, list[dict[str, Any]]] = {}
+    graded: dict[str, dict[int, dict[str, Any]]] = {}  # by sample; the first of each counts
     (folder / "grades").mkdir(exist_ok=True)
     for part in progress(parts(folder, "samples"), "grading", "files"):
         rows = []
         for sample in read_samples(part, problems):
             row = _grade_sample(sample, problems[sample["problem_id"]]["answer"], kind)
             rows.append(row)
-            graded.setdefault(sample["problem_id"], []).append({**row, "finish_reason": sample["finish_reason"]})
+            of_problem = graded.setdefault(sample["problem_id"], {})
+            of_problem.setdefault(sample["sample_id"], {**row, "finish_reason": sample["finish_reason"]})
         write_json_lines(folder / "grades" / part.name, rows)
     metrics = _metrics(run, problems, graded)
     write_json(folder / "metrics.json", metrics)
@@ -67,7 +68,7 @@ def _grade_sample(sample: dict[str, Any], gold: str, kind: str) -> dict[str, Any
 
 
 def _metrics(
-    run: dict[str, Any], problems: dict[str, dict[str, Any]], graded: dict[str, list[dict[str, Any]]]
+    run: dict[str, Any], problems: dict[str, dict[str, Any]], graded: dict[str, dict[int, dict[str, Any]]]
 ) -> dict[str, Any]:
     num_samples = run["num_samples"]
     whole = [pid for pid in problems if len(graded.get(pid, [])) == num_samples]
@@ -77,7 +78,7 @@ def _metrics(
     if len(whole) < len(problems):
         missing = sum(num_samples - len(graded.get(pid, [])) for pid in problems)
         complete = {"problems without all samples": len(problems) - len(whole), "missing samples": missing}
-    rows = [sorted(graded[pid], key=lambda row: row["sample_id"]) for pid in whole]
+    rows = [[row for _, row in sorted(graded[pid].items())] for pid in whole]
     measured = compute_metrics(
         correct=[[row["correct"] for row in of] for of in rows],
         classes=[answer_classes([canonical_number(row["answer"]) for row in of]).tolist() for of in rows],
@@ -88,7 +89,8 @@ def _metrics(
         },
         complete=complete,
     )
-    told = {key: run[key] for key in ("task", "split", "temperature", "top_p", "seed", "checkpoint")}
+    drawn = ("temperature", "top_p", "top_k", "stop", "max_tokens", "seed")
+    told = {key: run[key] for key in ("task", "split", "checkpoint", "shots", *drawn) if key in run}
     return {**told, "grader_version": GRADER_VERSION, **measured}
 
 

@@ -6,18 +6,17 @@ from typing import Any, Literal
 import jax
 
 from data_pipeline.cli import logger
-from data_pipeline.settings import UsageError
 from mathscale_jax.checkpoint import Checkpoint, open_checkpoint
 from mathscale_jax.checksums import fingerprint
 from mathscale_jax.compiled import keep_compiled
 from mathscale_jax.convert.published import Published, is_published
-from mathscale_jax.sampler import ProblemSamples, Prompt, Sampler, SamplingSettings
+from mathscale_jax.sampler import ProblemSamples, Prompt, PromptTooLong, Sampler, SamplingSettings
 
 Row = dict[str, Any]  # text, num_tokens, finish_reason, perhaps logprob
 
 
 class Local:
-    """Draws with our sampler. `cache_tokens` is what a job planned with that began elsewhere."""
+    """Draws with our sampler. `cache_tokens` is what a job that is gone on with, or shared, planned with."""
 
     def __init__(
         self,
@@ -41,8 +40,7 @@ class Local:
             "tokenizer_sha256": weights.meta.tokenizer_sha256,
             "dtype": dtype,
             "kv_cache": kv_cache,
-            # The shapes that are computed with: products round by them.
-            "rows": rows,
+            # The shapes that are computed with, as rows are: products round by them.
             "cache_tokens": self._sampler.limits.tokens,
             # Other hardware, or another version of jax, may round otherwise and so draw other texts.
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -62,7 +60,7 @@ class Local:
             try:
                 self._sampler.room(prompt, settings)
                 able.append(prompt)
-            except UsageError as error:
+            except PromptTooLong as error:
                 logger.warning("%s: recorded as an error", error)
         drawn = self._sampler.sample(able, settings, one_more) if able else []
         by_id = {samples.problem_id: list(self._rows(samples, settings)) for samples in drawn}

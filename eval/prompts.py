@@ -1,9 +1,11 @@
 """The texts that a model is given: a question in the template, behind worked examples where a base model needs them."""
 
 import hashlib
+import json
 
 import pydantic
 
+from data_pipeline.cli import logger
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import Problem, read_problems
 from data_pipeline.templates import Template
@@ -31,25 +33,30 @@ class Prompts:
 
     def __init__(self, settings: PromptSettings, template: Template):
         self._template = template
-        self._shots = ""
+        self._shots: list[tuple[str, str]] = []  # question, and its whole example
+        self._count = settings.shots
         self.stop: tuple[str, ...] = ()
         if not settings.shots:
             return
-        examples = read_problems(settings.task, "train", settings.shots_source)[: settings.shots]
+        examples = read_problems(settings.task, "train", settings.shots_source)[: settings.shots + 1]
         if len(examples) < settings.shots:
             raise UsageError(f"shots={settings.shots}: there are {len(examples)} examples to take them from")
-        self._shots = "".join(self._example(problem) + _BETWEEN for problem in examples)
+        self._shots = [(problem.question, self._example(problem) + _BETWEEN) for problem in examples]
         begins = template.prompt.partition("{question}")[0].strip()
-        self.stop = (_BETWEEN + begins,) if begins else ()
+        if begins:
+            self.stop = (_BETWEEN + begins,)
+        else:
+            logger.warning("the template begins with the question: nothing but --stop ends a response before the next")
 
     def render(self, problem: Problem) -> str:
-        """The whole text of a problem's prompt."""
-        return self._shots + self._template.render_prompt(problem.question)
+        """The whole text of a problem's prompt. Its own solution is not among the examples."""
+        shots = [example for question, example in self._shots if question != problem.question][: self._count]
+        return "".join(shots) + self._template.render_prompt(problem.question)
 
     @property
     def sha256(self) -> str:
         """Of the examples."""
-        return hashlib.sha256(self._shots.encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self._count, self._shots]).encode()).hexdigest()
 
     def _example(self, problem: Problem) -> str:
         prompt = self._template.render_prompt(problem.question)

@@ -52,7 +52,10 @@ class SampleSettings(PromptSettings, SamplingSettings):
     kv_cache: Literal["int8"] | None = pydantic.Field(
         None, description="dtype of the responses' keys and values: int8 takes half the memory; none: as the others"
     )
-    rows: pydantic.PositiveInt = pydantic.Field(256, description="samples that are decoded at once")
+    rows: pydantic.PositiveInt = pydantic.Field(
+        256,
+        description="samples that are decoded at once, rounded up to a power of two; eight times as many are a file",
+    )
     shard: str | None = pydantic.Field(
         None, description="i/N: only every N-th group of problems, from the i-th on (0/4 to 3/4), for N such jobs"
     )
@@ -64,6 +67,8 @@ class SampleSettings(PromptSettings, SamplingSettings):
             raise ValueError("give a checkpoint, or an endpoint")
         if (self.endpoint is None) != (self.model is None):
             raise ValueError("endpoint and model go together")
+        if self.endpoint is not None and (self.dtype != "bfloat16" or self.kv_cache is not None):
+            raise ValueError("dtype and kv_cache are the server's own choice: leave them out with an endpoint")
         if self.template is not None and self.endpoint is None:
             raise ValueError(
                 f"template={self.template!r}: a checkpoint has its own; only an endpoint's model takes one"
@@ -91,7 +96,7 @@ def sample(settings: SampleSettings) -> epath.Path:
     before = read_run(out) if (out / "run.json").exists() else {}
     model = _model(settings, before.get("cache_tokens"))
     prompts = Prompts(settings, model.template)
-    settings = settings.model_copy(update={"stop": settings.stop or prompts.stop})
+    settings = settings.model_copy(update={"stop": tuple(dict.fromkeys((*settings.stop, *prompts.stop)))})
     _open_folder(out, _run(settings, model, problems, prompts), problems)
 
     mine = list(_groups(len(problems), settings))
@@ -131,7 +136,7 @@ def _model(settings: SampleSettings, cache_tokens: int | None) -> Local | Endpoi
     assert settings.checkpoint is not None
     return Local(
         settings.checkpoint, dtype=settings.dtype, kv_cache=settings.kv_cache, rows=settings.rows,
-        cache_tokens=cache_tokens,  # as planned where the job began, perhaps on another device
+        cache_tokens=cache_tokens,  # as planned where the job began
     )  # fmt: skip
 
 
@@ -143,9 +148,14 @@ def _rows(problems: Sequence[Problem], drawn: Sequence[Sequence[Row]]) -> list[R
     ]
 
 
+def group_size(rows: int, num_samples: int) -> int:
+    """How many problems are decoded together."""
+    return max(1, _WAVES_OF_A_GROUP * rows // num_samples)
+
+
 def _groups(num_problems: int, settings: SampleSettings) -> Iterator[range]:
     """The problems that are decoded together, and lie in a file together; of this shard."""
-    size = max(1, _WAVES_OF_A_GROUP * settings.rows // settings.num_samples)
+    size = group_size(settings.rows, settings.num_samples)
     shard, shards = map(int, (settings.shard or "0/1").split("/"))
     for number, first in enumerate(range(0, num_problems, size)):
         if number % shards == shard:
@@ -155,8 +165,9 @@ def _groups(num_problems: int, settings: SampleSettings) -> Iterator[range]:
 def _missing(group: range, covered: set[int]) -> Iterator[range]:
     """What is left of a group; of one that was cut off at the end of fewer problems, the others."""
     left = [index for index in group if index not in covered]
-    if left:
-        yield range(left[0], left[-1] + 1)
+    begins = [index for index in left if index - 1 not in left]
+    ends = [index + 1 for index in left if index + 1 not in left]
+    yield from map(range, begins, ends)
 
 
 def _run(
@@ -169,7 +180,9 @@ def _run(
         "split": settings.split,
         "num_problems": len(problems),
         "problems_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "shots": settings.shots,
         "shots_sha256": prompts.sha256,
+        "rows": settings.rows,
         **settings.model_dump(mode="json", include=set(SamplingSettings.model_fields)),
         **model.told,
     }
@@ -194,16 +207,18 @@ def _open_folder(out: epath.Path, run: dict[str, Any], problems: Sequence[Proble
         before = read_run(out)
         told = {"hash", "checkpoint", "lineage", "source", "made_with"}
         changed = {key for key in run if key not in told and before.get(key) != run[key]}
-        if not changed:
-            return
-        if changed == {"num_problems", "problems_sha256"} and rows[: before["num_problems"]] == read_problems(out):
-            logger.info("%d problems instead of %d: the first ones are kept", len(rows), before["num_problems"])
-        else:
+        count = before["num_problems"]
+        grown = changed == {"num_problems", "problems_sha256"} and rows[:count] == read_problems(out)[:count]
+        if grown:
+            logger.info("%d problems instead of %d: the first ones are kept", len(rows), count)
+        elif changed:
             if "dtype" in changed:
                 changed -= {"weights"}  # they are hashed as they are used
             listed = "\n  ".join(f"{key}: {before.get(key)!r} -> {run[key]!r}" for key in run if key in changed)
             raise UsageError(f"{out} holds the samples of another run:\n  {listed}\nchoose another --out")
     elif parts(out, "samples"):
         raise UsageError(f"{out} holds samples but no run.json that says of what: choose another --out")
-    write_json_lines(out / "problems.jsonl", rows)
+    # In this order: a job that ends between the two begins anew, or grows again.
+    if not (out / "problems.jsonl").exists() or read_problems(out) != rows:
+        write_json_lines(out / "problems.jsonl", rows)
     write_json(out / "run.json", run)

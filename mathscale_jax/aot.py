@@ -24,7 +24,7 @@ from mathscale_jax.mesh import check_batch, sharding_of
 from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
 from mathscale_jax.sampler import decode
 from mathscale_jax.sampler.draw import SamplingSettings
-from mathscale_jax.sampler.placement import decode_mesh
+from mathscale_jax.sampler.placement import decode_mesh, usable
 from mathscale_jax.step import TrainState, make_train_step, param_shardings, spec_shardings, state_shardings
 
 # Of the planned decode step: the rows and lengths of a usual evaluation.
@@ -90,7 +90,7 @@ def compile_sampler(
     config: ModelConfig, topology: Topology, devices: Sequence[jax.Device]
 ) -> tuple[Mesh, dict[str, Any]]:
     """The sampler's prefill of one prompt, and a decode step of the default number of its samples, compiled."""
-    mesh = decode_mesh(config, "bfloat16", devices, topology.chip.hbm_bytes)
+    mesh = decode_mesh(config, "bfloat16", devices, usable(topology.chip.hbm_bytes))
     compute = ComputeSettings(remat="none")
     params = _with_shardings(_abstract(model.param_specs(config), jnp.bfloat16), param_shardings(config, mesh))
     settings = SamplingSettings()

@@ -19,12 +19,10 @@ from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import model
 from mathscale_jax.config import ModelConfig, TrainSettings
-from mathscale_jax.processes import is_primary, rows_of_process
+from mathscale_jax.processes import from_primary, is_primary, rows_of_process
 from mathscale_jax.sampler import Prompt, Sampler, SamplingSettings
+from mathscale_jax.sampler.placement import memory_of
 from mathscale_jax.step import SummedLoss, to_devices
-
-# Of a device's memory, for a copy of the weights to sample with and its caches, beside what training needs.
-_MEMORY_SHARE = 0.2
 
 
 class Validation:
@@ -104,8 +102,11 @@ class LoopSampling:
         """Whether it is this step's turn by the settings."""
         return step % self._every == 0
 
-    def answer(self, step: int, params: model.Params) -> float:
-        """Draws, writes the texts, and returns the share of right answers. Call it inside `jax.set_mesh`."""
+    def answer(self, step: int, params: model.Params) -> float | None:
+        """Draws, writes the texts, and returns the share of right answers. Call it inside `jax.set_mesh`.
+
+        None, and a warning, where a copy of the weights and the caches find no room beside the training state.
+        """
         sampler = Sampler(
             self._config,
             params,
@@ -113,10 +114,15 @@ class LoopSampling:
             num_pieces=self._tokenizer.vocab_size,
             text=self._tokenizer.decode,
             dtype=self._dtype,
-            memory_share=_MEMORY_SHARE,
+            memory=from_primary(memory_of(jax.local_devices()[0])),  # one number for all: they compile the same
         )
+        try:
+            every = sampler.sample(self._prompts, self._sampling)
+        except UsageError as error:
+            logger.warning("step %d: no samples: %s", step, error)
+            return None
         rows = []
-        for problem, drawn in zip(self._problems, sampler.sample(self._prompts, self._sampling), strict=True):
+        for problem, drawn in zip(self._problems, every, strict=True):
             for sample_id, tokens in enumerate(drawn.tokens):
                 text = self._tokenizer.decode(tokens.tolist())
                 answer = extract_number(text).answer

@@ -121,7 +121,7 @@ def begin(
         finished=(sample < 0) | (first == rule.eos_id) | (room[:, None] <= 1),
         caches=caches,
     )
-    return prompts, readable(rows), jnp.isfinite(logits).all(-1)
+    return prompts, readable(rows), constrain(jnp.isfinite(logits).all(-1))
 
 
 @partial(
@@ -143,12 +143,12 @@ def decode_chunk(
     rule: Rule,
     num_steps: int,
 ) -> Rows:
-    """`num_steps` more tokens in every row; there must be slots for them.
+    """`num_steps` more tokens in every row, or as many as there are slots for.
 
     A row ends with EOS, or with as many tokens as its problem has room for. The steps end early where no more than
     `fewest` go on: problems, rows of any one problem, rows in all.
     """
-    last = rows.clock + num_steps
+    last = jnp.minimum(rows.clock + num_steps, rows.num_slots)
 
     def running(rows: Rows) -> Array:
         of_problems = jnp.sum(~rows.finished, axis=1)

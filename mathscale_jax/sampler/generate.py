@@ -1,11 +1,11 @@
 """The sampler: a group of prompts in, all samples of each out."""
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
@@ -19,7 +19,7 @@ from mathscale_jax.config import ComputeSettings, ModelConfig
 from mathscale_jax.sampler import decode
 from mathscale_jax.sampler.decode import CacheDtype, Rule
 from mathscale_jax.sampler.draw import Draws, SamplingSettings
-from mathscale_jax.sampler.placement import decode_mesh, memory_of, placed, token_limit
+from mathscale_jax.sampler.placement import bytes_of_vector, decode_mesh, memory_of, placed, token_limit
 from mathscale_jax.sampler.schedule import (
     FEWEST_SLOTS,
     SHORTEST_PROMPT,
@@ -31,13 +31,16 @@ from mathscale_jax.sampler.schedule import (
     power_of_two,
     run_waves,
     slots_for,
-    tokens_of,
 )
 from mathscale_jax.step import param_shardings
 
 ROWS = 256  # decoded at once, where nothing else is asked for
 ComputeDtype = Literal["bfloat16", "float32"]
 FinishReason = Literal["eos", "length", "stop"]
+
+
+class PromptTooLong(UsageError):
+    """A prompt that leaves no room for a response in the model's context, or has no tokens."""
 
 
 class Weights(Protocol):
@@ -85,8 +88,8 @@ class Sampler:
     A group of problems is decoded in the same way whoever asks for it, so its samples are reproducible by (weights,
     prompts, settings, `limits`) on the same kind of device.
     Tokens from `num_pieces` on, which pad a vocabulary, are never drawn. `text` decodes tokens; stop strings need it.
-    `rows` are decoded at once, with caches for `max_tokens` tokens in all, by default as many as there is room for in
-    `memory_share` of the devices' memory.
+    `rows`, rounded up to a power of two, are decoded at once, with caches for `max_tokens` tokens in all, by default as
+    many as there is room for in `memory`, bytes of each device; by default in what is free of it.
     """
 
     def __init__(
@@ -102,25 +105,28 @@ class Sampler:
         mesh: Mesh | None = None,
         rows: int = ROWS,
         max_tokens: int | None = None,
-        memory_share: float = 1.0,
+        memory: float | None = None,
     ):
         self.config, self.eos_id, self.num_pieces, self.text = config, eos_id, num_pieces, text
         self.cache_dtype: CacheDtype = cache_dtype or dtype
         self.compute = ComputeSettings(dtype=dtype, remat="none")
         devices = _devices_of(params) if mesh is None else list(mesh.devices.flat)
-        memory = memory_share * memory_of(devices[0])
+        memory = memory or memory_of(devices[0])
         self.mesh = decode_mesh(config, dtype, devices, memory) if mesh is None else mesh
         params = placed(params, config, self.mesh, dtype) if mesh is None else params
         self.params = model.layers_apart(params) if devices[0].platform == "gpu" else params
         split = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        limit = max_tokens or token_limit(config, self.mesh, dtype, self.cache_dtype, memory)
-        self.limits = Limits(power_of_two(max(rows, split), split), limit, split)
+        if max_tokens is None:
+            max_tokens = token_limit(config, self.mesh, dtype, self.cache_dtype, memory)
+        prompt_token = bytes_of_vector(config, dtype) / bytes_of_vector(config, self.cache_dtype)
+        self.limits = Limits(power_of_two(max(rows, split), split), max_tokens, split, prompt_token)
 
     @classmethod
     def of(cls, weights: Weights, dtype: ComputeDtype = "bfloat16", **options: Any) -> "Sampler":
         """A sampler with the weights of a checkpoint on all devices, and `options` as they are above."""
         config = weights.meta.model
-        mesh = decode_mesh(config, dtype)
+        memory = memory_of(jax.devices()[0])  # before the weights are there
+        mesh = decode_mesh(config, dtype, memory=memory)
         return cls(
             config,
             weights.restore_params(param_shardings(config, mesh), dtype),
@@ -129,29 +135,22 @@ class Sampler:
             text=weights.tokenizer.decode,
             dtype=dtype,
             mesh=mesh,
+            memory=memory,
             **options,
         )
 
     def room(self, prompt: Prompt, settings: SamplingSettings) -> int:
         """Tokens a response to `prompt` may have: `max_tokens`, or what the model's context leaves.
 
-        Raises UsageError where it leaves nothing, the prompt is empty, or the devices have no room for one sample.
+        Raises PromptTooLong where it leaves nothing, or the prompt is empty.
         """
         left = self.config.max_context - len(prompt.tokens)
         if not prompt.tokens or left < 1:
-            raise UsageError(
+            raise PromptTooLong(
                 f"problem {prompt.problem_id!r}: a prompt of {len(prompt.tokens)} tokens; the model's context of "
                 f"{self.config.max_context} takes 1 to {self.config.max_context - 1}"
             )
-        room = min(settings.max_tokens, left)
-        needed = tokens_of((1, self.limits.split), _padded(prompt), slots_for(room))
-        if needed > self.limits.tokens:
-            raise UsageError(
-                f"problem {prompt.problem_id!r}: a sample of up to {room} tokens needs caches for {needed} tokens; "
-                f"beside the weights there is room for {self.limits.tokens}: lower max_tokens, or take more or larger "
-                "devices"
-            )
-        return room
+        return min(settings.max_tokens, left)
 
     def sample(
         self,
@@ -161,16 +160,22 @@ class Sampler:
     ) -> list[ProblemSamples]:
         """All samples of a group of problems, in the order of the prompts; `done` is told of each one's tokens.
 
-        Raises UsageError as `room` does, before anything is drawn; Stopped where a signal asks to.
+        Raises PromptTooLong as `room` does, and UsageError where the devices have no room for one sample, before
+        anything is drawn; Stopped where a signal asks to.
         """
         if settings.stop and self.text is None:
             raise UsageError("stop strings need a tokenizer")
         group = _Group(self, prompts, settings, done)
+        limits = dataclasses.replace(self.limits, longest=max(group.rooms))
+        needed = limits.tokens_of((1, limits.split), group.num_prompt, slots_for(limits.longest))
+        if needed > limits.tokens:
+            raise UsageError(
+                f"a sample of up to {limits.longest} tokens behind a prompt of up to {group.num_prompt} needs caches "
+                f"for {needed} tokens; beside the weights there is room for {limits.tokens}: lower max_tokens, or take "
+                "more or larger devices"
+            )
         with jax.set_mesh(self.mesh):
-            run_waves(
-                first_waves([_padded(prompt) for prompt in prompts], settings.num_samples, self.limits), group,
-                self.limits,
-            )  # fmt: skip
+            run_waves(first_waves([group.num_prompt] * len(prompts), settings.num_samples, limits), group, limits)
         return group.collected()
 
 
@@ -202,11 +207,11 @@ class _Group:
         done: Callable[[int], None],
     ):
         self._sampler, self._prompts, self._settings, self._done = sampler, prompts, settings, done
-        self._rooms = [sampler.room(prompt, settings) for prompt in prompts]
+        self.rooms = [sampler.room(prompt, settings) for prompt in prompts]
         keys = [Draws(settings.seed).problem_key(prompt.problem_id) for prompt in prompts]
         self._draws = [np.asarray(jax.random.key_data(key)) for key in keys]
         self._samples: list[dict[int, _Sample]] = [{} for _ in prompts]
-        self._num_prompt = max(map(_padded, prompts))
+        self.num_prompt = max(map(_padded, prompts))
         self._rule = Rule(
             settings.temperature, settings.top_k, settings.top_p, sampler.eos_id, sampler.num_pieces, settings.logprobs
         )
@@ -219,13 +224,13 @@ class _Group:
         sample = np.full((len(problems), power_of_two(most, split if most >= split else 1)), -1, np.int32)
         for line, (_, ids) in enumerate(samples):
             sample[line, : len(ids)] = ids
-        tokens = np.zeros((len(problems), self._num_prompt), np.int32)
+        tokens = np.zeros((len(problems), self.num_prompt), np.int32)
         for line, problem in enumerate(problems):
             tokens[line, : len(self._prompts[problem].tokens)] = self._prompts[problem].tokens
         prompts, rows, finite = decode.begin(
             self._sampler.config, self._sampler.compute, self._sampler.params, tokens,
             np.asarray([len(self._prompts[problem].tokens) for problem in problems], np.int32),
-            np.asarray([self._rooms[problem] for problem in problems], np.int32),
+            np.asarray([self.rooms[problem] for problem in problems], np.int32),
             np.stack([self._draws[problem] for problem in problems]), sample,
             rule=self._rule, cache_dtype=self._sampler.cache_dtype, num_slots=FEWEST_SLOTS,
         )  # fmt: skip
@@ -248,17 +253,18 @@ class _Group:
         finished = np.array(wave.rows.finished)
         for line, row in zip(*np.nonzero(~finished), strict=True):
             finished[line, row] = self._stops(tokens[line, row, start[line, row] : wave.clock])
-        wave.rows = dataclasses.replace(wave.rows, finished=jnp.asarray(finished))
+        on_devices = jax.device_put(finished, wave.rows.finished.sharding)
+        wave.rows = dataclasses.replace(wave.rows, finished=on_devices)
 
     def ended(self, problem: int, sample: int, tokens: Int[np.ndarray, " tokens"], logprobs: np.ndarray) -> None:
         ends = np.flatnonzero(tokens == self._sampler.eos_id)
         reason: FinishReason = "length"
-        length = min(len(tokens), self._rooms[problem])
+        length = min(len(tokens), self.rooms[problem])
         if len(ends) and ends[0] < length:
             reason, length = "eos", int(ends[0]) + 1
         if self._settings.stop and self._stops(tokens[:length]):
             reason = "stop"
-            length = next(n for n in range(1, length + 1) if self._stops(tokens[:n]))
+            length = bisect.bisect_left(range(length), True, key=lambda n: self._stops(tokens[: n + 1])) + 1
         self._samples[problem][sample] = _Sample(tokens[:length].copy(), reason, float(logprobs[:length].sum()))
         self._done(length)
 

@@ -74,13 +74,21 @@ def with_slots(rows: Rows, num_slots: int) -> Rows:
 
 @jax.jit
 def take(
-    prompts: Prompts, rows: Rows, problem: Int[Array, " chosen"], row: Int[Array, "chosen per_problem"]
+    prompts: Prompts,
+    rows: Rows,
+    problem: Int[Array, " chosen"],
+    row: Int[Array, "chosen per_problem"],
+    unused: Int[Array, ""],
 ) -> tuple[Prompts, Rows]:
-    """Those problems, and of each those rows; -1 for a row that only fills the grid."""
+    """Those problems, and of each those rows; -1 for a row that only fills the grid.
+
+    The first `unused` slots, in which none of them has a token, are left out, and are free at the end.
+    """
     at = problem[:, None], jnp.maximum(row, 0)
 
     def of_cache(cache: Array) -> Array:
-        return cache[at] if cache.ndim == -PROBLEMS else cache[:, *at]
+        chosen = cache[at] if cache.ndim == -PROBLEMS else cache[:, *at]
+        return jnp.roll(chosen, -unused, SLOTS)
 
     def of_prompt(cache: Array) -> Array:
         return jnp.take(cache, problem, axis=PROMPT_PROBLEMS)
@@ -88,10 +96,11 @@ def take(
     problem_axes, row_axes = split_over(row.shape)
     chosen = dataclasses.replace(
         rows,
-        start=rows.start[at],
+        clock=rows.clock - unused,
+        start=jnp.maximum(rows.start[at] - unused, 0),
         sample=jnp.where(row < 0, -1, rows.sample[at]),
-        tokens=rows.tokens[at],
-        logprobs=rows.logprobs[at],
+        tokens=jnp.roll(rows.tokens[at], -unused, -1),
+        logprobs=jnp.roll(rows.logprobs[at], -unused, -1),
         finished=rows.finished[at] | (row < 0),
         caches=jax.tree.map(
             lambda x: on_mesh({PROBLEMS: problem_axes, ROWS: row_axes, -3: "tensor"}, of_cache(x)), rows.caches

@@ -1,6 +1,7 @@
 """Where weights and caches lie for decoding: how many devices share the weights, and how much room they leave."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -13,11 +14,11 @@ from mathscale_jax.mesh import MESH_AXES
 from mathscale_jax.sampler.decode import CacheDtype
 from mathscale_jax.step import param_shardings
 
-_USABLE = 0.9  # of a device's memory; the rest is for what programs need meanwhile
+_USABLE = 0.9
 _FOR_WEIGHTS = 0.5  # of that, before more devices share them
-# Of what the weights leave, for the caches that are decoded; as much for what is laid aside or copied.
-_FOR_CACHES = 0.4
-_BYTES_OF_A_CPU = 2**33
+# Of what the weights leave, for the caches that are decoded; twice as much for what is laid aside or on its way.
+_FOR_CACHES = 0.3
+_OF_A_HOST = 0.5  # of its memory, for CPU devices
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -28,7 +29,7 @@ def decode_mesh(
 
     The others hold copies, and share the rows: a step then sends less. Where heads cannot be shared by as many as the
     weights need, each device holds a part along the residual stream and gathers the rest in every step. `memory` is
-    what a device gives to weights and caches, in bytes; by default most of what it has.
+    what a device gives to weights and caches, in bytes; by default most of what is free.
     """
     devices = list(jax.devices() if devices is None else devices)
     memory = memory or memory_of(devices[0])
@@ -43,20 +44,37 @@ def decode_mesh(
 
 
 def memory_of(device: jax.Device) -> float:
-    """Bytes of a device that programs may use; of a CPU, some that any machine has."""
+    """Bytes of a device that weights and caches may take beside what is there; of a CPU a share of the host's."""
     stats = device.memory_stats() if device.platform != "cpu" else None
-    return _USABLE * (stats["bytes_limit"] if stats else _BYTES_OF_A_CPU)
+    if stats:
+        return usable(stats["bytes_limit"]) - stats["bytes_in_use"]
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return usable(_OF_A_HOST * host / jax.local_device_count())
+
+
+def usable(num_bytes: float) -> float:
+    """What weights and caches may take of a device's memory; the rest is for what programs need meanwhile."""
+    return _USABLE * num_bytes
 
 
 def token_limit(
     config: ModelConfig, mesh: Mesh, dtype: str, cache_dtype: CacheDtype, memory: float | None = None
 ) -> int:
-    """The tokens for whose keys and values there is room on all devices together, when the weights are there."""
+    """The tokens for whose keys and values there is room on all devices together, when the weights are there.
+
+    Rounded down to three bits: what is decoded together does not depend on a few bytes.
+    """
     memory = memory or memory_of(mesh.devices.flat[0])
     weights = config.num_parameters * _BYTES[dtype] / (mesh.shape["fsdp"] * mesh.shape["tensor"])
-    vector = config.head_dim + 4 if cache_dtype == "int8" else config.head_dim * _BYTES[cache_dtype]
-    token = 2 * config.num_layers * config.num_kv_heads * vector
-    return max(0, math.floor(_FOR_CACHES * (memory - weights) * mesh.size / token))
+    token = 2 * config.num_layers * config.num_kv_heads * bytes_of_vector(config, cache_dtype)
+    limit = max(0, math.floor(_FOR_CACHES * (memory - weights) * mesh.size / token))
+    dropped = max(0, limit.bit_length() - 3)
+    return limit >> dropped << dropped
+
+
+def bytes_of_vector(config: ModelConfig, dtype: str) -> int:
+    """Of one head's key or value; in int8 with its scale."""
+    return config.head_dim + 4 if dtype == "int8" else config.head_dim * _BYTES[dtype]
 
 
 def placed(params: model.Params, config: ModelConfig, mesh: Mesh, dtype: str) -> model.Params:

@@ -7,6 +7,7 @@ never of time: the same group of problems is drawn in the same way by whoever dr
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -27,13 +28,26 @@ Samples = tuple[int, range]  # a problem, and which of its samples
 class Limits:
     """How much is decoded at once: rows, and tokens in caches, prompts counted once a problem.
 
-    As many tokens again may be laid aside, or be copied from one grid into another. The rows of a problem are a
-    multiple of `split`, the number of devices that share them.
+    Twice as many tokens may be laid aside besides, or be on their way from one grid into another. The rows of a
+    problem are a multiple of `split`, the number of devices that share them. A token of a prompt counts as
+    `prompt_token`: more than one, where only responses are stored in fewer bytes. No response has more than `longest`
+    tokens.
     """
 
     rows: int
     tokens: int
     split: int = 1
+    prompt_token: float = 1.0
+    longest: int = 0
+
+    def tokens_of(self, grid: Sequence[int], prompt: int, slots: int) -> int:
+        """The tokens that the caches of a grid count as."""
+        return grid[0] * (math.ceil(self.prompt_token * prompt) + grid[1] * slots)
+
+    def take(self, grid: Sequence[int], prompt: int, slots: int) -> bool:
+        """Whether a grid may be decoded: it fits, and will outgrow the caches, and be halved, no more than twice."""
+        at_last = grid[0] * grid[1] * slots_for(self.longest)
+        return self.tokens_of(grid, prompt, slots) <= self.tokens and at_last <= 4 * self.tokens
 
 
 @dataclasses.dataclass
@@ -51,11 +65,6 @@ class Wave:
         """Slots with tokens."""
         return int(self.rows.clock)
 
-    @property
-    def num_tokens(self) -> int:
-        """Of its caches."""
-        return tokens_of(self.alive.shape, self.prompts.num_tokens, self.rows.num_slots)
-
 
 class Decoder(Protocol):
     """What is done with waves on the devices and with samples that have ended."""
@@ -71,11 +80,6 @@ class Decoder(Protocol):
 
     def ended(self, problem: int, sample: int, tokens: Int[np.ndarray, " tokens"], logprobs: np.ndarray) -> None:
         """A sample has all its tokens, and perhaps some more behind its end."""
-
-
-def tokens_of(grid: Sequence[int], prompt: int, slots: int) -> int:
-    """The tokens that the caches of a grid hold."""
-    return grid[0] * (prompt + grid[1] * slots)
 
 
 def power_of_two(number: int, multiple: int = 1) -> int:
@@ -104,10 +108,11 @@ def first_waves(prompts: Sequence[int], num_samples: int, limits: Limits) -> lis
     """
     longest = max(prompts)
     per_problem = power_of_two(min(num_samples, limits.rows), limits.split)
-    while per_problem > limits.split and tokens_of((1, per_problem), longest, FEWEST_SLOTS) > limits.tokens:
+    while per_problem > limits.split and not limits.take((1, per_problem), longest, FEWEST_SLOTS):
         per_problem //= 2
-    at_once = min(limits.rows // per_problem, limits.tokens // tokens_of((1, per_problem), longest, FEWEST_SLOTS))
-    at_once = 1 << (max(at_once, 1).bit_length() - 1)
+    at_once = 1
+    while 2 * at_once * per_problem <= limits.rows and limits.take((2 * at_once, per_problem), longest, FEWEST_SLOTS):
+        at_once *= 2
     parts = [
         (problem, range(first, min(first + per_problem, num_samples)))
         for problem in range(len(prompts))
@@ -121,16 +126,23 @@ def run_waves(waves: Sequence[Sequence[Samples]], decoder: Decoder, limits: Limi
     aside: list[Wave] = []
     for i, samples in enumerate(waves):
         aside += _run(decoder.begin(samples), decoder, limits, last=i == len(waves) - 1 and not aside)
-        while sum(wave.num_tokens for wave in aside) > limits.tokens // 2:
+        while sum(_tokens(wave, limits) for wave in aside) > limits.tokens // 2:
             aside += _run(_together(aside, limits), decoder, limits, last=False)
     while aside:
-        wave = _together(aside, limits)
-        aside += _run(wave, decoder, limits, last=not aside)
+        # No name holds a wave while it runs: what it is packed from is free at once.
+        aside += _run(_together(aside, limits), decoder, limits, last=not aside)
+
+
+def _tokens(wave: Wave, limits: Limits) -> int:
+    return limits.tokens_of(wave.alive.shape, wave.prompts.num_tokens, wave.rows.num_slots)
 
 
 def _together(aside: list[Wave], limits: Limits) -> Wave:
-    """Takes those out of `aside` that may go on in one grid, of like length: all read as far as the longest reaches."""
-    aside.sort(key=lambda wave: wave.clock)
+    """Takes those out of `aside` that may go on in one grid, of like length: all read as far as the longest reaches.
+
+    The longest first: they end, and free their caches, before others grow.
+    """
+    aside.sort(key=lambda wave: -wave.clock)
     chosen = [aside.pop(0)]
     while aside and _fit([*chosen, aside[0]], limits):
         chosen.append(aside.pop(0))
@@ -147,11 +159,15 @@ def _run(wave: Wave, decoder: Decoder, limits: Limits, *, last: bool) -> list[Wa
         if count == 0:
             return left
         if count <= few:
-            return [*left, wave]
-        needed = wave.clock + STEPS_PER_CHUNK
-        if needed > wave.rows.num_slots:
-            slots = slots_for(needed)
-            while tokens_of(wave.alive.shape, wave.prompts.num_tokens, slots) > limits.tokens and wave.alive.sum() > 1:
+            return [*left, _from_its_start(wave, limits)]
+        if wave.clock + STEPS_PER_CHUNK > wave.rows.num_slots:
+            wave = _from_its_start(wave, limits)
+        if _soon(wave.clock, limits) > wave.rows.num_slots:
+            slots = slots_for(_soon(wave.clock, limits))
+            while (
+                limits.tokens_of(wave.alive.shape, wave.prompts.num_tokens, slots) > limits.tokens
+                and wave.alive.sum() > 1
+            ):
                 wave, second = _halves(wave, limits)
                 left.append(second)
             wave.rows = with_slots(wave.rows, slots)
@@ -206,6 +222,20 @@ def _packed(wave: Wave, limits: Limits) -> Wave:
     return _taken(wave, chosen, row)
 
 
+def _soon(clock: int, limits: Limits) -> int:
+    """How many slots the next chunk needs where the longest row began at the first."""
+    return min(clock + STEPS_PER_CHUNK, limits.longest)
+
+
+def _from_its_start(wave: Wave, limits: Limits) -> Wave:
+    """Without the slots before the first token of its longest row: where longer ones ended."""
+    return _packed(wave, limits) if _unused(wave) else wave
+
+
+def _unused(wave: Wave) -> int:
+    return int(np.asarray(wave.rows.start)[wave.alive].min())
+
+
 def _halves(wave: Wave, limits: Limits) -> tuple[Wave, Wave]:
     """The rows that are not finished in two waves: of half the problems each, or of half the rows of one."""
     lines = np.flatnonzero(wave.alive.any(1))
@@ -221,7 +251,7 @@ def _halves(wave: Wave, limits: Limits) -> tuple[Wave, Wave]:
 
 
 def _taken(wave: Wave, line: Int[np.ndarray, " chosen"], row: Int[np.ndarray, "chosen per_problem"]) -> Wave:
-    prompts, rows = take(wave.prompts, wave.rows, line, row)
+    prompts, rows = take(wave.prompts, wave.rows, line, row, np.int32(_unused(wave)))
     at = line[:, None], np.maximum(row, 0)
     return Wave(
         [wave.problems[i] for i in line],
@@ -236,8 +266,8 @@ def _fit(waves: Sequence[Wave], limits: Limits) -> bool:
     lines, most = sum(len(wave.problems) for wave in waves), max(wave.alive.shape[1] for wave in waves)
     grid = power_of_two(lines), most
     prompt = max(wave.prompts.num_tokens for wave in waves)
-    slots = slots_for(max(wave.clock for wave in waves) + STEPS_PER_CHUNK)
-    return grid[0] * grid[1] <= limits.rows and tokens_of(grid, prompt, slots) <= limits.tokens
+    slots = slots_for(_soon(max(wave.clock for wave in waves), limits))
+    return grid[0] * grid[1] <= limits.rows and limits.take(grid, prompt, slots)
 
 
 def _joined(waves: Sequence[Wave], limits: Limits) -> Wave:
@@ -245,7 +275,7 @@ def _joined(waves: Sequence[Wave], limits: Limits) -> Wave:
     clock, grid = max(wave.clock for wave in waves), (power_of_two(lines), most)
     one = empty(
         waves[0].prompts, waves[0].rows, np.int32(clock), grid=grid,
-        num_prompt=max(wave.prompts.num_tokens for wave in waves), num_slots=slots_for(clock + STEPS_PER_CHUNK),
+        num_prompt=max(wave.prompts.num_tokens for wave in waves), num_slots=slots_for(_soon(clock, limits)),
     )  # fmt: skip
     problems: list[int] = []
     sample, alive = np.full(grid, -1, np.int32), np.zeros(grid, bool)

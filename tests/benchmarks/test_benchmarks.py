@@ -226,9 +226,10 @@ def test_samplers_draw_the_same_number_of_samples_of_the_same_prompts(tmp_path: 
 def test_the_bound_of_a_device_is_what_it_must_read() -> None:
     """LLaMA-2 7B on an H200: 13.2 GB of weights and 256 x 75 tokens of 0.5 MiB in a step, at 4.8 TB/s."""
     config = ModelConfig.model_validate({"preset": "llama2-7b"})
-    bound = samplers.bound(config, "NVIDIA H200", "bfloat16", 150, [150] * 256, 256)
+    where = {"device": "NVIDIA H200", "num_devices": 1, "dtype": "bfloat16"}
+    bound = samplers.bound(config, where, None, 150, [150] * 256, 256)
     assert bound == pytest.approx(256 * 4.8e12 / (13.21e9 + 0.08e9 + 256 * 75 * 2**19), rel=0.01)
-    assert samplers.bound(config, "cpu", "bfloat16", 150, [150], 256) is None
+    assert samplers.bound(config, {**where, "device": "cpu"}, None, 150, [150], 256) is None
 
 
 def test_random_weights_end_a_response_after_the_length_asked_for() -> None:

@@ -17,7 +17,7 @@ from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from eval.grade import grade, is_correct
 from eval.report import write_report
-from eval.sample import SampleSettings, sample
+from eval.sample import SampleSettings, _missing, sample
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +230,39 @@ def test_more_problems_go_on_from_the_first_ones(trained: Path, sampled: Path, f
     after = {part.name: part.read_bytes() for part in (folder / "samples").iterdir()}
     assert len(before) == 6 and len(after) == 8 and before.items() <= after.items()
     assert json.loads(grade(folder).read_text())["num_problems"] == 8
+
+
+def test_more_problems_are_gone_on_with_where_a_job_ended_between_two_files(
+    trained: Path, sampled: Path, folder: epath.Path, tmp_path: Path
+) -> None:
+    sample(settings(trained, tmp_path / "grown", num_problems=8))
+    problems = (tmp_path / "grown" / "problems.jsonl").read_bytes()
+    (folder / "problems.jsonl").write_bytes(problems)  # and run.json still says 6
+    sample(settings(trained, Path(folder)))
+    assert len(read(folder, "problems.jsonl")) == 6
+    (folder / "problems.jsonl").write_bytes(problems)
+    sample(settings(trained, Path(folder), num_problems=8))
+    assert json.loads(grade(folder).read_text())["num_problems"] == 8
+
+
+@pytest.mark.parametrize(
+    ("covered", "left"), [(set(), [range(8)]), ({0, 1, 2}, [range(3, 8)]), ({3, 4}, [range(3), range(5, 8)])]
+)
+def test_no_problem_of_a_group_is_drawn_twice(covered: set[int], left: list[range]) -> None:
+    assert list(_missing(range(8), covered)) == left
+
+
+def test_a_sample_in_two_files_counts_once(folder: epath.Path) -> None:
+    shutil.copy(folder / "samples" / "part-00001-00001.jsonl", folder / "samples" / "part-00001-00002.jsonl")
+    metrics = json.loads(grade(folder).read_text())
+    assert metrics["num_problems"] == 6 and metrics["complete"] is True
+
+
+def test_a_device_too_small_ends_the_job_and_leaves_no_samples(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("mathscale_jax.sampler.placement.os.sysconf", lambda name: 1)
+    with pytest.raises(UsageError, match="there is room for 0"):
+        sample(settings(trained, tmp_path / "out"))
+    assert not list((tmp_path / "out" / "samples").iterdir())
 
 
 def test_samples_without_a_run_file_are_not_adopted(trained: Path, folder: epath.Path) -> None:

@@ -10,10 +10,13 @@ from typing import Any, ClassVar
 import pytest
 from small_run import run, write_config
 
+from data_pipeline.cli import RunError
 from data_pipeline.from_samples import FromSamples, rows_from_samples
 from data_pipeline.settings import UsageError
 from data_pipeline.tasks import read_problems
+from data_pipeline.templates import load_template
 from eval.grade import grade
+from eval.prompts import Prompts
 from eval.sample import SampleSettings, sample
 from mathscale_jax.convert.exporting import export_hf
 
@@ -77,6 +80,9 @@ def test_worked_examples_stand_before_a_question_and_end_a_response(trained: Pat
     run_of = json.loads((tmp_path / "run.json").read_text())
     assert run_of["stop"] == ["\n\nProblem:"]
     assert all(row["logprob"] < 0 and "\n\nProblem:" not in row["text"] for row in rows_of(Path(out)))
+    asked = read_problems("demo", "train", train)[1]
+    texts = Prompts(settings(trained, tmp_path, shots=2, shots_source=train), load_template(None))
+    assert texts.render(asked).count(asked.question) == 1 and texts.render(asked).count("The answer is:") == 2
     with pytest.raises(UsageError, match="shots=999"):
         sample(settings(trained, tmp_path / "more", shots=999, shots_source=train))
 
@@ -91,6 +97,9 @@ class Server(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.requests.append(asked)
         answer = next((answer for question, answer in self.answers.items() if question in asked["prompt"]), None)
+        if "top_k" in asked:
+            self._send(400, {"error": {"message": "no top_k here"}})
+            return
         if answer is None:
             self._send(400, {"error": {"message": "the prompt is too long"}})
             return
@@ -143,6 +152,12 @@ def test_a_server_is_sampled_into_the_same_files_and_asked_once(trained: Path, t
     assert metrics["pass_ratio"]["8"]["value"] == pytest.approx(0.5 * (NUM_PROBLEMS - 1) / NUM_PROBLEMS)
 
 
+def test_a_server_that_refuses_how_it_is_asked_ends_the_job(trained: Path, tmp_path: Path, server: str) -> None:
+    with pytest.raises(RunError, match=r"refuses the request: .*no top_k here"):
+        sample(settings(trained, tmp_path / "out", checkpoint=None, endpoint=server, model="m", top_k=5))
+    assert not list((tmp_path / "out" / "samples").iterdir())
+
+
 def test_right_samples_become_a_dataset(trained: Path, tmp_path: Path, server: str) -> None:
     out = sample(settings(trained, tmp_path / "out", checkpoint=None, endpoint=server, model="m"))
     with pytest.raises(UsageError, match="is not graded"):
@@ -150,6 +165,12 @@ def test_right_samples_become_a_dataset(trained: Path, tmp_path: Path, server: s
     grade(out)
     # Right are the samples 1, 3, 5 and 7 of all problems but one, with different texts.
     assert rows_from_samples(str(out), FromSamples(out=str(tmp_path / "rows.jsonl"), per_problem=3)) == 15
+    part = next((out / "grades").iterdir())
+    whole = part.read_text()
+    part.write_text(whole[:100])
+    with pytest.raises(RunError, match=f"{part.name} is damaged .* grade again"):
+        rows_from_samples(str(out), FromSamples(out=str(tmp_path / "others.jsonl")))
+    part.write_text(whole)
     problems = read_problems("jsonl", "train", str(tmp_path / "rows.jsonl"))
     asked = read_problems("demo", "test", str(trained / "data" / "test.jsonl"))
     assert [p.question for p in problems] == [p.question for p in asked[:5] for _ in range(3)]
@@ -166,6 +187,7 @@ def test_right_samples_become_a_dataset(trained: Path, tmp_path: Path, server: s
         ({"endpoint": "http://localhost:1/v1", "model": "m"}, "give a checkpoint, or an endpoint"),
         ({"checkpoint": None, "endpoint": "http://localhost:1/v1"}, "endpoint and model go together"),
         ({"template": "x.yaml"}, "a checkpoint has its own"),
+        ({"checkpoint": None, "endpoint": "http://localhost:1/v1", "model": "m", "kv_cache": "int8"}, "server's own"),
     ],
 )
 def test_one_model_is_sampled(trained: Path, tmp_path: Path, changes: dict[str, Any], told: str) -> None:

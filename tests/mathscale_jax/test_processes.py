@@ -76,7 +76,7 @@ def config_in(folder: Path, **changes: object) -> Path:
         "num_steps": NUM_STEPS,
         "checkpoint": {"every": 10, "keep": 3},
         "validation": {"sources": [test]},
-        "samples": {"source": test, "num_problems": 2, "num_samples": 2, "max_tokens": 8},
+        "samples": {"source": test, "num_problems": 8, "num_samples": 2, "max_tokens": 8},
     }
     return write_config(folder, **{**settings, **changes})
 
@@ -102,7 +102,7 @@ def test_two_processes_have_the_losses_of_one(undisturbed: Path, tmp_path: Path)
     assert len(validation[0]) == 2
     np.testing.assert_allclose(*validation, rtol=2e-5)
     texts = [(folder / "run" / "samples" / f"step-{NUM_STEPS}.jsonl").read_text() for folder in (undisturbed, tmp_path)]
-    assert texts[0].count("\n") == 4 and texts[0] == texts[1]
+    assert texts[0].count("\n") == 16 and texts[0] == texts[1]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from data_pipeline.settings import UsageError
 from mathscale_jax import model
 from mathscale_jax.config import MeshSettings, ModelConfig
 from mathscale_jax.mesh import make_mesh
-from mathscale_jax.sampler import Draws, Prompt, Sampler, SamplingSettings, schedule
+from mathscale_jax.sampler import Draws, Prompt, PromptTooLong, Sampler, SamplingSettings, schedule
 from mathscale_jax.sampler.decode import CacheDtype
 from mathscale_jax.sampler.draw import next_tokens
 from mathscale_jax.sampler.schedule import Limits, first_waves
@@ -220,7 +220,7 @@ def test_a_response_stops_where_the_context_ends(sampler: Sampler) -> None:
 
 @pytest.mark.parametrize("length", [0, 160, 500])
 def test_a_prompt_that_fills_the_context_is_refused(sampler: Sampler, length: int) -> None:
-    with pytest.raises(UsageError, match=f"a prompt of {length} tokens"):
+    with pytest.raises(PromptTooLong, match=f"a prompt of {length} tokens"):
         list(sampler.sample([Prompt("p", [1] * length)], SamplingSettings()))
 
 
@@ -280,10 +280,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.parametrize("config", [CONFIG, WINDOWED], ids=["full", "window"])
 def test_samples_are_the_same_one_problem_after_another(
-    params: model.Params, drawn: Any, calls: dict[str, int]
+    params: model.Params, config: ModelConfig, calls: dict[str, int]
 ) -> None:
-    assert share_that_differs(texts_of(make(params, rows=16)), drawn) < 0.005
+    whole = texts_of(make(params, config))
+    assert share_that_differs(texts_of(make(params, config, rows=16)), whole) < 0.005
     assert calls["_packed"] and calls["_joined"]
 
 
@@ -360,6 +362,8 @@ def test_stop_strings_come_from_the_command_line() -> None:
 def test_a_device_too_small_for_one_sample_is_said(params: model.Params) -> None:
     with pytest.raises(UsageError, match=r"needs caches for \d+ tokens; beside the weights there is room for 100"):
         make(params, max_tokens=100).sample(GROUP, DRAWN)
+    with pytest.raises(UsageError, match="room for 0"):
+        make(params, memory=1.0).sample(GROUP, DRAWN)
 
 
 def test_sizes_are_few_and_hold_what_is_asked_for() -> None:
@@ -390,4 +394,4 @@ def test_waves_hold_every_sample_once_and_keep_the_limits(limits: Limits, num_sa
     for wave in waves:
         rows = schedule.power_of_two(max(len(samples) for _, samples in wave), limits.split)
         assert len(wave) * rows <= limits.rows
-        assert schedule.tokens_of((len(wave), rows), 128, schedule.FEWEST_SLOTS) <= limits.tokens
+        assert limits.tokens_of((len(wave), rows), 128, schedule.FEWEST_SLOTS) <= limits.tokens
