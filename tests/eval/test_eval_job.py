@@ -259,7 +259,7 @@ def test_a_sample_in_two_files_counts_once(folder: epath.Path) -> None:
 
 
 def test_a_device_too_small_ends_the_job_and_leaves_no_samples(trained: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("mathscale_jax.sampler.placement.os.sysconf", lambda name: 1)
+    monkeypatch.setattr("mathscale_jax.sampler.generate.memory_of", lambda device: 1.0)
     with pytest.raises(UsageError, match="there is room for 0"):
         sample(settings(trained, tmp_path / "out"))
     assert not list((tmp_path / "out" / "samples").iterdir())
