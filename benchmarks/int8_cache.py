@@ -94,9 +94,14 @@ def compare(settings: Int8Settings, command: str) -> None:
     if settings.out is not None:
         values = {
             "settings": settings.model_dump(exclude={"out"}),
-            "kl": {"mean": kl.mean(), "p99": np.percentile(kl, 99), "max": kl.max(), "positions": len(kl)},
-            "same_argmax": agrees.mean(),
-            "same_samples": same,
+            "kl": {
+                "mean": float(kl.mean()),
+                "p99": float(np.percentile(kl, 99)),
+                "max": float(kl.max()),
+                "positions": len(kl),
+            },
+            "same_argmax": float(agrees.mean()),
+            "same_samples": float(same),
             "pass_ratio": right.mean((1, 2)).tolist(),
             "pass_at_n": right.max(-1).mean(-1).tolist(),
         }
@@ -160,7 +165,8 @@ def _forced(
 
     (p, plain), (q, int8) = step(*plain), step(*int8)
     agrees = jnp.argmax(p, -1) == jnp.argmax(q, -1)
-    return jnp.sum(jnp.exp(p) * (p - q), -1), agrees.astype(jnp.float32), plain, int8
+    kl = jnp.maximum(jnp.sum(jnp.exp(p) * (p - q), -1), 0)  # below 0 it is rounding
+    return kl, agrees.astype(jnp.float32), plain, int8
 
 
 def _right(text: Any, problems: Sequence[Problem], drawn: Sequence[ProblemSamples]) -> np.ndarray:

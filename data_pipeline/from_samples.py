@@ -38,6 +38,8 @@ def rows_from_samples(folder: str, settings: FromSamples) -> int:
         run = json.loads((directory / "run.json").read_text())
         template = Template(**run["template"])
         lineage = {"checkpoint": run["checkpoint"], "run": run["hash"]}
+        if run["split"] == "test":
+            logger.warning("these are answers to the TEST split: who trains on them cannot be measured by it any more")
     grades = _rows(directory / "grades", "grade again", ("problem_id", "sample_id", "correct"))
     right = {(row["problem_id"], row["sample_id"]) for row in grades if row["correct"]}
     before, between = _around_solution(template)

@@ -13,7 +13,7 @@ from eval.local import failed
 from mathscale_jax.sampler import SamplingSettings
 
 _AT_ONCE = 16  # requests; the server queues what it cannot do at once
-_RETRIES = 8
+_RETRIES = 5  # a quarter of a minute in all
 _TOO_LONG = ("context", "too long", "maximum length")  # what servers say of a prompt that does not fit
 _SECONDS = 3600.0  # for one request: hundreds of samples, perhaps behind others'
 
@@ -63,6 +63,11 @@ class Endpoint:
                 raise RunError(f"{self._client.base_url} refuses the request: {first_line(error)}") from error
             logger.warning("recorded as an error: %s", first_line(error))
             return failed(settings, one_more)
+        except openai.APIStatusError as error:
+            raise RunError(
+                f"{self._client.base_url} answers {error.status_code}: {first_line(error)}: does the URL end with "
+                f"/v1, as most servers want it, and has it a model {self._model!r}?"
+            ) from error
         except openai.OpenAIError as error:
             raise RunError(f"{self._client.base_url} does not answer: {first_line(error)}") from error
         rows = []

@@ -91,7 +91,8 @@ def _metrics(
     )
     drawn = ("temperature", "top_p", "top_k", "stop", "max_tokens", "seed")
     told = {key: run[key] for key in ("task", "split", "checkpoint", "shots", *drawn) if key in run}
-    return {**told, "grader_version": GRADER_VERSION, **measured}
+    unasked = sum(all(row["finish_reason"] == "error" for row in of) for of in rows)
+    return {**told, "grader_version": GRADER_VERSION, "problems_not_asked": unasked, **measured}
 
 
 def _summary(run: dict[str, Any], metrics: dict[str, Any]) -> str:
@@ -99,6 +100,8 @@ def _summary(run: dict[str, Any], metrics: dict[str, Any]) -> str:
     passed, ratio, vote = (100 * metrics[key][n]["value"] for key in ("pass_at", "pass_ratio", "maj_at"))
     cut = 100 * metrics["truncated_fraction"]
     truncated = f"; {cut:.0f} % of the samples were cut off at {run['max_tokens']} tokens" if cut >= 1 else ""
+    if metrics["problems_not_asked"]:
+        truncated += f"; {metrics['problems_not_asked']} problems could not be asked, as too long, and count as wrong"
     if metrics["complete"] is not True:
         return (
             f"UNFINISHED, {metrics['num_problems']} of {run['num_problems']} problems: right so far {ratio:.1f} % of "

@@ -38,7 +38,10 @@ class Prompts:
         self.stop: tuple[str, ...] = ()
         if not settings.shots:
             return
-        examples = read_problems(settings.task, "train", settings.shots_source)[: settings.shots + 1]
+        try:
+            examples = read_problems(settings.task, "train", settings.shots_source)[: settings.shots + 1]
+        except UsageError as error:
+            raise UsageError(f"the worked examples of --shots (--shots-source names their file): {error}") from error
         if len(examples) < settings.shots:
             raise UsageError(f"shots={settings.shots}: there are {len(examples)} examples to take them from")
         self._shots = [(problem.question, self._example(problem) + _BETWEEN) for problem in examples]

@@ -91,15 +91,19 @@ def sample(settings: SampleSettings) -> epath.Path:
     where the folder belongs to other samples; Stopped where a signal ended the job: what is in files is kept.
     """
     out = epath.Path(settings.out)
-    make_folder(out / "samples", "--out")
     problems = read_task(settings.task, settings.split, settings.source)[: settings.num_problems]
     before = read_run(out) if (out / "run.json").exists() else {}
     model = _model(settings, before.get("cache_tokens"))
     prompts = Prompts(settings, model.template)
     settings = settings.model_copy(update={"stop": tuple(dict.fromkeys((*settings.stop, *prompts.stop)))})
+    make_folder(out, "--out")
+    make_folder(out / "samples", "--out")
     _open_folder(out, _run(settings, model, problems, prompts), problems)
 
     mine = list(_groups(len(problems), settings))
+    if not mine:
+        count = len(list(_groups(len(problems), settings.model_copy(update={"shard": None}))))
+        logger.warning("shard %s has nothing to do: %d problems are %d groups", settings.shard, len(problems), count)
     covered = {index for part in parts(out, "samples") for index in problems_of(part)}
     done = sum(index in covered for group in mine for index in group)
     if done:

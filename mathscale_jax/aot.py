@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from data_pipeline.cli import logger
 from data_pipeline.settings import UsageError
 from mathscale_jax import lora, model
 from mathscale_jax.attention import with_backend
@@ -24,7 +25,8 @@ from mathscale_jax.mesh import check_batch, sharding_of
 from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
 from mathscale_jax.sampler import decode
 from mathscale_jax.sampler.draw import SamplingSettings
-from mathscale_jax.sampler.placement import decode_mesh, usable
+from mathscale_jax.sampler.placement import decode_mesh, token_limit, usable
+from mathscale_jax.sampler.schedule import FEWEST_SLOTS
 from mathscale_jax.step import TrainState, make_train_step, param_shardings, spec_shardings, state_shardings
 
 # Of the planned decode step: the rows and lengths of a usual evaluation.
@@ -89,11 +91,20 @@ def lower_train_step(settings: TrainSettings, config: ModelConfig, mesh: Mesh) -
 def compile_sampler(
     config: ModelConfig, topology: Topology, devices: Sequence[jax.Device]
 ) -> tuple[Mesh, dict[str, Any]]:
-    """The sampler's prefill of one prompt, and a decode step of the default number of its samples, compiled."""
-    mesh = decode_mesh(config, "bfloat16", devices, usable(topology.chip.hbm_bytes))
+    """The sampler's prefill of one prompt, and a decode step of the default number of its samples, compiled.
+
+    With caches as long as the sampler would let them grow for so many, and no longer than a usual response.
+    """
+    memory = usable(topology.chip.hbm_bytes)
+    mesh = decode_mesh(config, "bfloat16", devices, memory)
+    limit = token_limit(config, mesh, "bfloat16", "bfloat16", memory)
     compute = ComputeSettings(remat="none")
     params = _with_shardings(_abstract(model.param_specs(config), jnp.bfloat16), param_shardings(config, mesh))
     settings = SamplingSettings()
+    num_slots = DECODE_RESPONSE
+    while num_slots > FEWEST_SLOTS and DECODE_PROMPT + settings.num_samples * num_slots > limit:
+        num_slots //= 2
+    logger.info("decoding %d rows of one problem with caches for %d tokens each", settings.num_samples, num_slots)
     rule = decode.Rule(settings.temperature, settings.top_k, settings.top_p, eos_id=2, num_pieces=config.vocab_size)
 
     def whole(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -102,7 +113,7 @@ def compile_sampler(
     with jax.set_mesh(mesh):
         prefill = decode.begin.lower(
             config, compute, params, whole((1, DECODE_PROMPT)), whole((1,)), whole((1,)), whole((1, 2), jnp.uint32),
-            whole((1, settings.num_samples)), rule=rule, cache_dtype="bfloat16", num_slots=DECODE_RESPONSE,
+            whole((1, settings.num_samples)), rule=rule, cache_dtype="bfloat16", num_slots=num_slots,
         ).compile()  # fmt: skip
         prompts, rows, _ = _with_shardings(prefill.out_info, prefill.output_shardings)
         none = (whole(()),) * 3

@@ -81,7 +81,7 @@ def described(source: Source, tokenizer: str | None = None, template: str | None
     if tokenizer is None and not (source.path / TOKENIZER_FILE).exists():
         raise UsageError(
             f"{source.path} holds no {TOKENIZER_FILE}, SentencePiece's file (a tokenizer.json cannot take its "
-            "place): put it there, or name it with --tokenizer"
+            "place): put it there, or name it with --tokenizer to convert import"
         )
     file = tokenizer or str(source.path / TOKENIZER_FILE)
     pieces = Tokenizer.load(file)

@@ -25,16 +25,16 @@ from mathscale_jax.config import ComputeSettings, ModelConfig
 from mathscale_jax.mesh import LOGICAL_AXES, constrain
 from mathscale_jax.sampler.draw import Draws, log_probabilities, next_tokens
 from mathscale_jax.sampler.grid import (
-    PROBLEMS,
     PROMPT_PROBLEMS,
-    ROWS,
     SLOTS,
     Caches,
     Prompts,
     Rows,
+    axes_of_caches,
+    axes_of_prompts,
+    on_each_device,
     on_mesh,
     readable,
-    split_over,
 )
 
 CacheDtype = Literal["float32", "bfloat16", "int8"]
@@ -96,21 +96,24 @@ def begin(
         ]
         last = jnp.concatenate([hidden for hidden, _ in parts])
         computed = jax.tree.map(lambda *xs: jnp.concatenate(xs, PROMPT_PROBLEMS), *[caches for _, caches in parts])
-    problem_axes, row_axes = split_over(sample.shape)
-    computed = jax.tree.map(partial(on_mesh, {PROMPT_PROBLEMS: problem_axes, -2: "tensor"}), computed)
+    computed = jax.tree.map(partial(on_mesh, axes_of_prompts(sample.shape)), computed)
     logits = _logits(last, params)
     prompts = Prompts(computed, length, room, draws)
 
     of_rows = jnp.broadcast_to(logits[:, None], (num_problems, num_rows, logits.shape[-1]))
     first, logprob = _draw(rule, prompts, of_rows, sample, jnp.zeros_like(sample))
 
-    def empty(like: Array) -> Array:
-        return jnp.zeros((*like.shape[:PROMPT_PROBLEMS], *sample.shape, like.shape[-2], num_slots, like.shape[-1]))
+    def empty(layer: dict[str, Array]) -> dict[str, Array]:
+        made = {}
+        for name, like in layer.items():
+            shape = *like.shape[:PROMPT_PROBLEMS], *sample.shape, like.shape[-2], num_slots
+            made[name] = jnp.zeros((*shape, like.shape[-1]), cache_dtype)
+            if cache_dtype == "int8":
+                made[f"{name}_scale"] = jnp.zeros((*shape, 1), jnp.float32)
+        return made
 
-    caches = _map_layers(
-        lambda layer: _stored({name: empty(of_prompt) for name, of_prompt in layer.items()}, cache_dtype), computed
-    )
-    caches = jax.tree.map(partial(on_mesh, {PROBLEMS: problem_axes, ROWS: row_axes, -3: "tensor"}), caches)
+    caches = _map_layers(empty, computed)
+    caches = jax.tree.map(partial(on_mesh, axes_of_caches(sample.shape)), caches)
     at_first = jnp.arange(num_slots) == 0
     rows = Rows(
         clock=jnp.ones((), jnp.int32),
@@ -177,7 +180,7 @@ def decode_chunk(
 
 
 def _as_it_lies(cache: Array) -> Array:
-    """Keeps the compiler from turning caches into a layout of its own when the loop begins: a copy of all of them."""
+    """Keeps XLA's GPU compiler from turning caches into a layout of its own when the loop begins: a copy of all."""
     return with_layout_constraint(cache, Layout(tuple(range(cache.ndim))))
 
 
@@ -240,7 +243,7 @@ def next_logits(
             + dot("nrkgs,nrksd->nrkgd", on_own.astype(query.dtype), own["value"].astype(query.dtype))
             + on_itself * new["value"]
         )
-        return attended.astype(query.dtype).reshape(query.shape), _stored(new, "int8" if "key_scale" in own else None)
+        return attended.astype(query.dtype).reshape(query.shape), _in_int8(new) if "key_scale" in own else new
 
     shape = num_problems * num_rows, 1
     together = list(zip(prompts.caches, rows.caches, strict=True)) if isinstance(rows.caches, tuple) else None
@@ -250,7 +253,8 @@ def next_logits(
     )  # fmt: skip
 
     def write(cache: Array, new: Array) -> Array:
-        return _as_it_lies(jax.lax.dynamic_update_slice_in_dim(cache, new, slot, cache.ndim + SLOTS))
+        written = jax.lax.dynamic_update_slice_in_dim(cache, new, slot, cache.ndim + SLOTS)
+        return written if together is None else on_each_device(_as_it_lies, axes_of_caches(tokens.shape), written)
 
     logits = _logits(hidden[:, 0], params)
     # Written behind the scan over layers: inside, every step would copy what is stacked.
@@ -263,10 +267,8 @@ def _logits(hidden: Float[Array, "rows embed"], params: model.Params) -> Float[A
     return on_mesh({0: LOGICAL_AXES["batch"], 1: "tensor"}, logits)
 
 
-def _stored(layer: dict[str, Array], dtype: CacheDtype | None) -> dict[str, Array]:
-    """Keys and values as the caches hold them: in int8 with a scale for each vector, or in `dtype`; None: as is."""
-    if dtype != "int8":
-        return layer if dtype is None else {name: array.astype(dtype) for name, array in layer.items()}
+def _in_int8(layer: dict[str, Array]) -> dict[str, Array]:
+    """Keys and values as caches in int8 hold them, with a scale for each vector."""
     stored = {}
     for name, array in layer.items():
         largest = jnp.max(jnp.abs(array), axis=-1, keepdims=True).astype(jnp.float32)

@@ -114,8 +114,8 @@ def next_tokens(
     """
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = logits.astype(jnp.float32) / temperature
-    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))
+    logits = logits.astype(jnp.float32)
+    weights = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature)
     if top_k is not None and top_k < weights.shape[-1]:
         counts = jnp.full(weights.shape[:1], top_k, jnp.float32)
         weights = _most_probable(weights, lambda kept: jnp.sum(kept > 0, axis=-1, dtype=jnp.float32), counts)

@@ -68,8 +68,8 @@ class Rows:
 
 @partial(jax.jit, static_argnames="num_slots")
 def with_slots(rows: Rows, num_slots: int) -> Rows:
-    """The same rows with more slots."""
-    return _map_slots(rows, lambda x, axis: _filled(x, axis, num_slots))
+    """The same rows with more slots, or fewer of those without tokens."""
+    return _map_slots(rows, lambda x, axis: _sized(x, axis, num_slots))
 
 
 @jax.jit
@@ -93,7 +93,6 @@ def take(
     def of_prompt(cache: Array) -> Array:
         return jnp.take(cache, problem, axis=PROMPT_PROBLEMS)
 
-    problem_axes, row_axes = split_over(row.shape)
     chosen = dataclasses.replace(
         rows,
         clock=rows.clock - unused,
@@ -102,14 +101,10 @@ def take(
         tokens=jnp.roll(rows.tokens[at], -unused, -1),
         logprobs=jnp.roll(rows.logprobs[at], -unused, -1),
         finished=rows.finished[at] | (row < 0),
-        caches=jax.tree.map(
-            lambda x: on_mesh({PROBLEMS: problem_axes, ROWS: row_axes, -3: "tensor"}, of_cache(x)), rows.caches
-        ),
+        caches=jax.tree.map(lambda x: on_mesh(axes_of_caches(row.shape), of_cache(x)), rows.caches),
     )
     of_problems = Prompts(
-        jax.tree.map(
-            lambda x: on_mesh({PROMPT_PROBLEMS: problem_axes, -2: "tensor"}, of_prompt(x)), prompts.caches
-        ),
+        jax.tree.map(lambda x: on_mesh(axes_of_prompts(row.shape), of_prompt(x)), prompts.caches),
         prompts.length[problem], prompts.room[problem], prompts.draws[problem],
     )  # fmt: skip
     return of_problems, readable(chosen)
@@ -120,7 +115,6 @@ def empty(
     prompts: Prompts, rows: Rows, clock: Int[Array, ""], *, grid: tuple[int, int], num_prompt: int, num_slots: int
 ) -> tuple[Prompts, Rows]:
     """A grid of rows that are finished, of the kind of `prompts` and `rows`, for `put`."""
-    problem_axes, row_axes = split_over(grid)
 
     def sized(x: Array, axes: dict[int, Any], *sizes: tuple[int, int]) -> Array:
         shape = list(x.shape)
@@ -129,12 +123,10 @@ def empty(
         return on_mesh(axes, jnp.zeros(shape, x.dtype))
 
     def of_prompt(x: Array) -> Array:
-        axes = {PROMPT_PROBLEMS: problem_axes, -2: "tensor"}
-        return sized(x, axes, (PROMPT_PROBLEMS, grid[0]), (PROMPT, num_prompt))
+        return sized(x, axes_of_prompts(grid), (PROMPT_PROBLEMS, grid[0]), (PROMPT, num_prompt))
 
     def of_cache(x: Array) -> Array:
-        axes = {PROBLEMS: problem_axes, ROWS: row_axes, -3: "tensor"}
-        return sized(x, axes, (PROBLEMS, grid[0]), (ROWS, grid[1]), (SLOTS, num_slots))
+        return sized(x, axes_of_caches(grid), (PROBLEMS, grid[0]), (ROWS, grid[1]), (SLOTS, num_slots))
 
     return (
         Prompts(
@@ -167,7 +159,7 @@ def put(into: tuple[Prompts, Rows], prompts: Prompts, rows: Rows, line: Int[Arra
         return jax.lax.dynamic_update_slice(x, part, first)
 
     def put_slots(x: Array, part: Array, axis: int, lines: int) -> Array:
-        return put_lines(x, jnp.roll(_filled(part, axis, x.shape[axis]), later, axis), lines)
+        return put_lines(x, jnp.roll(_sized(part, axis, x.shape[axis]), later, axis), lines)
 
     return (
         Prompts(
@@ -196,14 +188,25 @@ def _map_slots(rows: Rows, change: Callable[[Array, int], Array]) -> Rows:
     )
 
 
-def _filled(x: Array, axis: int, size: int, value: Any = 0) -> Array:
-    """`x` with `value` behind it, up to `size` along an axis."""
-    pads = [(0, 0)] * x.ndim
-    pads[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, pads, constant_values=value)
+def _sized(x: Array, axis: int, size: int) -> Array:
+    """`x` with zeros behind it up to `size` along an axis, or without what is beyond."""
+    pads = [(0, 0, 0)] * x.ndim
+    pads[axis] = (0, size - x.shape[axis], 0)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
-def split_over(grid: tuple[int, ...]) -> tuple[Any, Any]:
+def axes_of_caches(grid: tuple[int, ...]) -> dict[int, Any]:
+    """Of rows' caches, for `on_mesh`."""
+    problems, rows = _split_over(grid)
+    return {PROBLEMS: problems, ROWS: rows, -3: "tensor"}
+
+
+def axes_of_prompts(grid: tuple[int, ...]) -> dict[int, Any]:
+    """Of prompts' keys and values, for `on_mesh`."""
+    return {PROMPT_PROBLEMS: _split_over(grid)[0], -2: "tensor"}
+
+
+def _split_over(grid: tuple[int, ...]) -> tuple[Any, Any]:
     """The mesh axes of the grid's problems and rows: the rows are split where they can be, else the problems."""
     mesh, axes = jax.sharding.get_abstract_mesh(), LOGICAL_AXES["batch"]
     if mesh.empty:
@@ -216,15 +219,24 @@ def split_over(grid: tuple[int, ...]) -> tuple[Any, Any]:
 
 def on_mesh(axes: dict[int, Any], x: Array) -> Array:
     """Pins axes of an array to axes of the mesh, where they can be split evenly; the others are whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    spec = [None] * x.ndim
+    return x if jax.sharding.get_abstract_mesh().empty else constrain(x, *_spec(axes, x))
+
+
+def on_each_device(function: Callable[[Array], Array], axes: dict[int, Any], x: Array) -> Array:
+    """`function` of each device's own part of an array that lies as `on_mesh` puts it."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(x)
+    spec = jax.sharding.PartitionSpec(*_spec(axes, x))
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def _spec(axes: dict[int, Any], x: Array) -> list[Any]:
+    mesh, spec = jax.sharding.get_abstract_mesh(), [None] * x.ndim
     for axis, over in axes.items():
         parts = math.prod(mesh.shape[name] for name in ((over,) if isinstance(over, str) else over or ()))
         if x.shape[axis] % parts == 0:
             spec[axis] = over
-    return constrain(x, *spec)
+    return spec
 
 
 def readable(rows: Rows) -> Rows:

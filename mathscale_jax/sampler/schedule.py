@@ -229,7 +229,11 @@ def _soon(clock: int, limits: Limits) -> int:
 
 def _from_its_start(wave: Wave, limits: Limits) -> Wave:
     """Without the slots before the first token of its longest row: where longer ones ended."""
-    return _packed(wave, limits) if _unused(wave) else wave
+    if not _unused(wave):
+        return wave
+    wave = _packed(wave, limits)
+    slots = slots_for(_soon(wave.clock, limits))
+    return dataclasses.replace(wave, rows=with_slots(wave.rows, slots)) if slots < wave.rows.num_slots else wave
 
 
 def _unused(wave: Wave) -> int:

@@ -249,4 +249,4 @@ def test_int8_caches_change_what_a_model_says_by_little(tmp_path: Path) -> None:
     result = run("benchmarks.int8_cache", *checkpoint, *sizes, *where)
     assert result.returncode == 0, result.stderr
     compared = results(tmp_path / "results")
-    assert 0 < compared["kl"]["mean"] < compared["kl"]["max"] < 0.01 and compared["same_argmax"] > 0.9
+    assert 0 < compared["kl"]["max"] < 0.01 and compared["same_argmax"] > 0.9

@@ -34,7 +34,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(trained: Path, out: Path, **changes: Any) -> SampleSettings:
     plain = dict(
         checkpoint=str(trained / "run"), task="demo", source=str(trained / "data" / "test.jsonl"), out=str(out),
-        num_problems=NUM_PROBLEMS, num_samples=8, max_tokens=24, dtype="float32", rows=1,
+        num_problems=NUM_PROBLEMS, num_samples=8, max_tokens=24, rows=1,
+        dtype="bfloat16" if "endpoint" in changes else "float32",
     )  # fmt: skip
     return SampleSettings(**{**plain, **changes})
 

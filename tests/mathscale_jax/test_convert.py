@@ -327,7 +327,10 @@ def _no_tokenizer(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text('{"model_type": '), "is not valid JSON"),
         (_mixed_dtypes, r"several dtypes \(bfloat16, float32\): give --dtype"),
         (_other_vocabulary, "325 pieces but the model's vocab_size is 320"),
-        (_no_tokenizer, "holds no tokenizer.model, SentencePiece's file .*: put it there, or name it with --tokenizer"),
+        (
+            _no_tokenizer,
+            "holds no tokenizer.model, SentencePiece's file .*: put it there, or name it with --tokenizer to convert import",
+        ),
         (_lose_index, "holds model-00001-of-00002.safetensors, but no index of its files"),
         (_only_gguf, r"holds no weights: .* \(formats like that of model.gguf are not read\)"),
         (_change_config(quantization_config={"bits": 4}), "quantization_config={'bits': 4} is not supported"),

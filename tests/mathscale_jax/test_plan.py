@@ -124,6 +124,18 @@ def test_a_known_gather_in_a_scan_of_known_length_is_counted_exactly() -> None:
     assert cost.hbm_bytes == pytest.approx(turns * width * width * 2 / 4 + 2 * rows * width * 2, rel=0.01)
 
 
+@pytest.mark.tpu
+def test_a_decode_step_leaves_the_caches_where_they_lie() -> None:
+    """Neither gathered from the devices that share their rows, nor turned into another layout."""
+    topology = parse_topology("v5e:2x2")
+    mesh, programs = aot.compile_sampler(CUT, topology, aot.devices_of(topology))
+    assert mesh.shape["data"] == 4
+    caches = 2 * CUT.num_layers * CUT.num_kv_heads * CUT.head_dim * 2 * 256 * aot.DECODE_RESPONSE // 4
+    memory = programs["decode"].memory_analysis()
+    assert caches <= memory.alias_size_in_bytes < 1.1 * caches
+    assert memory.temp_size_in_bytes < 0.5 * caches
+
+
 # ---- the command ----------------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ class FakeRows:
 
 
 def with_slots(rows: FakeRows, num_slots: int) -> FakeRows:
+    assert rows.clock <= num_slots
     return FakeRows(rows.memory, rows.clock, rows.start, rows.finished, num_slots)
 
 
@@ -68,6 +69,7 @@ def put(into: tuple[FakePrompts, FakeRows], prompts: FakePrompts, rows: FakeRows
     here = np.s_[int(line) : int(line) + rows.start.shape[0], : rows.start.shape[1]]
     into[1].start[here] = rows.start + into[1].clock - rows.clock
     into[1].finished[here] = rows.finished
+    assert rows.clock <= into[1].clock <= into[1].num_slots
     return into
 
 
