@@ -20,7 +20,7 @@ from mathscale_jax.compiled import keep_compiled
 from mathscale_jax.config import ModelConfig
 from mathscale_jax.sampler import Draws, Prompt, Sampler, SamplingSettings, decode
 from mathscale_jax.sampler.grid import with_slots
-from mathscale_jax.sampler.placement import bytes_of_vector, decode_mesh
+from mathscale_jax.sampler.placement import bytes_of_vector, decode_mesh, memory_of
 from mathscale_jax.sampler.schedule import FEWEST_SLOTS, STEPS_PER_CHUNK, power_of_two, slots_for
 from mathscale_jax.step import param_shardings
 
@@ -92,10 +92,18 @@ class Ours:
         if isinstance(weights, str):
             self.sampler = Sampler.of(open_checkpoint(weights), dtype, **options)
         else:
-            mesh = decode_mesh(weights, dtype)
+            memory = memory_of(jax.devices()[0])  # before the weights are there
+            mesh = decode_mesh(weights, dtype, memory=memory)
             params = random_weights(weights, mesh, dtype, mean_length, work)
             self.sampler = Sampler(
-                weights, params, eos_id=EOS, num_pieces=weights.vocab_size, dtype=dtype, mesh=mesh, **options
+                weights,
+                params,
+                eos_id=EOS,
+                num_pieces=weights.vocab_size,
+                dtype=dtype,
+                mesh=mesh,
+                memory=memory,
+                **options,
             )
 
     def describe(self) -> dict[str, Any]:

@@ -165,6 +165,8 @@ class Sampler:
         """
         if settings.stop and self.text is None:
             raise UsageError("stop strings need a tokenizer")
+        if not prompts:
+            return []
         group = _Group(self, prompts, settings, done)
         limits = dataclasses.replace(self.limits, longest=max(group.rooms))
         needed = limits.tokens_of((1, limits.split), group.num_prompt, slots_for(limits.longest))

@@ -329,7 +329,7 @@ def _no_tokenizer(folder: Path) -> None:
         (_other_vocabulary, "325 pieces but the model's vocab_size is 320"),
         (
             _no_tokenizer,
-            "holds no tokenizer.model, SentencePiece's file .*: put it there, or name it with --tokenizer to convert import",
+            "holds no tokenizer.model, SentencePiece's file .*: put it there, or name it with --tokenizer",
         ),
         (_lose_index, "holds model-00001-of-00002.safetensors, but no index of its files"),
         (_only_gguf, r"holds no weights: .* \(formats like that of model.gguf are not read\)"),

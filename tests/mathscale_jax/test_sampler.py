@@ -198,6 +198,7 @@ def test_a_problems_samples_do_not_depend_on_the_other_problems(sampler: Sampler
     alone = sampler.sample([b], settings)[0]
     among = sampler.sample([a, b], settings)[1]
     assert [row.tolist() for row in alone.tokens] == [row.tolist() for row in among.tokens]
+    assert sampler.sample([], settings) == []
 
 
 def test_more_samples_keep_the_first_ones(sampler: Sampler) -> None:
