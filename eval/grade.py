@@ -89,7 +89,7 @@ def _metrics(
         },
         complete=complete,
     )
-    drawn = ("temperature", "top_p", "top_k", "stop", "max_tokens", "seed")
+    drawn = ("temperature", "top_p", "top_k", "stop", "max_tokens", "seed", "dtype", "kv_cache")
     told = {key: run[key] for key in ("task", "split", "checkpoint", "shots", *drawn) if key in run}
     unasked = sum(all(row["finish_reason"] == "error" for row in of) for of in rows)
     return {**told, "grader_version": GRADER_VERSION, "problems_not_asked": unasked, **measured}
