@@ -78,7 +78,8 @@ def test_every_problem_has_one_part_file_with_all_its_samples(folder: epath.Path
 def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
     trained: Path, sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    programs = tmp_path / "compiled"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
     out = tmp_path / "killed"
     arguments = ["sample", "--checkpoint", str(trained / "run"), "--task", "demo", "--dtype", "float32"]
     arguments += [
@@ -105,7 +106,6 @@ def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
     process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in (out / "samples").glob("part-*")}
     assert 2 <= len(finished) < 10
-    programs = tmp_path / "cache" / "mathscale_jax" / "compiled"
     compiled = {path.name for path in programs.iterdir()}
     again = run("eval", *arguments)
     assert again.returncode == 0, again.stderr
