@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from small_run import environment
 
 _PROGRAM = """
