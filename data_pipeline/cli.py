@@ -78,9 +78,11 @@ class StopSignal:
 def add_flags(parser: argparse._ActionsContainer, settings: type[Settings]) -> None:
     """One `--flag` per field of `settings`, with the field's description and default as its help.
 
-    Values stay strings here; pydantic parses and checks them in `from_flags`.
+    What is required comes first, what is inherited last. Values stay strings here; `from_flags` has them checked.
     """
-    for name, field in settings.model_fields.items():
+    own = settings.__annotations__
+    fields = sorted(settings.model_fields.items(), key=lambda item: (not item[1].is_required(), item[0] not in own))
+    for name, field in fields:
         required = field.is_required()
         default = "required" if required else f"default: {'none' if field.default is None else field.default}"
         parser.add_argument(

@@ -64,11 +64,11 @@ class SampleSettings(PromptSettings, SamplingSettings):
     @pydantic.model_validator(mode="after")
     def _one_model(self) -> "SampleSettings":
         if (self.checkpoint is None) == (self.endpoint is None):
-            raise ValueError("give a checkpoint, or an endpoint")
+            raise ValueError("give --checkpoint, or --endpoint with its --model")
         if (self.endpoint is None) != (self.model is None):
-            raise ValueError("endpoint and model go together")
+            raise ValueError("--endpoint and --model go together")
         if self.endpoint is not None and (self.dtype != "bfloat16" or self.kv_cache is not None):
-            raise ValueError("dtype and kv_cache are the server's own choice: leave them out with an endpoint")
+            raise ValueError("--dtype and --kv-cache are the server's own choice: leave them out with --endpoint")
         if self.template is not None and self.endpoint is None:
             raise ValueError(
                 f"template={self.template!r}: a checkpoint has its own; only an endpoint's model takes one"
@@ -80,7 +80,7 @@ class SampleSettings(PromptSettings, SamplingSettings):
     def _is_a_shard(cls, shard: str | None) -> str | None:
         found = None if shard is None else re.fullmatch(r"(\d+)/(\d+)", shard)
         if shard is not None and not (found and int(found[1]) < int(found[2])):
-            raise ValueError(f"shard={shard!r} must be i/N with i from 0 to N - 1, for example 0/4")
+            raise ValueError("must be i/N with i from 0 to N - 1, for example 0/4")
         return shard
 
 
@@ -215,6 +215,11 @@ def _open_folder(out: epath.Path, run: dict[str, Any], problems: Sequence[Proble
         grown = changed == {"num_problems", "problems_sha256"} and rows[:count] == read_problems(out)[:count]
         if grown:
             logger.info("%d problems instead of %d: the first ones are kept", len(rows), count)
+        elif changed == {"num_problems", "problems_sha256"} and rows == read_problems(out)[: len(rows)]:
+            raise UsageError(
+                f"{out} holds samples of {count} problems already, the first {len(rows)} among them: "
+                f"ask for as many (or leave --num-problems out), or choose another --out"
+            )
         elif changed:
             if "dtype" in changed:
                 changed -= {"weights"}  # they are hashed as they are used

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 from data_pipeline.answers import parse_number
+from data_pipeline.cli import Stopped
 from data_pipeline.settings import UsageError
 from data_pipeline.tasks.base import Problem, Task, count_lines, read_jsonl, text_field
 
@@ -55,6 +56,8 @@ def _from_tfds(split: str) -> Iterator[tuple[str, str, str]]:
     try:
         builder = gsm8k.Gsm8k(file_format="array_record")
         builder.download_and_prepare()
+    except Stopped:
+        raise
     except Exception as error:  # the download stack raises many kinds, all meaning the same to a user
         raise UsageError(
             f"GSM8K could not be had through TensorFlow Datasets ({type(error).__name__}: {error}); "

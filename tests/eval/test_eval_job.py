@@ -119,13 +119,16 @@ def test_a_job_killed_with_sigkill_ends_with_the_files_of_an_undisturbed_one(
         assert (out / "samples" / name).stat().st_mtime_ns == written  # nothing was drawn twice
 
 
-@pytest.mark.parametrize(
-    "change", [{"temperature": 1.0}, {"seed": 1}, {"num_samples": 9}, {"num_problems": 3}, {"max_tokens": 20}]
-)
+@pytest.mark.parametrize("change", [{"temperature": 1.0}, {"seed": 1}, {"num_samples": 9}, {"max_tokens": 20}])
 def test_a_folder_of_other_samples_is_refused(trained: Path, folder: epath.Path, change: dict[str, Any]) -> None:
     (key,) = change
     with pytest.raises(UsageError, match=rf"another run:\n  {key}: .* -> "):
         sample(settings(trained, Path(folder), **change))
+
+
+def test_fewer_problems_than_the_folder_holds_are_refused(trained: Path, folder: epath.Path) -> None:
+    with pytest.raises(UsageError, match=f"{NUM_PROBLEMS} problems already, the first 3 among them: ask for as many"):
+        sample(settings(trained, Path(folder), num_problems=3))
 
 
 def test_other_weights_under_the_same_name_are_refused(trained: Path, folder: epath.Path, tmp_path: Path) -> None:

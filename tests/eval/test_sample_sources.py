@@ -184,9 +184,9 @@ def test_right_samples_become_a_dataset(trained: Path, tmp_path: Path, server: s
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"checkpoint": None}, "give a checkpoint, or an endpoint"),
-        ({"endpoint": "http://localhost:1/v1", "model": "m"}, "give a checkpoint, or an endpoint"),
-        ({"checkpoint": None, "endpoint": "http://localhost:1/v1"}, "endpoint and model go together"),
+        ({"checkpoint": None}, "give --checkpoint, or --endpoint with its --model"),
+        ({"endpoint": "http://localhost:1/v1", "model": "m"}, "give --checkpoint, or --endpoint with its --model"),
+        ({"checkpoint": None, "endpoint": "http://localhost:1/v1"}, "--endpoint and --model go together"),
         ({"template": "x.yaml"}, "a checkpoint has its own"),
         ({"checkpoint": None, "endpoint": "http://localhost:1/v1", "model": "m", "kv_cache": "int8"}, "server's own"),
     ],
