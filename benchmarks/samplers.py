@@ -20,7 +20,7 @@ from mathscale_jax.compiled import keep_compiled
 from mathscale_jax.config import ModelConfig
 from mathscale_jax.sampler import Draws, Prompt, Sampler, SamplingSettings, decode
 from mathscale_jax.sampler.grid import with_slots
-from mathscale_jax.sampler.placement import bytes_of_vector, decode_mesh, memory_of
+from mathscale_jax.sampler.placement import bytes_of_vector, decode_mesh, keep_freed_memory, memory_of
 from mathscale_jax.sampler.schedule import FEWEST_SLOTS, STEPS_PER_CHUNK, power_of_two, slots_for
 from mathscale_jax.step import param_shardings
 
@@ -87,6 +87,7 @@ class Ours:
 
     def __init__(self, weights: str | ModelConfig, work: Work, dtype: Any, rows: int, mean_length: float, cache: Any):
         keep_compiled()
+        keep_freed_memory()
         self._work = work
         options: dict[str, Any] = {"rows": rows, "cache_dtype": cache}
         if isinstance(weights, str):

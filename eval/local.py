@@ -11,6 +11,7 @@ from mathscale_jax.checksums import fingerprint
 from mathscale_jax.compiled import keep_compiled
 from mathscale_jax.convert.published import Published, is_published
 from mathscale_jax.sampler import ProblemSamples, Prompt, PromptTooLong, Sampler, SamplingSettings
+from mathscale_jax.sampler.placement import keep_freed_memory
 
 Row = dict[str, Any]  # text, num_tokens, finish_reason, perhaps logprob
 
@@ -28,6 +29,7 @@ class Local:
         cache_tokens: int | None,
     ):
         keep_compiled()
+        keep_freed_memory()
         weights: Published | Checkpoint = Published(path) if is_published(path) else open_checkpoint(path)
         self.name, self.lineage, self.template = weights.name, weights.meta.lineage, weights.meta.template
         self._tokenizer = weights.tokenizer
