@@ -8,6 +8,7 @@ metrics.json, report.html
 """
 
 import json
+from collections import Counter
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -16,6 +17,10 @@ from etils import epath
 from data_pipeline.cli import logger
 from data_pipeline.files import damage_named, read_json_lines
 from data_pipeline.settings import UsageError
+
+
+Oddities = Counter[str]  # what was left out of the files, and how often
+_NAMED = 3  # lines of a file that are named for each kind of oddity; the others are counted
 
 
 def part_name(problems: range) -> str:
@@ -67,21 +72,35 @@ def read_grades(folder: epath.Path) -> Iterator[dict[str, Any]]:
             yield from list(read_json_lines(part))
 
 
-def read_samples(part: epath.Path, known: Container[str]) -> list[dict[str, Any]]:
-    """The samples of a part file, the first of each (problem_id, sample_id); what is odd is named and left out.
-
-    Raises RunError where a line is no sample at all.
-    """
+def read_samples(part: epath.Path, known: Container[str]) -> tuple[list[dict[str, Any]], Oddities]:
+    """The samples of a part file, the first of each (problem_id, sample_id); what is odd is named, counted, left out."""
     samples: dict[tuple[str, int], dict[str, Any]] = {}
-    with damage_named(part, "remove it and sample again"):
-        for row in read_json_lines(part):
+    oddities: Oddities = Counter()
+
+    def odd(what: str, detail: str) -> None:
+        oddities[what] += 1
+        if oddities[what] <= _NAMED:
+            logger.warning("%s, line %d: %s: left out", part, number, detail)
+
+    for number, line in enumerate(part.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
             key = (row["problem_id"], row["sample_id"])
-            if not all(isinstance(row[name], str) for name in ("text", "finish_reason")):
-                raise TypeError("text and finish_reason must be strings")
-            if key[0] not in known:
-                logger.warning("%s: problem %r is not in problems.jsonl: left out", part, key[0])
-            elif key in samples:
-                logger.warning("%s: sample %d of %r occurs twice: the first counts", part, key[1], key[0])
-            else:
-                samples[key] = row
-    return list(samples.values())
+            well_formed = all(isinstance(row[name], str) for name in ("problem_id", "text", "finish_reason"))
+        except (ValueError, KeyError, TypeError) as error:
+            odd("malformed lines", f"no sample ({type(error).__name__}: {error})")
+            continue
+        if not well_formed or not isinstance(key[1], int):
+            odd("malformed lines", "no sample (problem_id, text and finish_reason are text, sample_id a number)")
+        elif key[0] not in known:
+            odd("samples of unknown problems", f"problem {key[0]!r} is not in problems.jsonl")
+        elif key in samples:
+            odd("samples that occur twice", f"sample {key[1]} of {key[0]!r} occurs twice")
+        else:
+            samples[key] = row
+    for what, count in oddities.items():
+        if count > _NAMED:
+            logger.warning("%s: %d %s in all", part, count, what)
+    return list(samples.values()), oddities

@@ -1,75 +1,177 @@
 """From samples to grades and metrics.json. Model text is compared, never evaluated."""
 
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from data_pipeline.answers import GRADER_VERSION, Extracted, canonical_number, extract_number, numbers_equal
-from data_pipeline.cli import RunError, logger
-from data_pipeline.files import write_json, write_json_lines
-from data_pipeline.progress import progress
+from data_pipeline.answers import (
+    GRADER_VERSION,
+    Kind,
+    answer_class,
+    check_gold,
+    extract,
+    is_equal,
+)
+from data_pipeline.cli import RunError, StopSignal, logger
+from data_pipeline.files import read_json_lines, write_json, write_json_lines
+from data_pipeline.progress import Progress
 from data_pipeline.tasks import get_task
-from eval.files import parts, read_problems, read_run, read_samples
+from eval.files import Oddities, parts, read_problems, read_run, read_samples
 from eval.metrics import answer_classes, compute_metrics
 
+Row = dict[str, Any]
+_PARTS_A_WORKER = 4  # fewer are not worth a process, which takes a second to start
 
-def is_correct(response: str, gold: str, kind: str = "number") -> bool:
-    """Whether the final answer of `response` equals `gold`. `kind` is "number".
+
+def is_correct(response: str, gold: str, kind: Kind = "number") -> bool:
+    r"""Whether the final answer of `response` equals `gold`.
+
+    `kind` is "number" (of a word problem), "latex" (mathematics: numbers, expressions, sets, intervals, matrices,
+    equations, words) or "puzzle" (`gold` is "3, 6, 7, 51, 58 -> 4", and the response its steps). Neither text is ever
+    executed; what is undecided after two seconds counts as wrong.
 
     Raises ValueError for another kind, or where `gold` is no answer of its kind.
     """
-    return _judge(response, gold, kind)[1]
+    check_gold(gold, kind)
+    answer = extract(response, kind).answer
+    return answer is not None and bool(is_equal(answer, gold, kind))
 
 
-def _judge(response: str, gold: str, kind: str) -> tuple[Extracted, bool]:
-    if kind != "number":
-        raise ValueError(f"kind={kind!r} is not gradable; allowed: number")
-    extracted = extract_number(response)
-    return extracted, extracted.answer is not None and numbers_equal(extracted.answer, gold)
+def grade(folder: epath.Path, again: bool = False) -> epath.Path:
+    """Grades the samples of an eval folder and writes metrics.json; returns its path.
 
-
-def grade(folder: epath.Path) -> epath.Path:
-    """Grades every sample of an eval folder, anew, and writes metrics.json; returns its path.
-
-    Only problems that have all their samples count; where any is missing, `complete` says so.
-    Raises RunError where no problem is complete.
+    What this version of the grader has graded before is kept, unless `again`: a grading that was stopped goes on. Only
+    problems that have all their samples count; where any is missing, `complete` says so.
+    Raises RunError where no problem is complete; Stopped where a signal asks to stop.
     """
     run = read_run(folder)
     problems = {problem["problem_id"]: problem for problem in read_problems(folder)}
     kind = get_task(run["task"]).kind
-    graded: dict[str, dict[int, dict[str, Any]]] = {}  # by sample; the first of each counts
-    (folder / "grades").mkdir(exist_ok=True)
-    for part in progress(parts(folder, "samples"), "grading", "files"):
-        rows = []
-        for sample in read_samples(part, problems):
-            row = _grade_sample(sample, problems[sample["problem_id"]]["answer"], kind)
-            rows.append(row)
-            of_problem = graded.setdefault(sample["problem_id"], {})
-            of_problem.setdefault(sample["sample_id"], {**row, "finish_reason": sample["finish_reason"]})
-        write_json_lines(folder / "grades" / part.name, rows)
-    metrics = _metrics(run, problems, graded)
+    for problem in problems.values():
+        try:
+            check_gold(problem["answer"], kind)
+        except ValueError as error:
+            raise RunError(f"{folder / 'problems.jsonl'}, {problem['problem_id']!r}: {error}") from error
+    _open_grades(folder / "grades", again)
+
+    oddities: Oddities = Counter()
+    graded: dict[str, dict[int, Row]] = {}  # by sample; the first of each counts
+    samples = parts(folder, "samples")
+    golds = {problem_id: problem["answer"] for problem_id, problem in problems.items()}
+    with StopSignal(), Progress(len(samples), "grading", "files") as bar:
+        for rows, odd in _every(samples, folder / "grades", golds, kind):
+            StopSignal.heed()
+            oddities += odd
+            for row in rows:
+                of_problem = graded.setdefault(row["problem_id"], {})
+                if row["sample_id"] in of_problem:
+                    oddities["samples that occur twice"] += 1
+                of_problem.setdefault(row["sample_id"], row)
+            bar.update()
+    metrics = _metrics(run, problems, graded, kind, oddities)
     write_json(folder / "metrics.json", metrics)
     logger.info("%s", _summary(run, metrics))
     return folder / "metrics.json"
 
 
-def _grade_sample(sample: dict[str, Any], gold: str, kind: str) -> dict[str, Any]:
-    started = time.perf_counter()
-    extracted, correct = _judge(sample["text"], gold, kind)
-    return {
-        "problem_id": sample["problem_id"],
-        "sample_id": sample["sample_id"],
-        "answer": extracted.answer,
-        "rule": extracted.rule,
-        "correct": correct,
-        "seconds": round(time.perf_counter() - started, 6),
-    }
+def _open_grades(grades: epath.Path, again: bool) -> None:
+    """Begins the folder, without what another version graded."""
+    version = grades / "grader.json"
+    if grades.exists() and (again or not version.exists() or f'"{GRADER_VERSION}"' not in version.read_text()):
+        for part in grades.glob("part-*.jsonl"):
+            part.unlink()
+    grades.mkdir(exist_ok=True)
+    write_json(version, {"grader_version": GRADER_VERSION})
+
+
+def _every(
+    samples: Sequence[epath.Path], grades: epath.Path, golds: Mapping[str, str], kind: Kind
+) -> Iterator[tuple[list[Row], Oddities]]:
+    """The grades of each part file, in order; several processes share the work."""
+    arguments = [(os.fspath(part), os.fspath(grades / part.name), golds, kind) for part in samples]
+    todo = sum(not (grades / part.name).exists() for part in samples)
+    workers = min(len(os.sched_getaffinity(0)), todo // _PARTS_A_WORKER)
+    if workers < 2:
+        yield from map(_grade_part, arguments)
+        return
+    context = multiprocessing.get_context("spawn")  # jax, where it is loaded, does not bear a fork
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker) as pool:
+        try:
+            yield from pool.map(_grade_part, arguments)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker() -> None:
+    """Leaves signals to the process that started this one, and ends with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_it() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+
+
+def _grade_part(arguments: tuple[str, str, Mapping[str, str], Kind]) -> tuple[list[Row], Oddities]:
+    samples, grades, golds, kind = epath.Path(arguments[0]), epath.Path(arguments[1]), *arguments[2:]
+    rows, oddities = read_samples(samples, golds)
+    if grades.exists():
+        graded = _graded_before(grades, rows)
+        if graded is not None:
+            return graded, oddities
+    verdicts: dict[tuple[str, str | None], bool | None] = {}  # None: killed
+    result = []
+    for sample in rows:
+        started = time.perf_counter()
+        extracted = extract(sample["text"], kind)
+        answer, key = extracted.answer, (sample["problem_id"], extracted.answer)
+        if key not in verdicts:
+            verdicts[key] = False if answer is None else is_equal(answer, golds[sample["problem_id"]], kind)
+        verdict = verdicts[key]
+        result.append(
+            {
+                "problem_id": sample["problem_id"],
+                "sample_id": sample["sample_id"],
+                "answer": answer,
+                "rule": extracted.rule,
+                "correct": bool(verdict),
+                "seconds": "killed" if verdict is None else round(time.perf_counter() - started, 6),
+                "finish_reason": sample["finish_reason"],
+            }
+        )
+    write_json_lines(grades, result)
+    return result, oddities
+
+
+def _graded_before(grades: epath.Path, samples: Sequence[Row]) -> list[Row] | None:
+    """The grades of just these samples; None where the file holds others, or is damaged: then they are graded anew."""
+    try:
+        rows = list(read_json_lines(grades))
+        same = [(row["problem_id"], row["sample_id"]) for row in rows] == [
+            (row["problem_id"], row["sample_id"]) for row in samples
+        ]
+        return rows if same and all(row.keys() >= {"answer", "correct", "finish_reason"} for row in rows) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _metrics(
-    run: dict[str, Any], problems: dict[str, dict[str, Any]], graded: dict[str, dict[int, dict[str, Any]]]
-) -> dict[str, Any]:
+    run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Row]], kind: Kind, oddities: Oddities
+) -> Row:
     num_samples = run["num_samples"]
     whole = [pid for pid in problems if len(graded.get(pid, [])) == num_samples]
     if not whole:
@@ -81,7 +183,7 @@ def _metrics(
     rows = [[row for _, row in sorted(graded[pid].items())] for pid in whole]
     measured = compute_metrics(
         correct=[[row["correct"] for row in of] for of in rows],
-        classes=[answer_classes([canonical_number(row["answer"]) for row in of]).tolist() for of in rows],
+        classes=[answer_classes([_class(row, kind) for row in of]).tolist() for of in rows],
         finish_reasons=[[row["finish_reason"] for row in of] for of in rows],
         groups={
             group: [problems[pid][field] for pid in whole]
@@ -91,23 +193,43 @@ def _metrics(
     )
     drawn = ("temperature", "top_p", "top_k", "stop", "max_tokens", "seed", "dtype", "kv_cache")
     told = {key: run[key] for key in ("task", "split", "checkpoint", "shots", *drawn) if key in run}
-    unasked = sum(all(row["finish_reason"] == "error" for row in of) for of in rows)
-    return {**told, "grader_version": GRADER_VERSION, "problems_not_asked": unasked, **measured}
+    every = [row for of in rows for row in of]
+    return {
+        **told,
+        "grader_version": GRADER_VERSION,
+        "problems_not_asked": sum(all(row["finish_reason"] == "error" for row in of) for of in rows),
+        "rules": dict(Counter(row["rule"] or "no answer" for row in every).most_common()),
+        "killed": sum(row["seconds"] == "killed" for row in every),
+        "left_out": dict(oddities),
+        **({"greedy_accuracy": measured["pass_ratio"]["1"]} if run["temperature"] == 0 else {}),
+        **measured,
+    }
 
 
-def _summary(run: dict[str, Any], metrics: dict[str, Any]) -> str:
+def _class(row: Row, kind: Kind) -> str | None:
+    """What a sample votes for: right answers for one, however they are written."""
+    return "right" if row["correct"] else answer_class(row["answer"], kind)
+
+
+def _summary(run: Row, metrics: Row) -> str:
     n = str(metrics["num_samples"])
     passed, ratio, vote = (100 * metrics[key][n]["value"] for key in ("pass_at", "pass_ratio", "maj_at"))
     cut = 100 * metrics["truncated_fraction"]
-    truncated = f"; {cut:.0f} % of the samples were cut off at {run['max_tokens']} tokens" if cut >= 1 else ""
+    notes = f"; {cut:.0f} % of the samples were cut off at {run['max_tokens']} tokens" if cut >= 1 else ""
     if metrics["problems_not_asked"]:
-        truncated += f"; {metrics['problems_not_asked']} problems could not be asked, as too long, and count as wrong"
+        notes += f"; {metrics['problems_not_asked']} problems could not be asked, as too long, and count as wrong"
+    if metrics["killed"]:
+        notes += f"; {metrics['killed']} answers took too long to compare, and count as wrong"
+    for what, count in metrics["left_out"].items():
+        notes += f"; left out: {count} {what}"
     if metrics["complete"] is not True:
         return (
             f"UNFINISHED, {metrics['num_problems']} of {run['num_problems']} problems: right so far {ratio:.1f} % of "
-            f"the samples, any right for {passed:.1f} % of the problems{truncated}"
+            f"the samples, any right for {passed:.1f} % of the problems{notes}"
         )
+    if "greedy_accuracy" in metrics:
+        return f"{metrics['num_problems']} problems: greedy accuracy {ratio:.1f} %{notes}"
     return (
         f"{metrics['num_problems']} problems: PassRatio@{n} {ratio:.1f} %, Pass@{n} {passed:.1f} %, "
-        f"maj@{n} {vote:.1f} %{truncated}"
+        f"maj@{n} {vote:.1f} %{notes}"
     )

@@ -191,7 +191,7 @@ def _browser_problems(folder: epath.Path) -> tuple[list[dict[str, Any]], int]:
         problems = [problems[i] for i in np.linspace(0, num_graded - 1, MAX_PROBLEMS).astype(int)]
     samples: dict[str, dict[int, dict[str, Any]]] = {problem["problem_id"]: {} for problem in problems}
     for part in parts(folder, "samples"):
-        for sample in read_samples(part, grades):
+        for sample in read_samples(part, grades)[0]:
             if sample["problem_id"] in samples and sample["sample_id"] in grades[sample["problem_id"]]:
                 samples[sample["problem_id"]][sample["sample_id"]] = sample
     for problem in problems:

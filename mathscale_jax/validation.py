@@ -9,12 +9,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from data_pipeline.answers import extract_number, numbers_equal
+from data_pipeline.answers import extract, is_equal
 from data_pipeline.cli import logger
 from data_pipeline.files import write_json_lines
 from data_pipeline.loader import Batches, load_rows
 from data_pipeline.settings import UsageError
-from data_pipeline.tasks import read_problems
+from data_pipeline.tasks import get_task, read_problems
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax import model
@@ -74,6 +74,7 @@ class LoopSampling:
         wanted, source = settings.samples, settings.samples.source
         self._config, self._tokenizer, self._dtype = config, tokenizer, settings.compute.dtype
         self._folder, self._every = epath.Path(settings.output_dir) / "samples", wanted.every
+        self._kind = get_task(source.task).kind
         self._problems = read_problems(source.task, source.split, source.path)[: wanted.num_problems]
         self._prompts = [
             Prompt(problem.id, tokenizer.encode_prompt(template.render_prompt(problem.question)))
@@ -125,8 +126,8 @@ class LoopSampling:
         for problem, drawn in zip(self._problems, every, strict=True):
             for sample_id, tokens in enumerate(drawn.tokens):
                 text = self._tokenizer.decode(tokens.tolist())
-                answer = extract_number(text).answer
-                right = answer is not None and numbers_equal(answer, problem.answer)
+                answer = extract(text, self._kind).answer
+                right = answer is not None and bool(is_equal(answer, problem.answer, self._kind))
                 told = {"problem_id": problem.id, "sample_id": sample_id, "question": problem.question}
                 rows.append({**told, "text": text, "answer": answer, "gold": problem.answer, "correct": right})
         accuracy = float(np.mean([row["correct"] for row in rows]))

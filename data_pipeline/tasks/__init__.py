@@ -4,10 +4,10 @@ A task is one file that makes one `Task`; it is listed in `TASKS` below.
 """
 
 from data_pipeline.settings import UsageError
-from data_pipeline.tasks import gsm8k, rows
+from data_pipeline.tasks import gsm8k, math, rows
 from data_pipeline.tasks.base import Problem, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (gsm8k.TASK, rows.DEMO, rows.JSONL)}
+TASKS: dict[str, Task] = {task.name: task for task in (gsm8k.TASK, math.TASK, rows.DEMO, rows.JSONL)}
 
 
 def get_task(name: str) -> Task:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from data_pipeline.answers import Kind
 from data_pipeline.settings import UsageError, require_file
 
 
@@ -31,7 +33,7 @@ class Task:
     """A source of problems. `read(split, source)` yields them; `kind` says when two answers are equal."""
 
     name: str
-    kind: str
+    kind: Kind
     read: Callable[[str, str | None], Iterator[Problem]]
 
 
@@ -71,6 +73,11 @@ def text_field(row: dict[str, Any], key: str, where: str) -> str:
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair
         raise UsageError(f"{where}: {key!r} holds a character that is no Unicode text: {error.reason}") from error
     return value.strip()
+
+
+def question_hash(question: str) -> str:
+    """Twelve letters that a problem's id is made of: the same whatever file, and line, it was read from."""
+    return hashlib.sha256(question.encode()).hexdigest()[:12]
 
 
 def count_lines(solution: str) -> int:

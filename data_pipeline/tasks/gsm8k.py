@@ -5,14 +5,13 @@ Read from TensorFlow Datasets, or from a file in the public layout (`question`, 
 shuffles the rows: a problem has the same id, and so the same random draws, whatever it was read from.
 """
 
-import hashlib
 import re
 from collections.abc import Iterator
 
 from data_pipeline.answers import parse_number
 from data_pipeline.cli import Stopped
 from data_pipeline.settings import UsageError
-from data_pipeline.tasks.base import Problem, Task, count_lines, read_jsonl, text_field
+from data_pipeline.tasks.base import Problem, Task, count_lines, question_hash, read_jsonl, text_field
 
 SPLITS = ("train", "test")
 # The public solutions carry calculator marks such as 48/2 = <<48/2=24>>24, which no model should learn.
@@ -29,8 +28,7 @@ def parse_row(question: str, answer: str, split: str) -> Problem:
     if parse_number(gold) is None:
         raise ValueError(f"the answer after '####' must be a number, got {gold!r}")
     question = question.strip()
-    problem_id = f"gsm8k/{split}/{hashlib.sha256(question.encode()).hexdigest()[:12]}"
-    return Problem(problem_id, question, solution, gold, num_steps=count_lines(solution))
+    return Problem(f"gsm8k/{split}/{question_hash(question)}", question, solution, gold, num_steps=count_lines(solution))
 
 
 def _read(split: str, source: str | None) -> Iterator[Problem]:

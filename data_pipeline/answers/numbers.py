@@ -1,11 +1,7 @@
-"""From a response to an answer, and when two answers are equal. Nothing here evaluates model text."""
+"""Numbers as word problems give them: found in a text, read exactly, compared."""
 
-import dataclasses
 import re
 from fractions import Fraction
-
-# Raised whenever an answer could be extracted or judged differently: metrics of two versions do not compare.
-GRADER_VERSION = "number-1"
 
 # A longer digit string is no answer to a word problem, and bounds the work spent on a hostile one.
 MAX_NUMBER_LENGTH = 50
@@ -16,34 +12,6 @@ _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 # "3/4". In "10-5", "10 - 5" and a list item "- 5" the minus belongs to no number.
 _FIND_NUMBER = re.compile(rf"((?<![\w.,)])[-−](?!\s))?\$?\s?({_DIGITS})(/\d+)?", re.ASCII)
 _NUMBER = re.compile(rf"\$?\s?(-?)\s?\$?\s?({_DIGITS})(?:\s?/\s?(\d+))?\s?%?\.?", re.ASCII)
-_ANSWER_MARK = re.compile(r"the (?:final )?answer is\s*:?", re.IGNORECASE)
-_HASH_MARK = re.compile(r"####")
-
-
-@dataclasses.dataclass(frozen=True)
-class Extracted:
-    """The answer found in a response, and the rule that found it; both None where there is none."""
-
-    answer: str | None
-    rule: str | None
-
-
-def extract_number(response: str) -> Extracted:
-    """The final number of a worked response.
-
-    Rules, the first that yields a number wins: the last line "The answer is: …" (rule "answer_line"), the
-    last "#### …" (rule "hash_line"), the last number of the text (rule "last_number"). In a marked line the
-    first number after a last "=" counts, so "The answer is: 3 + 4 = 7 apples." gives 7.
-    """
-    for rule, pattern in (("answer_line", _ANSWER_MARK), ("hash_line", _HASH_MARK)):
-        ends = [mark.end() for mark in pattern.finditer(response)]
-        if ends:
-            line = response[ends[-1] :].partition("\n")[0]
-            numbers = _numbers_in(line.rpartition("=")[2])
-            if numbers:
-                return Extracted(numbers[0], rule)
-    numbers = _numbers_in(response)
-    return Extracted(numbers[-1], "last_number") if numbers else Extracted(None, None)
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -80,6 +48,7 @@ def numbers_equal(answer: str, gold: str) -> bool:
     return abs(value - gold_value) <= abs(gold_value) / 1000
 
 
-def _numbers_in(text: str) -> list[str]:
+def find_numbers(text: str) -> list[str]:
+    """The numbers of a text as `parse_number` reads them: "-1,234.50", "3/4"; in "10-5" and a list item "- 5" none is negative."""
     found = ("-" * bool(sign) + digits + fraction for sign, digits, fraction in _FIND_NUMBER.findall(text))
     return [number for number in found if parse_number(number) is not None]

@@ -1,0 +1,17 @@
+"""What the answer of a response is, and when two answers are equal. Nothing here executes or evaluates model text."""
+
+from data_pipeline.answers.extract import Extracted, Kind, extract
+from data_pipeline.answers.judge import GRADER_VERSION, KINDS, answer_class, check_gold, is_equal
+from data_pipeline.answers.numbers import parse_number
+
+__all__ = [
+    "GRADER_VERSION",
+    "KINDS",
+    "Extracted",
+    "Kind",
+    "answer_class",
+    "check_gold",
+    "extract",
+    "is_equal",
+    "parse_number",
+]

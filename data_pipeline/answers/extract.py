@@ -1,0 +1,210 @@
+"""From a response to its answer, with the rule that found it."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Literal
+
+from data_pipeline.answers.expression import Unreadable, value_of
+from data_pipeline.answers.numbers import find_numbers, parse_number
+from data_pipeline.answers.spelling import closing, counted, tidy
+from data_pipeline.answers.units import without_unit
+
+Kind = Literal["number", "latex", "puzzle"]
+
+MAX_CHARS = 100_000  # of a response: what lies before its end is not looked at
+_MAX_LINE = 2000  # characters of an announced answer, and of the end in which formulas are looked for
+_MAX_MARKS = 20  # so many of the last marks, and boxes, are looked at
+_MAX_BARE = 200  # characters of a response that is nothing but an answer
+_MAX_BARE_WORDS = 3
+_MAX_LINES = 5  # that an answer may be broken over
+
+# Where a base model goes on with a question of its own, or a chat model with the next turn.
+_RUN_ON = re.compile(
+    r"\n[ \t]*(?:[#*]{1,4}[ \t]*)?(?:Questions?|Q|Problem|Exercise|Example|Instruction|Input|User|Human|Student|USER|HUMAN)"
+    r"[ \t]*\d*[ \t]*(?:\*\*)?[:.](?:\*\*)?[ \t\n]"
+    r"|<\|(?:im_start|im_end|eot_id|endoftext|user|end)\|>|</s>|\[INST\]|\n[ \t]*(?:USER|Human|User):"
+)
+_MARK = re.compile(
+    r"(?P<answer_line>\banswer(?:[ \t]+(?:to|of|for)\b[^.\n:]{0,80}?)?[ \t]*\b(?:is|are)\b[ \t]*:?"
+    r"|^[ \t*#_-]*(?:(?:the|my|our|so|thus|therefore|final|correct|hence)\b[ \t,*]*){0,4}\banswer[ \t*_]*:)[ \t*_]*"
+    r"|(?P<hash_line>####)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_FENCED = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
+_SENTENCE_ENDS = re.compile(r"[.!?](?=\s+[A-Z(\\$]|\s*$)|,?\s(?:because|since|which|where|so that|given that|that is|i\.e\.|as)[\s,]", re.DOTALL)
+_TALK = re.compile(r"\b(?:so|thus|hence|therefore|we|it|this|he|she|they|is|are|get|gives|have|has)\b", re.IGNORECASE)
+_CONNECTIVE = re.compile(r"\b(?:and|or|to)\b|[\s,;.:()*]", re.IGNORECASE)
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """The answer found in a response, and the rule that found it; both None where there is none."""
+
+    answer: str | None
+    rule: str | None
+
+
+def extract(response: str, kind: Kind) -> Extracted:
+    r"""The answer of a worked response.
+
+    First the response is cut where it runs on into another question or turn. Then, the first that yields an answer:
+    the last line "The answer is …" (rule "answer_line") or "#### …" ("hash_line"), whichever comes later; the last
+    \boxed or \fbox ("boxed"); of a number, the last of the text ("last_number"); of anything else a text that is
+    short enough to be nothing but an answer ("whole"), the last mathematics between dollar signs ("last_math"), the
+    last number. A puzzle's answer is its steps, all of the response ("whole").
+    """
+    response = response[-MAX_CHARS:]
+    kept = cut(response)
+    found = _extract(kept, kind)
+    return found if found.answer is not None or kept == response else _extract(response, kind)
+
+
+def _extract(response: str, kind: Kind) -> Extracted:
+    if kind == "puzzle":
+        return Extracted(response.strip(), "whole") if response.strip() else Extracted(None, None)
+    for rule, candidate in _candidates(response):
+        answer = _number_of(candidate) if kind == "number" else candidate
+        if answer:
+            return Extracted(answer, rule)
+    if kind == "latex":
+        for rule, candidate in _unmarked(response):
+            if candidate:
+                return Extracted(candidate, rule)
+    numbers = find_numbers(response)
+    return Extracted(numbers[-1], "last_number") if numbers else Extracted(None, None)
+
+
+def cut(response: str) -> str:
+    """The response without what it thought before it answered, and without the questions and turns it made up."""
+    response = response.rpartition("</think>")[2]
+    for match in _RUN_ON.finditer(response):
+        if response[: match.start()].strip():
+            return response[: match.start()]
+    return response
+
+
+def _candidates(response: str) -> Iterator[tuple[str, str]]:
+    box = last_box(response)
+    for mark in reversed(list(_MARK.finditer(response))[-_MAX_MARKS:]):
+        candidate = _answer_in(_line_at(response, mark.end()))
+        # "Our answer is correct" announces nothing where there is a box.
+        if candidate and not (box and _is_prose(candidate)):
+            yield str(mark.lastgroup), candidate
+    if box:
+        yield "boxed", box
+
+
+def _is_prose(candidate: str) -> bool:
+    bare = re.sub(r"\\text\w*\s*\{[^{}]*\}|\\[A-Za-z]+", " ", candidate)
+    words = len(re.findall(r"[A-Za-z]{3,}", bare))
+    return words > _MAX_BARE_WORDS or (words > 0 and not re.search(r"[\d\\$]", candidate)) or candidate.startswith(r"\begin{al")
+
+
+def _unmarked(response: str) -> Iterator[tuple[str, str]]:
+    text = response.strip()
+    bare = re.sub(r"\\text\w*\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text)
+    if "\n" not in text and len(text) <= _MAX_BARE and len(re.findall(r"[A-Za-z]{3,}", bare)) <= _MAX_BARE_WORDS:
+        answer = _answer_in(text)
+        if not _TALK.search(answer):
+            yield "whole", answer
+    fenced = [next(group for group in match.groups() if group) for match in _FENCED.finditer(response[-_MAX_LINE:])]
+    if fenced:
+        yield "last_math", fenced[-1].strip()
+
+
+def _line_at(text: str, start: int) -> str:
+    """What a mark announces: the rest of its line, or the next where that is empty; a displayed formula whole."""
+    rest = text[start : start + _MAX_LINE].lstrip(" \t*:")
+    if not rest.partition("\n")[0].strip():
+        rest = rest.lstrip()
+    for opening, ending in ((r"\[", r"\]"), ("$$", "$$")):
+        if rest.startswith(opening) and ending in rest[2:]:
+            return rest[: rest.index(ending, 2) + 2]
+    lines = rest.split("\n", _MAX_LINES)[:_MAX_LINES]
+    line = lines.pop(0)
+    while lines and (len(re.findall(r"(?<!\\)\$", line)) % 2 or line.count("{") > line.count("}")):
+        line = f"{line} {lines.pop(0)}"  # a formula that is broken over lines
+    return line
+
+
+def _answer_in(line: str) -> str:
+    r"""The answer in a line: what is boxed; else its first formula, where prose surrounds it; else its first sentence."""
+    boxed = last_box(line)
+    if boxed:
+        return boxed
+    shielded = _FENCED.sub(lambda match: "\0" * len(match[0]), line)  # a full stop in a formula ends no sentence
+    end = _SENTENCE_ENDS.search(shielded)
+    if end is not None and end.start() > 0:
+        line = line[: end.start()]
+    formulas = list(_FENCED.finditer(line))
+    if formulas:
+        around = _FENCED.sub(" ", line)
+        if re.search(r"[A-Za-z]{2,}", _CONNECTIVE.sub(" ", around)):
+            first, *_ = formulas
+            behind = line[first.end() :]
+            unit = re.match(r"\s+(?!and\b|or\b)([A-Za-z]+)\s*$", behind)
+            return next(group for group in first.groups() if group).strip() + (unit[0] if unit else "")
+    return line.strip().strip("*").strip()
+
+
+def last_box(text: str) -> str | None:
+    r"""What the last box holds; and those before it where only "and", "or" or a comma stands between."""
+    contents: list[tuple[int, int, str]] = []
+    for match in list(_BOX.finditer(text))[-_MAX_MARKS:]:
+        start = match.end()
+        if text[start : start + 1] == "{":
+            end = closing(text, start)
+            if end < 0:  # cut off: not an answer
+                continue
+            contents.append((match.start(), end + 1, text[start + 1 : end]))
+        else:
+            word = re.match(r"[^\s$,.]+", text[start:])
+            if word is not None:
+                contents.append((match.start(), start + word.end(), word[0]))
+    if not contents:
+        return None
+    joined = [contents[-1]]
+    for content in reversed(contents[:-1]):
+        between = text[content[1] : joined[0][0]]
+        if len(between) > 30 or _CONNECTIVE.sub("", between).strip("$\\[]"):
+            break
+        joined.insert(0, content)
+    distinct = dict.fromkeys(content.strip() for _, _, content in joined)
+    return ", ".join(distinct) or None
+
+
+def _number_of(candidate: str) -> str | None:
+    """The number that a candidate says; behind a last "=", the first there is."""
+    said = candidate.rpartition("=")[2]
+    text = tidy(said)
+    plain, _ = without_unit(text)
+    scale = re.fullmatch(r"(.*\d)\s+([a-z]+)s?(?:\s.*)?", text, re.DOTALL)
+    if scale is not None and scale[2] in _SCALES:
+        value = parse_number(scale[1])
+        if value is not None:
+            return _written(value * _SCALES[scale[2]])
+    if parse_number(plain) is not None:
+        return plain.replace(" ", "")
+    if "\\" in plain or " " in plain:  # \frac{3}{4}, 3 1/2
+        try:
+            exact = value_of(plain)
+        except Unreadable:
+            exact = None
+        if isinstance(exact, Fraction):
+            return _written(exact)
+    numbers = find_numbers(said)
+    if numbers:
+        return numbers[0]
+    for word in re.findall(r"[A-Za-z]+", text):
+        number = counted(word)
+        if number is not None:
+            return str(number)
+    return None
+
+
+def _written(value: Fraction) -> str:
+    return str(value)

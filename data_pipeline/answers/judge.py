@@ -1,0 +1,64 @@
+"""Whether a response is right: its answer extracted, and compared with the gold answer as its kind asks."""
+
+import re
+import time
+from collections.abc import Callable
+
+from data_pipeline.answers import symbolic
+from data_pipeline.answers.equality import equal
+from data_pipeline.answers.extract import Kind
+from data_pipeline.answers.numbers import canonical_number, numbers_equal, parse_number
+from data_pipeline.answers.puzzle import parse_puzzle, solves
+from data_pipeline.answers.spelling import tidy
+
+# Raised whenever an answer could be extracted or judged differently: metrics of two versions do not compare.
+GRADER_VERSION = "2"
+KINDS: tuple[Kind, ...] = ("number", "latex", "puzzle")
+
+
+def is_equal(answer: str, gold: str, kind: Kind, ask: Callable[[str, str], bool] = symbolic.same) -> bool | None:
+    """Whether an answer, as `extract` gives it, is the gold one; None where that took too long to find out.
+
+    A number must be equal exactly, or to 1e-3 relative where the gold one is no integer; LaTeX is compared as
+    mathematics, where `ask` is given what only a computer algebra system may decide; a puzzle's steps are verified.
+    `ask` may raise TooHard. Raises ValueError where `gold` is no answer of its kind.
+    """
+    if kind == "number":
+        return numbers_equal(answer, gold)
+    if kind == "puzzle":
+        return solves(answer, gold)
+    try:
+        return equal(answer, gold, _within_a_budget(ask))
+    except symbolic.TooHard:
+        return None
+
+
+def _within_a_budget(ask: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
+    """`ask`, which raises TooHard once the questions about one answer have taken too long together."""
+    ends = time.monotonic() + symbolic.SECONDS
+
+    def within(answer: str, gold: str) -> bool:
+        if time.monotonic() > ends:
+            raise symbolic.TooHard
+        return ask(answer, gold)
+
+    return within
+
+
+def check_gold(gold: str, kind: Kind) -> None:
+    """Raises ValueError where `gold` is no answer of its kind, or the kind is unknown."""
+    if kind == "number" and parse_number(gold) is None:
+        raise ValueError(f"the gold answer {gold!r} is not a number")
+    if kind == "puzzle":
+        parse_puzzle(gold)
+    if kind == "latex" and not tidy(gold):
+        raise ValueError("the gold answer is empty")
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not gradable; allowed: {', '.join(KINDS)}")
+
+
+def answer_class(answer: str | None, kind: Kind) -> str | None:
+    """One spelling for answers that are written alike, by which samples vote; None where there is no answer."""
+    if answer is None or kind == "number":
+        return canonical_number(answer)
+    return re.sub(r"\s+", "", tidy(answer)) if kind == "latex" else answer
