@@ -101,7 +101,7 @@ def from_flags(settings: type[SettingsT], arguments: argparse.Namespace) -> Sett
     try:
         return validated(settings, given, where="")
     except UsageError as error:
-        message = str(error).removeprefix(": ")
+        message = str(error).removeprefix(":").strip()
         for name in given:  # say --num-samples where the settings say num_samples
             message = message.replace(f"{name}=", f"--{name.replace('_', '-')} ")
         raise UsageError(message) from error

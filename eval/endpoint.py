@@ -18,6 +18,12 @@ _TOO_LONG = ("context", "too long", "maximum length")  # what servers say of a p
 _SECONDS = 3600.0  # for one request: hundreds of samples, perhaps behind others'
 
 
+def client_of(url: str) -> openai.OpenAI:
+    """A client of a server; its key comes from OPENAI_API_KEY, and servers of one's own take any."""
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_SECONDS)
+
+
 class Endpoint:
     """Draws by the completions API, which takes a prompt as it is: no chat template comes between.
 
@@ -30,9 +36,7 @@ class Endpoint:
         self.lineage = "an OpenAI-compatible server"
         self.told: dict[str, Any] = {"model": model, "endpoint": url, "template": template.model_dump(mode="json")}
         self._model = model
-        self._client = openai.OpenAI(
-            base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=_RETRIES, timeout=_SECONDS
-        )
+        self._client = client_of(url)
 
     def draw(
         self, prompts: dict[str, str], settings: SamplingSettings, one_more: Callable[[int], None]

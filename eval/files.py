@@ -4,7 +4,7 @@ run.json                        everything that determines the samples, and its 
 problems.jsonl                  the problems with their gold answers, in order
 samples/part-00000-00007.jsonl  all samples of problems 0 to 7, written whole and never changed
 grades/part-00000-00007.jsonl   their grades
-metrics.json, report.html
+metrics.json, errors.json, report.html
 """
 
 import json
@@ -17,7 +17,6 @@ from etils import epath
 from data_pipeline.cli import logger
 from data_pipeline.files import damage_named, read_json_lines
 from data_pipeline.settings import UsageError
-
 
 Oddities = Counter[str]  # what was left out of the files, and how often
 _NAMED = 3  # lines of a file that are named for each kind of oddity; the others are counted
@@ -62,6 +61,15 @@ def read_metrics(folder: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise UsageError(f"{folder} has no metrics.json yet: run `python -m eval grade {folder}` first")
     with damage_named(file, "grade again"):
+        return json.loads(file.read_text())
+
+
+def read_errors(folder: epath.Path) -> dict[str, Any] | None:
+    """errors.json, if `eval errors` was run. Raises RunError where it is damaged."""
+    file = folder / "errors.json"
+    if not file.exists():
+        return None
+    with damage_named(file, "run `python -m eval errors` again"):
         return json.loads(file.read_text())
 
 

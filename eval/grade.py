@@ -9,8 +9,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from data_pipeline.answers import (
@@ -27,8 +28,21 @@ from data_pipeline.progress import Progress
 from data_pipeline.tasks import get_task
 from eval.files import Oddities, parts, read_problems, read_run, read_samples
 from eval.metrics import answer_classes, compute_metrics
+from eval.step_law import as_arrays, step_law
 
 Row = dict[str, Any]
+
+
+class Graded(NamedTuple):
+    """What the metrics need to know of a sample."""
+
+    correct: bool
+    vote: str | None  # right answers vote for one, however they are written; no answer votes for nothing
+    finish_reason: str
+    rule: str | None
+    killed: bool
+
+
 _PARTS_A_WORKER = 4  # fewer are not worth a process, which takes a second to start
 
 
@@ -64,20 +78,19 @@ def grade(folder: epath.Path, again: bool = False) -> epath.Path:
     _open_grades(folder / "grades", again)
 
     oddities: Oddities = Counter()
-    graded: dict[str, dict[int, Row]] = {}  # by sample; the first of each counts
+    graded: dict[str, dict[int, Graded]] = {}  # by sample; the first of each counts
     samples = parts(folder, "samples")
     golds = {problem_id: problem["answer"] for problem_id, problem in problems.items()}
     with StopSignal(), Progress(len(samples), "grading", "files") as bar:
         for rows, odd in _every(samples, folder / "grades", golds, kind):
             StopSignal.heed()
             oddities += odd
-            for row in rows:
-                of_problem = graded.setdefault(row["problem_id"], {})
-                if row["sample_id"] in of_problem:
-                    oddities["samples that occur twice"] += 1
-                of_problem.setdefault(row["sample_id"], row)
+            for (problem_id, sample_id), of_sample in rows:
+                of_problem = graded.setdefault(problem_id, {})
+                oddities += Counter({"samples that occur twice": int(sample_id in of_problem)})
+                of_problem.setdefault(sample_id, of_sample)
             bar.update()
-    metrics = _metrics(run, problems, graded, kind, oddities)
+    metrics = _metrics(run, problems, graded, oddities)
     write_json(folder / "metrics.json", metrics)
     logger.info("%s", _summary(run, metrics))
     return folder / "metrics.json"
@@ -95,7 +108,7 @@ def _open_grades(grades: epath.Path, again: bool) -> None:
 
 def _every(
     samples: Sequence[epath.Path], grades: epath.Path, golds: Mapping[str, str], kind: Kind
-) -> Iterator[tuple[list[Row], Oddities]]:
+) -> Iterator[tuple[list[tuple[tuple[str, int], Graded]], Oddities]]:
     """The grades of each part file, in order; several processes share the work."""
     arguments = [(os.fspath(part), os.fspath(grades / part.name), golds, kind) for part in samples]
     todo = sum(not (grades / part.name).exists() for part in samples)
@@ -126,13 +139,34 @@ def _begin_worker() -> None:
     threading.Thread(target=end_with_it, daemon=True).start()
 
 
-def _grade_part(arguments: tuple[str, str, Mapping[str, str], Kind]) -> tuple[list[Row], Oddities]:
+def _grade_part(
+    arguments: tuple[str, str, Mapping[str, str], Kind],
+) -> tuple[list[tuple[tuple[str, int], Graded]], Oddities]:
+    """Grades a part file, unless that is done; returns what the metrics need, by (problem_id, sample_id)."""
     samples, grades, golds, kind = epath.Path(arguments[0]), epath.Path(arguments[1]), *arguments[2:]
     rows, oddities = read_samples(samples, golds)
-    if grades.exists():
+    graded = None
+    if grades.exists() and grades.stat().mtime >= samples.stat().mtime:
         graded = _graded_before(grades, rows)
-        if graded is not None:
-            return graded, oddities
+    if graded is None:
+        graded = _grades(rows, golds, kind)
+        write_json_lines(grades, graded)
+    return [
+        (
+            (row["problem_id"], row["sample_id"]),
+            Graded(
+                row["correct"],
+                "right" if row["correct"] else answer_class(row["answer"], kind),
+                row["finish_reason"],
+                row["rule"],
+                row["seconds"] == "killed",
+            ),
+        )
+        for row in graded
+    ], oddities
+
+
+def _grades(rows: Sequence[Row], golds: Mapping[str, str], kind: Kind) -> list[Row]:
     verdicts: dict[tuple[str, str | None], bool | None] = {}  # None: killed
     result = []
     for sample in rows:
@@ -153,8 +187,7 @@ def _grade_part(arguments: tuple[str, str, Mapping[str, str], Kind]) -> tuple[li
                 "finish_reason": sample["finish_reason"],
             }
         )
-    write_json_lines(grades, result)
-    return result, oddities
+    return result
 
 
 def _graded_before(grades: epath.Path, samples: Sequence[Row]) -> list[Row] | None:
@@ -169,9 +202,7 @@ def _graded_before(grades: epath.Path, samples: Sequence[Row]) -> list[Row] | No
         return None
 
 
-def _metrics(
-    run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Row]], kind: Kind, oddities: Oddities
-) -> Row:
+def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Graded]], oddities: Oddities) -> Row:
     num_samples = run["num_samples"]
     whole = [pid for pid in problems if len(graded.get(pid, [])) == num_samples]
     if not whole:
@@ -182,9 +213,9 @@ def _metrics(
         complete = {"problems without all samples": len(problems) - len(whole), "missing samples": missing}
     rows = [[row for _, row in sorted(graded[pid].items())] for pid in whole]
     measured = compute_metrics(
-        correct=[[row["correct"] for row in of] for of in rows],
-        classes=[answer_classes([_class(row, kind) for row in of]).tolist() for of in rows],
-        finish_reasons=[[row["finish_reason"] for row in of] for of in rows],
+        correct=[[row.correct for row in of] for of in rows],
+        classes=[answer_classes([row.vote for row in of]).tolist() for of in rows],
+        finish_reasons=[[row.finish_reason for row in of] for of in rows],
         groups={
             group: [problems[pid][field] for pid in whole]
             for group, field in (("level", "level"), ("subject", "subject"), ("steps", "num_steps"))
@@ -197,18 +228,19 @@ def _metrics(
     return {
         **told,
         "grader_version": GRADER_VERSION,
-        "problems_not_asked": sum(all(row["finish_reason"] == "error" for row in of) for of in rows),
-        "rules": dict(Counter(row["rule"] or "no answer" for row in every).most_common()),
-        "killed": sum(row["seconds"] == "killed" for row in every),
+        "problems_not_asked": sum(all(row.finish_reason == "error" for row in of) for of in rows),
+        "rules": dict(Counter(row.rule or "no answer" for row in every).most_common()),
+        "killed": sum(row.killed for row in every),
         "left_out": dict(oddities),
+        "unstable": sum(0 < 2 * sum(row.correct for row in of) < len(of) for of in rows),
         **({"greedy_accuracy": measured["pass_ratio"]["1"]} if run["temperature"] == 0 else {}),
         **measured,
+        "step_law": step_law(
+            *as_arrays(
+                [problems[pid]["num_steps"] for pid in whole], [np.mean([row.correct for row in of]) for of in rows]
+            )
+        ),
     }
-
-
-def _class(row: Row, kind: Kind) -> str | None:
-    """What a sample votes for: right answers for one, however they are written."""
-    return "right" if row["correct"] else answer_class(row["answer"], kind)
 
 
 def _summary(run: Row, metrics: Row) -> str:

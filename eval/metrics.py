@@ -129,14 +129,16 @@ def bootstrap_ci95(
     Raises:
         ValueError: without problems.
     """
-    num_problems = len(values)
-    if num_problems == 0:
+    if len(values) == 0:
         raise ValueError("no problems to resample: pass at least one")
-    rng = np.random.default_rng(seed)
-    # How often each problem was drawn is all that a resample's mean needs to know.
-    times_drawn = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size=num_resamples)
-    means = times_drawn.astype(float) @ values / num_problems
+    means = resamples(len(values), num_resamples, seed) @ values / len(values)
     return np.percentile(means, [2.5, 97.5], axis=0).T
+
+
+def resamples(num_problems: int, num_resamples: int, seed: int) -> Float[np.ndarray, "resamples problems"]:
+    """How often each problem was drawn in a resample, which is all that its mean needs to know."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size=num_resamples).astype(float)
 
 
 def compute_metrics(

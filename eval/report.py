@@ -1,70 +1,60 @@
-"""One page that shows what an evaluation found: eval folder in, report.html and pass_at_k.{svg,png} out.
+"""One page that shows what an evaluation found: eval folder in, report.html and its figures out.
 
 The page is a single file without scripts or network access. What a model wrote is shown as inert text: the
 template escapes every value, and a content security policy forbids the browser to run or load anything.
 """
 
-import collections
-import functools
-import io
 import re
-from collections.abc import Mapping
-from typing import Any, BinaryIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 from etils import epath
+from markupsafe import Markup
 
 from data_pipeline.files import write_atomically
-from eval.files import parts, read_grades, read_metrics, read_problems, read_run, read_samples
+from data_pipeline.tasks import TASKS
+from eval.browser import shorten, shown_problems
+from eval.figures import COLOURS, Paint, error_types, files, on_the_page, pass_at_k, percent, step_law
+from eval.files import read_errors, read_metrics, read_run
 from eval.metrics import NUM_PERMUTATIONS, NUM_RESAMPLES
 
-MAX_PROBLEMS = 200  # in the browser of problems: keeps the page small, whatever the size of the test set
-MAX_PER_VERDICT = 2  # right, and wrong, samples shown for a problem
-HEAD_CHARS, TAIL_CHARS = 2000, 600  # kept of a long text; the tail too, because the answer stands there
 
-# (light, dark). Text on paper has a contrast of at least 4.5:1 (WCAG AA); blue, orange and grey stay apart
-# for colour-blind readers. The figure is drawn in the light ones, which the page replaces by CSS variables.
-COLOURS = {
-    "paper": ("#fdfcf9", "#15171a"),
-    "card": ("#f6f3ec", "#1d2024"),
-    "ink": ("#1f2328", "#e7e5e0"),
-    "muted": ("#62676d", "#9ba0a6"),
-    "grid": ("#e3dfd6", "#2f3338"),
-    "pass": ("#1d5fa8", "#7fb4f0"),
-    "ratio": ("#b04a0c", "#f0a066"),
-    "vote": ("#67626f", "#b3adbd"),
-}
+def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()) -> epath.Path:
+    """Writes report.html and its figures, as .svg and .png, into an eval folder; returns the page's path.
 
-
-def write_report(eval_dir: epath.PathLike) -> epath.Path:
-    """Writes report.html, pass_at_k.svg and pass_at_k.png into an eval folder and returns the page's path.
-
-    Reads run.json, metrics.json, problems.jsonl, samples/ and grades/. With one sample a problem there is no
-    curve to draw: then the page has no figure, and the two image files are not written.
+    Reads run.json, metrics.json, problems.jsonl, samples/ and grades/, and errors.json where there is one. With one
+    sample a problem there is no curve of Pass@k to draw, and without steps no step law. `beside` are eval folders that
+    the page compares this one with, in the order in which they, and last this one, stand on an axis: growing data, say.
 
     Raises:
         UsageError: where there are no metrics yet.
         RunError: where a file is damaged.
     """
     import jinja2
-    from markupsafe import Markup
 
     folder = epath.Path(eval_dir)
-    run, metrics = read_run(folder), read_metrics(folder)
-    problems, num_graded = _browser_problems(folder)
+    run, metrics, errors = read_run(folder), read_metrics(folder), read_errors(folder)
+    kind = TASKS[run["task"]].kind if run["task"] in TASKS else "number"
+    problems, num_graded = shown_problems(folder, kind)
     complete, n = metrics["complete"] is True, metrics["num_samples"]
     names = {"ratio": f"PassRatio@{n}", "vote": f"maj@{n}", "pass": f"Pass@{n}"}
     if not complete:  # an unfinished run must not be quoted by the names of a finished one
         names = {"ratio": "Share right so far", "vote": "Vote so far", "pass": "Any right so far"}
-    figures = {}
+    unfinished = "" if complete else " · unfinished run"
+    drawn: dict[str, tuple[Paint, str]] = {}
     if n > 1:
-        for kind in ("svg", "png"):
-            image = _figure(metrics, names, kind, width=7.6)
-            write_atomically(folder / f"pass_at_k.{kind}", functools.partial(_write, image))
-        # A phone gets a figure of its own: the wide one, scaled down, would have letters of 7 pixels.
-        for variant, width in (("wide", 7.6), ("narrow", 3.7)):
-            svg = _figure(metrics, names, "svg", width=width, page_variant=variant)
-            figures[variant] = Markup(_as_part_of_the_page(svg))
+        drawn["pass_at_k"] = pass_at_k(metrics, names), f"problems answered right{unfinished}"
+    if metrics.get("step_law"):
+        drawn["step_law"] = step_law(metrics["step_law"]), f"samples answered right, by steps{unfinished}"
+    runs = [_run_beside(epath.Path(path), label) for path, label in _labelled([*beside, folder])] if beside else []
+    diagnosed = [run for run in runs if run["calculation"] is not None]
+    if len(diagnosed) > 1:
+        drawn["error_types"] = error_types(diagnosed), "samples that go wrong by"
+    figures: dict[str, dict[str, Markup]] = {"pass_at_k": {}, "step_law": {}, "error_types": {}}
+    for name, (paint, title) in drawn.items():
+        for suffix, content in files(paint, title).items():
+            write_atomically(folder / f"{name}.{suffix}", lambda file, content=content: file.write(content))
+        figures[name] = on_the_page(paint, title, name)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(epath.Path(__file__).parent),
         autoescape=True,
@@ -72,14 +62,18 @@ def write_report(eval_dir: epath.PathLike) -> epath.Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "interval": _interval, "shorten": _shorten}
+    environment.filters |= {"percent": percent, "interval": _interval, "shorten": shorten}
     page = environment.get_template("report.html.j2").render(
         run=run,
         metrics=metrics,
         complete=complete,
         headline=headline(metrics, run),
         names=names,
-        figures=figures,
+        figures=figures["pass_at_k"],
+        law_figures=figures["step_law"],
+        errors=errors,
+        runs=runs,
+        errors_figures=figures["error_types"],
         problems=problems,
         num_graded=num_graded,
         num_permutations=NUM_PERMUTATIONS,
@@ -90,12 +84,35 @@ def write_report(eval_dir: epath.PathLike) -> epath.Path:
     # around, so that one reads what does not stand there (U+202A..202E, U+2066..2069).
     page = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", "\ufffd", page)
     content = page.encode("utf-8", errors="replace")
-    write_atomically(folder / "report.html", functools.partial(_write, content))
+    write_atomically(folder / "report.html", lambda file: file.write(content))
     return folder / "report.html"
 
 
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
+def _labelled(folders: Sequence[epath.PathLike]) -> list[tuple[epath.PathLike, str]]:
+    """Each folder with what of its path tells it from the others."""
+    paths = [str(folder).rstrip("/").split("/") for folder in folders]
+    shortest = min(map(len, paths))
+    same = [len(set(of_place)) == 1 for of_place in zip(*paths, strict=False)]
+    start = next((i for i in range(shortest) if not same[i]), shortest - 1)
+    backwards = [len(set(of_place)) == 1 for of_place in zip(*(path[::-1] for path in paths), strict=False)]
+    end = next((i for i in range(shortest) if not backwards[i]), 0)
+    return [
+        (folder, "/".join(path[start : max(start + 1, len(path) - end)]))
+        for folder, path in zip(folders, paths, strict=True)
+    ]
+
+
+def _run_beside(folder: epath.Path, label: str) -> dict[str, Any]:
+    """What the page says of another run: shares of samples that are right, and that go wrong in either way."""
+    metrics, errors = read_metrics(folder), read_errors(folder)
+    ratio = metrics["pass_ratio"][str(metrics["num_samples"])]
+    told = {"label": label, "metrics": metrics, "calculation": None, "reasoning": None}
+    if errors is not None and errors["program"]["num_wrong"] > errors["program"]["not_checkable"]:
+        checked = errors["program"]["num_wrong"] - errors["program"]["not_checkable"]
+        told |= {
+            name: (1 - ratio["value"]) * errors["program"][name] / checked for name in ("calculation", "reasoning")
+        }
+    return told
 
 
 def headline(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, str]:
@@ -150,159 +167,6 @@ def headline(metrics: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[str, s
     )
 
 
-def percent(share: float, digits: int = 0) -> str:
-    """0.934 as "93 %"; takes more digits where rounding would claim a 0 or a 100 that is not true."""
-    while digits < 3 and 0 < share < 1 and float(f"{100 * share:.{digits}f}") in (0, 100):
-        digits += 1
-    return f"{100 * share:.{digits}f}\N{NARROW NO-BREAK SPACE}%"
-
-
 def _interval(entry: Mapping[str, Any]) -> str:
     low, high = entry["ci95"]
     return f"{100 * low:.1f}–{100 * high:.1f}"
-
-
-def _shorten(text: str) -> str:
-    dropped = len(text) - HEAD_CHARS - TAIL_CHARS
-    if dropped <= 0:
-        return text
-    return f"{text[:HEAD_CHARS]}\n\n[… {dropped:,} characters left out …]\n\n{text[-TAIL_CHARS:]}"
-
-
-# ------------------------------------------------------------------------------------------------ problems
-
-
-def _browser_problems(folder: epath.Path) -> tuple[list[dict[str, Any]], int]:
-    """Graded problems, hardest first, at most MAX_PROBLEMS of them at even steps; and how many there were."""
-    grades: dict[str, dict[int, tuple[bool, str | None]]] = collections.defaultdict(dict)
-    for grade in read_grades(folder):
-        verdict = (grade["correct"], grade["answer"])
-        grades[grade["problem_id"]].setdefault(grade["sample_id"], verdict)  # the first of duplicates wins
-    problems = []
-    for problem in read_problems(folder):
-        verdicts = grades.get(problem["problem_id"])
-        if verdicts:
-            right, total = sum(correct for correct, _ in verdicts.values()), len(verdicts)
-            solved = "never" if right == 0 else "always" if right == total else "sometimes"
-            problems.append({**problem, "right": right, "total": total, "solved": solved})
-    num_graded = len(problems)
-    problems.sort(key=lambda problem: problem["right"] / problem["total"])
-    if num_graded > MAX_PROBLEMS:
-        problems = [problems[i] for i in np.linspace(0, num_graded - 1, MAX_PROBLEMS).astype(int)]
-    samples: dict[str, dict[int, dict[str, Any]]] = {problem["problem_id"]: {} for problem in problems}
-    for part in parts(folder, "samples"):
-        for sample in read_samples(part, grades)[0]:
-            if sample["problem_id"] in samples and sample["sample_id"] in grades[sample["problem_id"]]:
-                samples[sample["problem_id"]][sample["sample_id"]] = sample
-    for problem in problems:
-        problem["samples"] = _telling_samples(samples[problem["problem_id"]], grades[problem["problem_id"]])
-    return problems, num_graded
-
-
-def _telling_samples(
-    samples: Mapping[int, Mapping[str, Any]], grades: Mapping[int, tuple[bool, str | None]]
-) -> list[dict[str, Any]]:
-    """Up to two right, then two wrong samples: of different texts, and different answers where there are any;
-    the most frequent answers first."""
-    chosen: list[dict[str, Any]] = []
-    for wanted in (True, False):
-        times = collections.Counter(answer for correct, answer in grades.values() if correct == wanted)
-        distinct: dict[str, dict[str, Any]] = {}
-        for sample_id, sample in sorted(samples.items()):
-            correct, answer = grades[sample_id]
-            if correct == wanted:
-                shown = {**sample, "correct": correct, "answer": answer, "times": times[answer]}
-                distinct.setdefault(sample["text"].strip(), shown)
-        nth: collections.Counter[str | None] = collections.Counter()
-        for sample in distinct.values():
-            nth[sample["answer"]] += 1
-            sample["nth"] = nth[sample["answer"]]
-        ranked = sorted(distinct.values(), key=lambda sample: (sample["nth"], -sample["times"]))
-        chosen += ranked[:MAX_PER_VERDICT]
-    return chosen
-
-
-# ------------------------------------------------------------------------------------------------ the figure
-
-
-def _figure(
-    metrics: Mapping[str, Any],
-    names: Mapping[str, str],
-    kind: str,
-    *,
-    width: float,
-    page_variant: str | None = None,
-) -> bytes:
-    """Pass@k, maj@k and PassRatio over k, as "svg" or "png". For the page, text stays text."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    n, light = metrics["num_samples"], {name: light for name, (light, _) in COLOURS.items()}
-    ends = {"ratio": metrics["pass_ratio"][str(n)]["value"]}
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "svg.fonttype": "none" if page_variant else "path",
-        # The page holds two figures: their ids must differ, and stay the same from one run to the next.
-        "svg.hashsalt": page_variant or "file",
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, 3.9), facecolor="none" if page_variant else light["paper"])
-        margin = 0 if page_variant else 0.12  # inches; the page has margins of its own
-        left, right = (0.52 + margin) / width, (1.08 + margin) / width
-        axes = figure.add_axes((left, 0.155, 1 - left - right, 0.735), facecolor="none")
-        axes.set_xscale("log", base=2)
-        axes.set(xlim=(1, n), ylim=(0, 1))
-        ticks = [2**i for i in range(n.bit_length()) if n / 2**i > 1.5]
-        ticks = [*ticks[:: 1 if page_variant != "narrow" else 2], n]
-        axes.set_xticks(ticks, [str(k) for k in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
-        axes.tick_params(length=0, pad=6, colors=light["muted"])
-        axes.grid(axis="y", color=light["grid"], linewidth=0.8)
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel("samples per problem, k", color=light["muted"], labelpad=6)
-        title = "problems answered right" + ("" if metrics["complete"] is True else " · unfinished run")
-        figure.text(margin / width, 0.95, title, color=light["muted"])
-        for name, key, line_width in (("vote", "maj_at", 1.6), ("pass", "pass_at", 2.6)):
-            ks = sorted(int(k) for k in metrics[key])
-            values = [metrics[key][str(k)]["value"] for k in ks]
-            low, high = zip(*(metrics[key][str(k)]["ci95"] for k in ks), strict=True)
-            axes.fill_between(ks, low, high, color=light[name], alpha=0.15, linewidth=0)
-            axes.plot(ks, values, color=light[name], linewidth=line_width, clip_on=False)
-            ends[name] = values[-1]
-        axes.axhline(ends["ratio"], color=light["ratio"], linewidth=1.8, dashes=(5, 3))
-        look: dict[str, Any]
-        for name, height in _spread(ends, gap=0.135).items():
-            label = names[name].removesuffix(" so far")
-            for text, rise, size, weight in ((percent(ends[name]), 7, 12, "bold"), (label, -7, 9, "normal")):
-                look = {"size": size, "weight": weight, "color": light[name], "va": "center"}
-                axes.annotate(text, (1, height), (9, rise), ("axes fraction", "data"), "offset points", **look)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else {})
-    return buffer.getvalue()
-
-
-def _spread(ends: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights for the labels: near their lines, but at least `gap` apart, and within the figure."""
-    order = sorted(ends, key=lambda name: (ends[name], ["ratio", "vote", "pass"].index(name)))
-    heights = [ends[name] for name in order]
-    for _ in range(100):  # neighbours push each other by halves; three labels settle long before
-        for i in range(len(heights) - 1):
-            lack = max(0.0, gap - (heights[i + 1] - heights[i]))
-            heights[i], heights[i + 1] = heights[i] - lack / 2, heights[i + 1] + lack / 2
-        inward = max(0.0, 0.03 - heights[0]) + min(0.0, 0.97 - heights[-1])
-        heights = [height + inward for height in heights]
-    return dict(zip(order, heights, strict=True))
-
-
-def _as_part_of_the_page(svg: bytes) -> str:
-    """The figure in the page's colours and letters, without ids and styles that would leak into the page."""
-    text = svg.decode()
-    text = '<svg aria-hidden="true" ' + text[text.index("<svg ") + len("<svg ") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r' width="[^"]*" height="[^"]*"', "", text, count=1)  # CSS decides
-    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
-    for name, (light, _) in COLOURS.items():
-        text = text.replace(light, f"var(--{name})")
-    return text

@@ -17,6 +17,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import pytest
 
+from data_pipeline.tasks import Problem, read_problems
+
 # A job in the background of a shell ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,6 +39,16 @@ def test_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def gsm8k_train(test_data: Path) -> list[Problem]:
+    return read_problems("gsm8k", "train", str(test_data / "gsm8k_train.jsonl.gz"))
+
+
+@pytest.fixture(scope="session")
+def gsm8k_test(test_data: Path) -> list[Problem]:
+    return read_problems("gsm8k", "test", str(test_data / "gsm8k_test.jsonl.gz"))
 
 
 @pytest.fixture(scope="session")

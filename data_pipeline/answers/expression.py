@@ -18,17 +18,18 @@ from fractions import Fraction
 Value = Fraction | complex
 
 MAX_CHARS = 2000
-_MAX_DEPTH = 40
+_MAX_DEPTH = 80  # calls of one another; brackets take two
 _MAX_BITS = 100_000  # of an exact number: 2004! has 19,000
 _MAX_FACTORIAL = 5000
 _MAX_LETTERS = 3  # beside each other: more are a word
 _POINTS = 3  # expressions with letters are compared at so many places
 _CLOSE = 1e-9  # relative, between values of double precision
-_CLOSE_DECIMALS = 1e-6  # relative, where one side is written with a decimal point, as rounded
+_CLOSE_DECIMALS = 2e-6  # relative, where one side is written with a decimal point, as rounded
 _ZERO = 1e-12
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<command>\\[A-Za-z]+|√)|(?P<name>[A-Za-z]+)|(?P<sign>[-+*/^_!%°|()\[\]{}]))"
+    r"\s*(?:(?P<number>\d+(?:\.\d*)?|\.\d+)|(?P<command>\\[A-Za-z]+|√)|(?P<name>[A-Za-z]+)|(?P<sign>[-+*/^_!%°|()\[\]{}]))",
+    re.ASCII,
 )
 _FUNCTIONS: Mapping[str, Callable[[complex], complex]] = {
     "sin": cmath.sin,
@@ -52,8 +53,8 @@ _PRODUCT = ("*", r"\cdot", r"\times", r"\ast")
 _QUOTIENT = ("/", r"\div")
 _FRACTION = (r"\frac", r"\dfrac", r"\tfrac", r"\cfrac")
 _LETTERS = {
-    *"alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau".split(),
-    *"upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split(),
+    *["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau"],
+    *["upsilon", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega", "ell"],
 }  # fmt: skip
 
 
@@ -196,7 +197,12 @@ class _Reader:
         return value if sign > 0 else _apply("*", Fraction(-1), value)  # of the power: -2^2 is -4
 
     def _power(self) -> Value:
-        value = self._atom()
+        self._deeper()
+        value = self._with_its_signs(self._atom())
+        self._depth -= 1
+        return value
+
+    def _with_its_signs(self, value: Value) -> Value:
         while True:
             token = self._peek()
             if token == "^":
@@ -215,12 +221,15 @@ class _Reader:
                 return value
 
     def _atom(self) -> Value:
-        self._depth += 1
-        if self._depth > _MAX_DEPTH:
-            raise Unreadable("too deep")
+        self._deeper()
         value = self._read_atom(self._take())
         self._depth -= 1
         return value
+
+    def _deeper(self) -> None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise Unreadable("too deep")
 
     def _read_atom(self, token: str) -> Value:
         if token[0].isdigit() or token[0] == ".":
@@ -312,7 +321,7 @@ class _Reader:
         base: Value | None = None
         while self._peek() in ("^", "_"):
             if self._take() == "^":
-                power = self._argument() if self._peek() == "{" else self._signed()
+                power = self._argument()
             else:
                 base = self._argument()
         if power == -1 and name in ("sin", "cos", "tan"):
@@ -400,7 +409,9 @@ def _root(value: Value, degree: Value) -> Value:
             return _apply("*", Fraction(-1), _root(-value, degree))
         top, bottom = _whole_root(abs(value.numerator), n), _whole_root(value.denominator, n)
         if top is not None and bottom is not None:
-            return Fraction(top, bottom) if value >= 0 else complex(Fraction(top, bottom)) * cmath.exp(1j * cmath.pi / n)
+            return (
+                Fraction(top, bottom) if value >= 0 else complex(Fraction(top, bottom)) * cmath.exp(1j * cmath.pi / n)
+            )
     return complex(value) ** (1 / n)
 
 

@@ -34,7 +34,9 @@ _MARK = re.compile(
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _FENCED = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
-_SENTENCE_ENDS = re.compile(r"[.!?](?=\s+[A-Z(\\$]|\s*$)|,?\s(?:because|since|which|where|so that|given that|that is|i\.e\.|as)[\s,]", re.DOTALL)
+_SENTENCE_ENDS = re.compile(
+    r"[.!?](?=\s+[A-Z(\\$]|\s*$)|,?\s(?:because|since|which|where|so that|given that|that is|i\.e\.|as)[\s,]", re.DOTALL
+)
 _TALK = re.compile(r"\b(?:so|thus|hence|therefore|we|it|this|he|she|they|is|are|get|gives|have|has)\b", re.IGNORECASE)
 _CONNECTIVE = re.compile(r"\b(?:and|or|to)\b|[\s,;.:()*]", re.IGNORECASE)
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -101,16 +103,19 @@ def _candidates(response: str) -> Iterator[tuple[str, str]]:
 def _is_prose(candidate: str) -> bool:
     bare = re.sub(r"\\text\w*\s*\{[^{}]*\}|\\[A-Za-z]+", " ", candidate)
     words = len(re.findall(r"[A-Za-z]{3,}", bare))
-    return words > _MAX_BARE_WORDS or (words > 0 and not re.search(r"[\d\\$]", candidate)) or candidate.startswith(r"\begin{al")
+    return (
+        words > _MAX_BARE_WORDS
+        or (words > 0 and not re.search(r"[\d\\$]", candidate))
+        or candidate.startswith(r"\begin{al")
+    )
 
 
 def _unmarked(response: str) -> Iterator[tuple[str, str]]:
     text = response.strip()
     bare = re.sub(r"\\text\w*\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text)
     if "\n" not in text and len(text) <= _MAX_BARE and len(re.findall(r"[A-Za-z]{3,}", bare)) <= _MAX_BARE_WORDS:
-        answer = _answer_in(text)
-        if not _TALK.search(answer):
-            yield "whole", answer
+        if not _TALK.search(text) and not _BOX.search(text):
+            yield "whole", _answer_in(text)
     fenced = [next(group for group in match.groups() if group) for match in _FENCED.finditer(response[-_MAX_LINE:])]
     if fenced:
         yield "last_math", fenced[-1].strip()
@@ -188,7 +193,7 @@ def _number_of(candidate: str) -> str | None:
         if value is not None:
             return _written(value * _SCALES[scale[2]])
     if parse_number(plain) is not None:
-        return plain.replace(" ", "")
+        return plain.replace(" ", "").rstrip("%")
     if "\\" in plain or " " in plain:  # \frac{3}{4}, 3 1/2
         try:
             exact = value_of(plain)

@@ -10,8 +10,7 @@ _SYMBOLS = str.maketrans({
     "’": "'", "‘": "'", "“": '"', "”": '"', "⁄": "/", "∕": "/", "$": " ", "€": " ", "£": " ",
     **{letter: rf"\{name} " for letter, name in zip(
         "αβγδεζηθικλμνξρστυφχψωπΔΓΘΛΞΣΦΨΩ",
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
-        "pi Delta Gamma Theta Lambda Xi Sigma Phi Psi Omega".split(), strict=True)},
+        ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "pi", "Delta", "Gamma", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega"], strict=True)},
 })  # fmt: skip
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
 _TO_PLAIN = str.maketrans(_RAISED + _LOWERED, "0123456789+-n0123456789")
@@ -28,11 +27,42 @@ _RENAMED = {
     "div": r"\div ", "ast": r"\cdot ", "le": r"\le ", "ge": r"\ge ", "ne": r"\ne ", "qquad": " ", "quad": " ",
 }  # fmt: skip
 _DROPPED = {
-    *"left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle limits".split(),
-    *"nolimits mathstrut strut phantom scriptstyle rm bf it mathord mathopen mathclose".split(),
+    *["left", "right", "middle", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "Biggl", "Biggr", "displaystyle", "textstyle", "limits"],
+    *["nolimits", "mathstrut", "strut", "phantom", "scriptstyle", "rm", "bf", "it", "mathord", "mathopen", "mathclose"],
 }  # fmt: skip
-_TEXT = {*"text textbf textit textrm textsf texttt textnormal mbox hbox mathrm operatorname textup emph".split()}
-_UNWRAPPED = {*"mathbf mathit mathsf mathtt boldsymbol bm mathbb mathcal mathnormal ensuremath boxed fbox".split()}
+_TEXT = {
+    *[
+        "text",
+        "textbf",
+        "textit",
+        "textrm",
+        "textsf",
+        "texttt",
+        "textnormal",
+        "mbox",
+        "hbox",
+        "mathrm",
+        "operatorname",
+        "textup",
+        "emph",
+    ]
+}
+_UNWRAPPED = {
+    *[
+        "mathbf",
+        "mathit",
+        "mathsf",
+        "mathtt",
+        "boldsymbol",
+        "bm",
+        "mathbb",
+        "mathcal",
+        "mathnormal",
+        "ensuremath",
+        "boxed",
+        "fbox",
+    ]
+}
 _COMMAND = re.compile(r"\\(?:([A-Za-z]+)\*?|(.)|$)", re.DOTALL)
 _REPEATING = re.compile(r"(\d{0,12})\.(\d{0,12})\\overline\s*\{(\d{1,12})\}")
 _DEGREES = re.compile(r"\^\s*(?:\\circ\b|\{\s*\\circ\s*\}|°)|\\circ\b")
@@ -118,8 +148,26 @@ def words(text: str) -> str:
     return re.sub(r"[^\w:+/-]|_", "", text)
 
 
-_COUNT = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-_COUNT += "seventeen eighteen nineteen twenty".split()
+_COUNT = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+]
+_COUNT += ["seventeen", "eighteen", "nineteen", "twenty"]
 
 
 def counted(word: str) -> int | None:

@@ -41,7 +41,26 @@ Unit = tuple[str, int, Fraction]  # dimension, its power, and how many of the di
 _POWER = r"\s*(?:\^\s*\{?\s*(?P<power>[23])\s*\}?)?\s*\.?\s*"
 _IN_TEXT = re.compile(rf"(?P<number>.*?\S)\s*\\text\s*\{{(?P<unit>[^{{}}]*)\}}{_POWER}", re.DOTALL)
 _BARE = re.compile(rf"(?P<number>.*(?:[\d}})°!%]|\\pi))(?P<unit>\s*[A-Za-z][A-Za-z ./]*?){_POWER}", re.DOTALL)
-_NO_WORDS = {*"sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt and".split()}
+_NO_WORDS = {
+    *[
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "log",
+        "exp",
+        "sqrt",
+        "and",
+    ]
+}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 

@@ -20,6 +20,7 @@ _MEMORY = 2 * 2**30
 _TOLERANCE = 1e-6  # relative; math-verify rounds to six places, which makes equal of 1e-20 and 2e-20
 _FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.", "socket.", "shutil.", "os.kill",
               "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.putenv", "ctypes.")  # fmt: skip
+_COMPILERS = ("/dataclasses.py", "/typing.py", "/collections/__init__.py", "/sympy/polys/monomials.py")
 
 
 def compare(gold: str, answer: str) -> bool:
@@ -58,8 +59,11 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError(event)
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         raise PermissionError(f"{event} {arguments[0]!r}")
-    if event == "compile" and arguments[0] is not None:  # an import compiles files, which are compiled already
-        raise PermissionError(event)
+    # An import reads what is compiled already; these few compile what libraries say in their own code.
+    if event == "compile" and arguments[0] is not None:
+        caller = sys._getframe(1).f_code.co_filename
+        if not caller.endswith(_COMPILERS):
+            raise PermissionError(event)
 
 
 def _serve() -> None:

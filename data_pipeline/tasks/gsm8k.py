@@ -28,7 +28,9 @@ def parse_row(question: str, answer: str, split: str) -> Problem:
     if parse_number(gold) is None:
         raise ValueError(f"the answer after '####' must be a number, got {gold!r}")
     question = question.strip()
-    return Problem(f"gsm8k/{split}/{question_hash(question)}", question, solution, gold, num_steps=count_lines(solution))
+    return Problem(
+        f"gsm8k/{split}/{question_hash(question)}", question, solution, gold, num_steps=count_lines(solution)
+    )
 
 
 def _read(split: str, source: str | None) -> Iterator[Problem]:

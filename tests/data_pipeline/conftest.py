@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.tasks import Problem, read_problems
+from data_pipeline.tasks import Problem
 from data_pipeline.templates import Template
 from data_pipeline.tokenized import TokenizedRows, tokenize
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -24,16 +24,6 @@ def small_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def large_tokenizer(test_data: Path) -> Tokenizer:
     return Tokenizer.load(str(test_data / "mistral_v1_tokenizer.model"))
-
-
-@pytest.fixture(scope="session")
-def gsm8k_train(test_data: Path) -> list[Problem]:
-    return read_problems("gsm8k", "train", str(test_data / "gsm8k_train.jsonl.gz"))
-
-
-@pytest.fixture(scope="session")
-def gsm8k_test(test_data: Path) -> list[Problem]:
-    return read_problems("gsm8k", "test", str(test_data / "gsm8k_test.jsonl.gz"))
 
 
 @pytest.fixture(scope="session")

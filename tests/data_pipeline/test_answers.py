@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import pytest
 
-from data_pipeline.answers import canonical_number, extract_number, numbers_equal, parse_number
+from data_pipeline.answers import answer_class, extract, is_equal, parse_number
 from data_pipeline.templates import Template
 
-ANSWER, HASH, LAST = "answer_line", "hash_line", "last_number"
+ANSWER, HASH, BOXED, LAST = "answer_line", "hash_line", "boxed", "last_number"
 
 
 @pytest.mark.parametrize(
@@ -20,10 +20,18 @@ ANSWER, HASH, LAST = "answer_line", "hash_line", "last_number"
         ("24 + 48 = 72\nThe answer is: 72.", "72", ANSWER),
         ("the final answer is 72", "72", ANSWER),
         ("THE ANSWER IS: 72", "72", ANSWER),
-        ("The answer is:\n72", "72", LAST),  # the marked line holds no number
+        ("The answer is:\n72", "72", ANSWER),
+        ("The answer is:\n\\[ 72 \\]", "72", ANSWER),
+        ("Answer: 72", "72", ANSWER),
+        ("**Final answer:** 72 apples", "72", ANSWER),
+        ("So the answer to the question is 72.", "72", ANSWER),
         ("24 + 48 = 70\n#### 72", "72", HASH),
         ("#### 71\nThe answer is: 72", "72", ANSWER),
-        ("The answer is: 72\n#### 71", "72", ANSWER),
+        ("The answer is: 72\n#### 71", "71", HASH),
+        ("24 + 48 = \\boxed{72}, which is less than 80.", "72", BOXED),
+        ("\\boxed{71} is wrong. It is \\fbox{ 72 }.", "72", BOXED),
+        ("\\boxed 72", "72", BOXED),
+        ("It is \\boxed{72, as 24 + 48 is 80 - 8", "8", LAST),  # never closed
         ("She has 24, he has 48, so 72 in all.", "72", LAST),
         ("The answer is: unknown.\n#### 72", "72", HASH),
         ("72 it is.\nThe answer is: unknown.", "72", LAST),
@@ -56,6 +64,20 @@ ANSWER, HASH, LAST = "answer_line", "hash_line", "last_number"
         ("The answer is: **72**", "72", ANSWER),
         ("The answer is: $\\boxed{72}$.", "72", ANSWER),
         ("It costs 72.", "72", LAST),
+        ("The answer is: $\\frac{3}{4}$.", "3/4", ANSWER),
+        ("The answer is: 3 1/2 hours.", "7/2", ANSWER),
+        ("The answer is: \u00bd", "1/2", ANSWER),
+        ("The answer is: twelve.", "12", ANSWER),
+        ("The answer is: 1.5 million dollars.", "1500000", ANSWER),
+        ("The answer is: 3 dozen.", "36", ANSWER),
+        # A response ends where the model asks itself another question, or speaks for the user.
+        ("The answer is: 5.\n\nQuestion: And then?\nThe answer is: 6.", "5", ANSWER),
+        ("#### 5\n\nQ: And then?\n#### 6", "5", HASH),
+        ("The answer is: 5.\nUSER: And then? ASSISTANT: The answer is: 6.", "5", ANSWER),
+        ("The answer is: 5.<|im_end|>\nThe answer is: 6.", "5", ANSWER),
+        ("Question: 2 + 3?\nThe answer is: 5.", "5", ANSWER),
+        ("Let me see.\nQuestion 1: 5\n", "5", LAST),  # there is no answer before it
+        ("<think>The answer is: 6.</think>\nThe answer is: 5.", "5", ANSWER),
         # Digits beside letters and other digits.
         ("The answer is: 72apples", "72", ANSWER),
         ("The answer is: 5km", "5", ANSWER),
@@ -76,7 +98,7 @@ ANSWER, HASH, LAST = "answer_line", "hash_line", "last_number"
     ],
 )
 def test_the_answer_and_its_rule(response, answer, rule):
-    extracted = extract_number(response)
+    extracted = extract(response, "number")
     assert (extracted.answer, extracted.rule) == (answer, rule)
 
 
@@ -157,20 +179,20 @@ def test_what_is_no_number_has_no_value(text):
     ],
 )
 def test_integers_are_equal_exactly_and_others_to_a_thousandth(answer, gold, equal):
-    assert numbers_equal(answer, gold) is equal
+    assert is_equal(answer, gold, "number") is equal
 
 
 @pytest.mark.parametrize("gold", ["", "seven", "1 1/2", "1/0"])
 def test_a_gold_answer_that_is_no_number_is_an_error(gold):
     with pytest.raises(ValueError, match=r"the gold answer .* is not a number"):
-        numbers_equal("72", gold)
+        is_equal("72", gold, "number")
 
 
 def test_equal_numbers_share_a_vote_and_others_do_not():
-    assert len({canonical_number(text) for text in ("1200", "1,200.0", "$1200", "2400/2", "1200.")}) == 1
-    assert len({canonical_number(text) for text in ("1200", "-1200", "1200.5", "0.12", "120")}) == 5
-    assert canonical_number("0.5") == canonical_number("1/2")
-    assert canonical_number(None) is None and canonical_number("many") is None
+    assert len({answer_class(text, "number") for text in ("1200", "1,200.0", "$1200", "2400/2", "1200.")}) == 1
+    assert len({answer_class(text, "number") for text in ("1200", "-1200", "1200.5", "0.12", "120")}) == 5
+    assert answer_class("0.5", "number") == answer_class("1/2", "number")
+    assert answer_class(None, "number") is None and answer_class("many", "number") is None
 
 
 @pytest.mark.parametrize(
@@ -201,9 +223,9 @@ def test_equal_numbers_share_a_vote_and_others_do_not():
 )
 def test_hostile_text_is_answered_within_a_second(text):
     started = time.process_time()
-    answer = extract_number(text).answer
-    numbers_equal(text, "72")
-    canonical_number(text)
+    answer = extract(text, "number").answer
+    is_equal(text, "72", "number")
+    answer_class(text, "number")
     assert time.process_time() - started < 1
     assert answer is None or len(answer) <= 50
 
@@ -214,7 +236,7 @@ def test_each_gsm8k_solution_is_graded_equal_to_its_own_gold(split, test_data, r
         public = [json.loads(line)["answer"].split("#### ")[1].replace(",", "") for line in file]
     wrong = []
     for problem, gold in zip(request.getfixturevalue(f"gsm8k_{split}"), public, strict=True):
-        extracted = extract_number(Template().render_response(problem.solution, problem.answer))
-        if extracted.rule != ANSWER or not numbers_equal(extracted.answer, gold):
+        extracted = extract(Template().render_response(problem.solution, problem.answer), "number")
+        if extracted.rule != ANSWER or not is_equal(extracted.answer, gold, "number"):
             wrong.append((problem.id, extracted, gold))
     assert wrong == []

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from data_pipeline.answers import extract_number, numbers_equal
+from data_pipeline.answers import extract, is_equal
 from data_pipeline.templates import Template
 from data_pipeline.word_problems import MAX_VALUE, generate_problems
 
@@ -94,5 +94,5 @@ def test_problems_are_a_function_of_the_seed(problems):
 
 def test_a_rendered_solution_is_graded_right(problems):
     for problem in problems:
-        extracted = extract_number(Template().render_response(problem.solution, problem.answer))
-        assert numbers_equal(extracted.answer, problem.answer)
+        extracted = extract(Template().render_response(problem.solution, problem.answer), "number")
+        assert is_equal(extracted.answer, problem.answer, "number")

@@ -212,8 +212,8 @@ def test_damage_is_said(folder: epath.Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not an eval folder"):
         grade(epath.Path(tmp_path))
     (folder / "samples" / "part-00002-00002.jsonl").write_text('{"problem_id": "x", ')
-    with pytest.raises(RunError, match=r"part-00002-00002.jsonl is damaged"):
-        grade(folder)
+    metrics = json.loads(grade(folder).read_text())
+    assert metrics["left_out"] == {"malformed lines": 1} and metrics["complete"]["missing samples"] == 8
     shutil.rmtree(folder / "samples")
     with pytest.raises(RunError, match="no problem has all its 8 samples"):
         grade(folder)
@@ -223,8 +223,9 @@ def test_is_correct_compares_final_answers() -> None:
     assert is_correct("3 + 4 = 7\nThe answer is: 7.", "7")
     assert not is_correct("The answer is: 70.", "7")
     assert not is_correct("I do not know.", "7")
-    with pytest.raises(ValueError, match="kind='latex'"):
-        is_correct("7", "7", "latex")
+    assert is_correct(r"It is $\frac{14}{2}$.", "7", "latex")
+    with pytest.raises(ValueError, match="kind='poem'"):
+        is_correct("7", "7", "poem")  # type: ignore[arg-type]
 
 
 def test_more_problems_go_on_from_the_first_ones(trained: Path, sampled: Path, folder: epath.Path) -> None:
@@ -274,7 +275,7 @@ def test_samples_without_a_run_file_are_not_adopted(trained: Path, folder: epath
         sample(settings(trained, Path(folder)))
 
 
-@pytest.mark.parametrize("name", ["run.json", "problems.jsonl", "samples/part-00000-00000.jsonl"])
+@pytest.mark.parametrize("name", ["run.json", "problems.jsonl"])
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'{"problem_id": "demo/40"}\n', b"[1"])
 def test_a_damaged_file_is_named(folder: epath.Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)

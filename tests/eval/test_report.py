@@ -4,10 +4,13 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
+from eval.figures import COLOURS, percent
 from eval.metrics import answer_classes, compute_metrics
-from eval.report import COLOURS, headline, percent, write_report
+from eval.report import headline, write_report
+from eval.step_law import step_law
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://evil.example/x" onerror=alert(2)>'
 
@@ -108,7 +111,7 @@ def test_an_endless_line_is_cut_in_the_middle_and_says_by_how_much(tmp_path):
     path = write_report(tmp_path)
     assert len(path.read_bytes()) < 150_000
     assert re.search(r"\[… 6,4\d\d characters left out …\]", path.read_text())
-    assert "so it is 42" in path.read_text()
+    assert "so it is 42" in Page(path.read_text()).words
 
 
 def test_the_page_needs_no_network_and_no_script(tmp_path):
@@ -195,10 +198,67 @@ def test_problems_go_from_hardest_to_easiest_and_can_be_filtered_by_the_keyboard
     assert radios == ["show-all", "show-never", "show-sometimes", "show-always"]
 
 
-def test_many_problems_are_cut_to_200_and_the_page_says_so(tmp_path):
-    page = Page(write_report(write_eval(tmp_path, [["42"]] * 150 + [["1"]] * 150)).read_text())
-    assert sum("problem" in attributes.get("class", "") for tag, attributes in page.tags if tag == "details") == 200
-    assert "200 of 300 problems" in page.words
+def test_a_page_keeps_to_its_size_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.browser.MAX_BYTES", 200_000)
+    path = write_report(write_eval(tmp_path, [["42"]] * 150 + [["1"]] * 150))
+    page = Page(path.read_text())
+    shown = sum("problem" in attributes.get("class", "") for tag, attributes in page.tags if tag == "details")
+    assert 50 < shown < 200 and f"{shown} of 300 problems" in page.words
+    assert len(path.read_bytes()) < 300_000
+
+
+def test_the_answer_is_marked_in_the_samples(tmp_path):
+    text = write_report(write_eval(tmp_path, [["42", "7", "42", "7"]])).read_text()
+    assert re.findall(r"The answer is: <mark>(\d+)</mark>", text) == ["42", "7"]
+
+
+def test_mathematics_is_set_without_a_script(tmp_path):
+    write_eval(tmp_path, [[r"\frac{1}{2}", "42"]], question="What is $x^2$?", text="It costs $5. The answer is: ${}$")
+    (tmp_path / "run.json").write_text((tmp_path / "run.json").read_text().replace('"sums"', '"math"'))
+    page = Page(write_report(tmp_path).read_text())
+    assert page.count("math") == 1 + 2 * 1 + 1  # question; a formula in each sample; an answer
+    assert page.count("mfrac") == 2 and page.count("script") == 0
+
+
+def test_the_step_law_is_drawn_and_said(tmp_path):
+    write_eval(tmp_path, MIXED)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    rng = np.random.default_rng(0)
+    steps = np.repeat([2, 3, 4, 5, 6, 7], 50)
+    bent = np.where(steps > 5, 0.5, 1) * rng.binomial(16, 0.9**steps) / 16
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "step_law": step_law(steps, bent)}))
+    path = write_report(tmp_path)
+    assert "long solutions are worse than short ones promise" in Page(path.read_text()).words
+    assert (tmp_path / "step_law.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "step_law.svg").exists()
+    ids = re.findall(r'\bid="([^"]+)"', path.read_text())
+    assert len(ids) == len(set(ids)) and path.read_text().count("<svg") == 4
+
+
+def test_runs_stand_beside_each_other_by_what_tells_them_apart(tmp_path):
+    for name, answers in (("7k", MIXED), ("30k", [["42", "42", "42", "1"]] * 3)):
+        folder = tmp_path / "runs" / name / "eval"
+        folder.mkdir(parents=True)
+        write_eval(folder, answers)
+        program = {"num_wrong": 8, "calculation": 2, "reasoning": 4, "not_checkable": 2, "first_false_position": 0.5}
+        (folder / "errors.json").write_text(json.dumps({"program": program}))
+    path = write_report(tmp_path / "runs/30k/eval", beside=[tmp_path / "runs/7k/eval"])
+    words = plain(Page(path.read_text()).words)
+    # Half, and a quarter, of the samples are wrong; a third of those that could be checked by calculation.
+    assert re.search(r"7k4 50.0 %\S* 66.7 %\S* 16.7 %33.3 % 30k4 75.0 %\S* 100.0 %\S* 8.3 %16.7 %", words)
+    assert (path.parent / "error_types.svg").exists() and path.read_text().count("<svg") == 4
+
+
+def test_what_goes_wrong_is_shown(tmp_path):
+    write_eval(tmp_path, MIXED)
+    told = {
+        "program": {"num_wrong": 10, "calculation": 2, "reasoning": 6, "not_checkable": 2, "first_false_position": 0.5},
+        "judge": {"model": "<b>m", "num_judged": 4, "calculation": 1, "reasoning": 3, "first_error_position": 0.25},
+        "agreement": {"num_both": 4, "same_type": 0.75, "kappa": 0.5, "same_step": None},
+    }
+    (tmp_path / "errors.json").write_text(json.dumps(told))
+    words = plain(Page(write_report(tmp_path).read_text()).words)
+    assert "program82 not checkable 25 %75 %50 %of the steps, calculation" in words
+    assert "<b>m4 25 %75 %25 %of the steps" in words and "name the same type for 75 % (Cohen's kappa 0.50)" in words
 
 
 def test_the_headline_says_reliability_is_missing_only_where_most_problems_are_solved_sometimes():

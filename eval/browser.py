@@ -1,0 +1,116 @@
+"""The problems that a report shows, each with a few samples that differ, typeset, and within a size."""
+
+import collections
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from data_pipeline.answers import Kind
+from eval.files import parts, read_grades, read_problems, read_samples
+from eval.typeset import answer, typeset
+
+MAX_BYTES = 15_000_000  # of all problems on the page; of more, those at even steps from hardest to easiest are shown
+MAX_PER_VERDICT = 2  # right, and wrong, samples shown for a problem
+HEAD_CHARS, TAIL_CHARS = 2000, 600  # kept of a long text; the tail too, because the answer stands there
+_GROWTH = 6.0  # of mathematical text when it is typeset
+_MARKUP_OF_A_PROBLEM = 1500  # bytes of the page around its texts
+
+Sample = dict[str, Any]
+Verdicts = dict[int, tuple[bool, str | None]]  # by sample: whether it is right, and its answer
+
+
+def shown_problems(folder: epath.Path, kind: Kind) -> tuple[list[dict[str, Any]], int]:
+    """Graded problems with samples, hardest first, as many as the page has room for; and how many there are."""
+    grades: dict[str, Verdicts] = collections.defaultdict(dict)
+    for grade in read_grades(folder):
+        verdict = (grade["correct"], grade["answer"])
+        grades[grade["problem_id"]].setdefault(grade["sample_id"], verdict)  # the first of duplicates wins
+    problems = []
+    for problem in read_problems(folder):
+        verdicts = grades.get(problem["problem_id"])
+        if verdicts:
+            right, total = sum(correct for correct, _ in verdicts.values()), len(verdicts)
+            solved = "never" if right == 0 else "always" if right == total else "sometimes"
+            problems.append({**problem, "right": right, "total": total, "solved": solved})
+    problems.sort(key=lambda problem: problem["right"] / problem["total"])
+    samples = _chosen_samples(folder, grades)
+    for problem in problems:
+        problem["samples"] = samples.get(problem["problem_id"], [])
+    growth = _GROWTH if kind == "latex" else 1.2
+    sizes = np.array([_MARKUP_OF_A_PROBLEM + growth * _size(problem) for problem in problems])
+    room = len(problems)
+    while room > 1 and sizes[_spread(len(sizes), room)].sum() > MAX_BYTES:
+        room = int(0.9 * room)
+    return [_typeset(problems[index], kind) for index in _spread(len(sizes), room)], len(problems)
+
+
+def shorten(text: str) -> str:
+    """The head and the tail of a long text."""
+    dropped = len(text) - HEAD_CHARS - TAIL_CHARS
+    if dropped <= 0:
+        return text
+    return f"{text[:HEAD_CHARS]}\n\n[… {dropped:,} characters left out …]\n\n{text[-TAIL_CHARS:]}"
+
+
+def _spread(length: int, count: int) -> np.ndarray:
+    return np.linspace(0, length - 1, count).astype(int) if count else np.array([], int)
+
+
+def _typeset(problem: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """The problem with its texts as HTML, and its samples'."""
+    return {
+        **problem,
+        "question": typeset(shorten(problem["question"])),
+        "answer": answer(problem["answer"], kind),
+        "solution": typeset(shorten(problem["solution"])) if problem.get("solution") else "",
+        "samples": [
+            {
+                **sample,
+                "text": typeset(shorten(sample["text"]), sample["answer"]),
+                "answer": None if sample["answer"] is None else answer(shorten(sample["answer"]), kind),
+            }
+            for sample in problem["samples"]
+        ],
+    }
+
+
+def _size(problem: dict[str, Any]) -> int:
+    texts = [problem["question"], problem.get("solution") or "", *(sample["text"] for sample in problem["samples"])]
+    return sum(min(len(text), HEAD_CHARS + TAIL_CHARS) for text in texts)
+
+
+def _chosen_samples(folder: epath.Path, grades: Mapping[str, Verdicts]) -> dict[str, list[Sample]]:
+    """The telling samples of every problem; no more than a part file's texts are held at once."""
+    chosen: dict[str, list[Sample]] = {}
+    for part in parts(folder, "samples"):
+        of_part: dict[str, dict[int, Sample]] = collections.defaultdict(dict)
+        for sample in read_samples(part, grades)[0]:
+            if sample["sample_id"] in grades[sample["problem_id"]]:
+                of_part[sample["problem_id"]][sample["sample_id"]] = sample
+        for problem_id, samples in of_part.items():
+            before = {sample["sample_id"]: sample for sample in chosen.get(problem_id, [])}
+            chosen[problem_id] = _telling_samples({**samples, **before}, grades[problem_id])
+    return chosen
+
+
+def _telling_samples(samples: Mapping[int, Sample], grades: Mapping[int, tuple[bool, str | None]]) -> list[Sample]:
+    """Up to two right, then two wrong samples: of different texts, and different answers where there are any;
+    the most frequent answers first."""
+    chosen: list[Sample] = []
+    for wanted in (True, False):
+        times = collections.Counter(answer for correct, answer in grades.values() if correct == wanted)
+        distinct: dict[str, Sample] = {}
+        for sample_id, sample in sorted(samples.items()):
+            correct, answer = grades[sample_id]
+            if correct == wanted:
+                shown = {**sample, "correct": correct, "answer": answer, "times": times[answer]}
+                distinct.setdefault(sample["text"].strip(), shown)
+        nth: collections.Counter[str | None] = collections.Counter()
+        for sample in distinct.values():
+            nth[sample["answer"]] += 1
+            sample["nth"] = nth[sample["answer"]]
+        ranked = sorted(distinct.values(), key=lambda sample: (sample["nth"], -sample["times"]))
+        chosen += ranked[:MAX_PER_VERDICT]
+    return chosen

@@ -1,0 +1,131 @@
+"""`eval errors`: what goes wrong in the wrong samples of a graded folder, by program and, if asked for, by a judge."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pydantic
+from etils import epath
+
+from data_pipeline.cli import RunError, logger
+from data_pipeline.files import write_json
+from data_pipeline.settings import Settings
+from eval.errors import Examined, error_types, examine
+from eval.files import parts, read_grades, read_problems, read_samples
+from eval.judge import Judge, Opinion
+
+
+class ErrorSettings(Settings):
+    """`eval errors DIR`: types of errors, and where the first one stands."""
+
+    num_samples: pydantic.PositiveInt = pydantic.Field(2000, description="wrong samples that are examined, at most")
+    endpoint: str | None = pydantic.Field(
+        None, description="URL of an OpenAI-compatible server whose model judges, too"
+    )
+    model: str | None = pydantic.Field(None, description="name of the model at the endpoint")
+    max_requests: pydantic.NonNegativeInt = pydantic.Field(
+        200, description="solutions that the model is asked about, at most; those it has judged before are free"
+    )
+    seed: pydantic.NonNegativeInt = pydantic.Field(0, description="which samples, where there are more")
+
+    @pydantic.model_validator(mode="after")
+    def _one_judge(self) -> "ErrorSettings":
+        if (self.endpoint is None) != (self.model is None):
+            raise ValueError("--endpoint and --model go together")
+        return self
+
+
+def diagnose(folder: epath.Path, settings: ErrorSettings) -> dict[str, Any]:
+    """Examines wrong samples, spread evenly over the problems, writes errors.json, and returns what it holds.
+
+    Raises RunError where no sample is wrong, or the judge does not answer.
+    """
+    wrong = _wrong_samples(folder, settings)
+    examined = [examine(sample["text"]) for sample in wrong]
+    told: dict[str, Any] = {"program": error_types(examined)}
+    if settings.endpoint is not None:
+        assert settings.model is not None
+        opinions = Judge(settings.endpoint, settings.model).opinions(wrong, settings.max_requests)
+        told["judge"] = {"model": settings.model, **_opinions(opinions, examined)}
+        told["agreement"] = agreement(examined, opinions)
+    write_json(folder / "errors.json", told)
+    logger.info("%s", summary(told))
+    return told
+
+
+def summary(told: dict[str, Any]) -> str:
+    """The result in a line or two."""
+    program = told["program"]
+    share = 100 * program["calculation"] / max(1, program["num_wrong"])
+    lines = [
+        f"{program['num_wrong']} wrong samples: {share:.0f} % state a false equation (calculation), "
+        f"{100 * program['reasoning'] / max(1, program['num_wrong']):.0f} % only true ones (reasoning), "
+        f"{100 * program['not_checkable'] / max(1, program['num_wrong']):.0f} % state none that can be checked"
+    ]
+    if "judge" in told and told["judge"]["num_judged"]:
+        judge, both = told["judge"], told["agreement"]
+        lines.append(
+            f"{judge['model']} on {judge['num_judged']} of them: {100 * judge['calculation'] / judge['num_judged']:.0f} % "
+            f"calculation, first error after {100 * judge['first_error_position']:.0f} % of the steps"
+        )
+        if both["num_both"]:
+            lines.append(f"they agree on the type of {100 * both['same_type']:.0f} % (kappa {both['kappa']:.2f})")
+    return "\n".join(lines)
+
+
+def agreement(examined: Sequence[Examined], opinions: Sequence[Opinion | None]) -> dict[str, Any]:
+    """How often program and judge name the same type, and the same step of a false equation; Cohen's kappa of the types."""
+    pairs = [(e, o) for e, o in zip(examined, opinions, strict=True) if e.error is not None and o is not None]
+    same = [e.error == o.error for e, o in pairs]
+    steps = [e.first_false == o.step for e, o in pairs if e.first_false is not None and o.error == "calculation"]
+    told: dict[str, Any] = {"num_both": len(pairs), "same_type": None, "kappa": None, "same_step": None}
+    if pairs:
+        a, b = (
+            np.mean([each == "calculation" for each in of])
+            for of in zip(*((e.error, o.error) for e, o in pairs), strict=True)
+        )
+        chance = a * b + (1 - a) * (1 - b)
+        told["same_type"] = float(np.mean(same))
+        told["kappa"] = float((np.mean(same) - chance) / (1 - chance)) if chance < 1 else 1.0
+    if steps:
+        told["same_step"] = float(np.mean(steps))
+    return told
+
+
+def _opinions(opinions: Sequence[Opinion | None], examined: Sequence[Examined]) -> dict[str, Any]:
+    given = [(o, e.num_steps) for o, e in zip(opinions, examined, strict=True) if o is not None]
+    return {
+        "num_judged": len(given),
+        **{name: sum(o.error == name for o, _ in given) for name in ("calculation", "reasoning")},
+        "first_error_position": float(np.mean([o.step / steps for o, steps in given])) if given else None,
+    }
+
+
+def _wrong_samples(folder: epath.Path, settings: ErrorSettings) -> list[dict[str, str]]:
+    """Question, answer and text of wrong samples: of each problem in turn one more, until there are enough."""
+    wrong: dict[str, list[int]] = {}
+    for row in read_grades(folder):
+        if not row["correct"]:
+            wrong.setdefault(row["problem_id"], []).append(row["sample_id"])
+    if not wrong:
+        raise RunError(f"{folder} holds no wrong sample: is it graded? `python -m eval grade {folder}` does that")
+    rng = random.Random(settings.seed)
+    for ids in wrong.values():
+        rng.shuffle(ids)
+    order = [
+        (pid, ids[turn])
+        for turn in range(max(map(len, wrong.values())))
+        for pid, ids in wrong.items()
+        if turn < len(ids)
+    ]
+    chosen = set(order[: settings.num_samples])
+    problems = {row["problem_id"]: row for row in read_problems(folder)}
+    texts: dict[tuple[str, int], dict[str, str]] = {}
+    for part in parts(folder, "samples"):
+        for sample in read_samples(part, problems)[0]:
+            key = (sample["problem_id"], sample["sample_id"])
+            if key in chosen and key not in texts:
+                problem = problems[key[0]]
+                texts[key] = {"question": problem["question"], "answer": problem["answer"], "text": sample["text"]}
+    return [texts[key] for key in order[: settings.num_samples] if key in texts]

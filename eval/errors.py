@@ -1,0 +1,148 @@
+"""Where a wrong solution goes wrong, and how (arXiv 2403.04706, section 4.3): calculation errors and reasoning errors.
+
+A calculation error is found by program: a step states an equation between numbers that is false. Of a wrong solution
+whose stated equations all hold, the error is one of reasoning. Nothing is judged where no equation can be read.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.answers.expression import Unreadable, Value, close, value_of
+from data_pipeline.answers.extract import cut
+from data_pipeline.answers.spelling import tidy
+
+_SIDE = r"(?:[-+*/^().\d\s%]|\\(?:cdot|times|div|frac|sqrt)(?![a-z])|[{}])"
+_LEFT, _RIGHT = re.compile(rf"{_SIDE}*$"), re.compile(rf"^{_SIDE}*")
+_TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")
+_OPERATOR = re.compile(r"\d\s*[%)}]*\s*(?:[-+*/^]|\\cdot|\\times|\\div)|\\frac|\\sqrt")
+_MAX_LINE = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """What a step states: the text of both sides, and whether it holds."""
+
+    left: str
+    right: str
+    holds: bool
+
+
+def steps_of(response: str) -> list[str]:
+    """The steps of a response: its lines, or the sentences of one that is a single line, before the answer line."""
+    text = re.split(r"\n?\s*(?:The (?:final )?answer is|####)", cut(response))[0]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if len(lines) == 1:
+        lines = [line for line in re.split(r"(?<=[.!?])\s+(?=[A-Z])", lines[0]) if line]
+    return lines
+
+
+def equations(step: str) -> list[Equation]:
+    """The equations between numbers that a step states: "3 * 4 = 12", "$5 + $2 = $7", "1/3 = 0.33".
+
+    One side at least is a computation. A side that words or letters join is none: in "2 apples * 3 = 6" nothing is
+    read. A decimal is taken as rounded to its places, a whole number beside a fraction as rounded either way.
+    """
+    text = _TIMES.sub(" * ", re.sub(r"\\text\s*\{\s*dollars\s*\}", " ", tidy(step[:_MAX_LINE]).replace(",", "")))
+    sides = text.split("=")
+    found = []
+    for before, after in itertools.pairwise(sides):
+        left, right = _at_the_end(before), _at_the_start(after)
+        if left is None or right is None or not (_OPERATOR.search(left[0]) or _OPERATOR.search(right[0])):
+            continue
+        found.append(Equation(left[0], right[0], _holds(left[1], right[1], left[0], right[0])))
+    return found
+
+
+def _at_the_end(text: str) -> tuple[str, Value] | None:
+    """The expression that stands before "=", all of it: what a word or a letter joins by an operator is none."""
+    match = _LEFT.search(text)
+    assert match is not None
+    side = match[0].strip().rstrip(".")
+    before = text[: match.start()].rstrip()
+    joined = before[-1:].isalnum() and re.match(r"[-+*/^%)]", side)
+    times = re.search(r"(?:^|[\s)])[xX]$", before)  # "60 students x 2/3"
+    return None if joined or times else _read(side)
+
+
+def _at_the_start(text: str) -> tuple[str, Value] | None:
+    match = _RIGHT.search(text)
+    assert match is not None
+    side = match[0].strip().rstrip(".")
+    behind = text[match.end() :]
+    if behind.lstrip()[:1].isalpha() and re.search(r"[-+*/^(]$", side):
+        return None
+    if behind[:1].isalpha() and not match[0][-1:].isspace() and _OPERATOR.search(side):  # 10 + 4c
+        return None
+    # "5 + 3 = 8 (as before" and "= 8 - the rest": what is cut off mid-way belongs to no number.
+    return _read(re.sub(r"[-+*/^({\s.]+$", "", side))
+
+
+def _read(side: str) -> tuple[str, Value] | None:
+    while side:
+        try:
+            return side, value_of(side)
+        except Unreadable:
+            shorter = re.sub(r"^\S+\s+", "", side)  # a sentence's last number, or a list's mark, before it
+            if shorter == side or re.match(r"[-+*/^%)]|0\d", shorter):  # 17 000 / 5
+                return None
+            side = shorter
+    return None
+
+
+def _holds(left: Value, right: Value, left_text: str, right_text: str) -> bool:
+    if close(left, right):
+        return True
+    difference = abs(complex(left) - complex(right))
+    for text in (left_text, right_text):
+        decimals = re.fullmatch(r"\s*-?\d*\.(\d+)\s*%?\s*", text)
+        if decimals is not None:
+            places = len(decimals[1]) + (2 if "%" in text else 0)
+            return difference <= 10.0**-places
+    # "50 = 50%" and "100 * 20 / 100 = 20%" are manners of speaking.
+    if ("%" in left_text) != ("%" in right_text):
+        percent = [value * 100 if "%" in text else value for value, text in ((left, left_text), (right, right_text))]
+        if close(*percent):
+            return True
+    whole = [isinstance(value, Fraction) and value.denominator == 1 for value in (left, right)]
+    return whole[0] != whole[1] and difference < 1  # 10 / 3 = 3: rounded, or what is left over is dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """A wrong solution: its steps, how many state an equation, and the first whose equation is false, from 0."""
+
+    num_steps: int
+    num_checked: int
+    first_false: int | None
+
+    @property
+    def error(self) -> str | None:
+        """ "calculation", "reasoning", or None where nothing could be checked."""
+        if self.first_false is not None:
+            return "calculation"
+        return "reasoning" if self.num_checked else None
+
+
+def examine(response: str) -> Examined:
+    """Checks the steps of a response."""
+    stated = [equations(step) for step in steps_of(response)]
+    false = [index for index, found in enumerate(stated) if not all(equation.holds for equation in found)]
+    return Examined(len(stated), sum(map(bool, stated)), false[0] if false else None)
+
+
+def error_types(examined: Sequence[Examined]) -> dict[str, Any]:
+    """Shares of the wrong solutions by type, and where the first false equation stands: steps before it / steps."""
+    types = [each.error for each in examined]
+    positions = [each.first_false / each.num_steps for each in examined if each.first_false is not None]
+    return {
+        "num_wrong": len(examined),
+        **{name: types.count(name) for name in ("calculation", "reasoning")},
+        "not_checkable": types.count(None),
+        "first_false_position": float(np.mean(positions)) if positions else None,
+    }
