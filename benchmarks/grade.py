@@ -11,6 +11,7 @@ Some of the pairs of answer and gold answer are then compared by one process, by
 parse and verify in turn. Which pairs are right is known, as they were made so.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -101,8 +102,7 @@ def write_folder(
     """An eval folder whose responses are a solution's text with one of the answers; returns how many bytes it holds."""
     rng = random.Random(settings.seed)
     (folder / "samples").mkdir()
-    rows = [{"problem_id": p.id, "question": p.question, "solution": p.solution, "answer": p.answer, "num_steps": p.num_steps,
-             "level": p.level, "subject": p.subject} for p in problems]  # fmt: skip
+    rows = [dataclasses.asdict(problem) | {"problem_id": problem.id} for problem in problems]
     write_json_lines(folder / "problems.jsonl", rows)
     run = {"task": settings.task, "split": "test", "num_problems": len(problems), "num_samples": settings.num_samples}
     (folder / "run.json").write_text(json.dumps({**run, "temperature": 0.7, "max_tokens": 2048, "checkpoint": "none"}))
@@ -183,7 +183,7 @@ def benchmark(settings: GradeSettings, command: str) -> None:
         "math-verify, directly": math_verify,
     }
     rounds: dict[str, list[tuple[float, int, int]]] = {name: [] for name in contestants}
-    for name, by in contestants.items():
+    for by in contestants.values():
         by("1", "2")  # imports, and starts its process
     for _ in range(settings.rounds):
         for name, by in contestants.items():
@@ -194,8 +194,9 @@ def benchmark(settings: GradeSettings, command: str) -> None:
     for name, results in rounds.items():
         ratios = [theirs[0] / mine[0] for theirs, mine in zip(rounds["math-verify, directly"], results, strict=True)]
         took = statistics.median(seconds for seconds, _, _ in results)
-        lines.append([name, f"{1e3 * took / len(pairs):.2f}", f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})",
-                      f"{results[0][1]} of {num_right}", f"{results[0][2]} of {len(pairs) - num_right}"])  # fmt: skip
+        faster = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+        errors = [f"{results[0][1]} of {num_right}", f"{results[0][2]} of {len(pairs) - num_right}"]
+        lines.append([name, f"{1e3 * took / len(pairs):.2f}", faster, *errors])
     body = table(["one process", "ms a pair", "faster by", "right called wrong", "wrong called right"], lines)
     print(body, flush=True)
     if settings.out is not None:

@@ -57,17 +57,17 @@ def diagnose(folder: epath.Path, settings: ErrorSettings) -> dict[str, Any]:
 def summary(told: dict[str, Any]) -> str:
     """The result in a line or two."""
     program = told["program"]
-    share = 100 * program["calculation"] / max(1, program["num_wrong"])
+    shares = [100 * program[name] / program["num_wrong"] for name in ("calculation", "reasoning", "not_checkable")]
     lines = [
-        f"{program['num_wrong']} wrong samples: {share:.0f} % state a false equation (calculation), "
-        f"{100 * program['reasoning'] / max(1, program['num_wrong']):.0f} % only true ones (reasoning), "
-        f"{100 * program['not_checkable'] / max(1, program['num_wrong']):.0f} % state none that can be checked"
+        f"{program['num_wrong']} wrong samples: {shares[0]:.0f} % state a false equation (calculation), "
+        f"{shares[1]:.0f} % only true ones (reasoning), {shares[2]:.0f} % state none that can be checked"
     ]
     if "judge" in told and told["judge"]["num_judged"]:
         judge, both = told["judge"], told["agreement"]
+        share = 100 * judge["calculation"] / judge["num_judged"]
         lines.append(
-            f"{judge['model']} on {judge['num_judged']} of them: {100 * judge['calculation'] / judge['num_judged']:.0f} % "
-            f"calculation, first error after {100 * judge['first_error_position']:.0f} % of the steps"
+            f"{judge['model']} on {judge['num_judged']} of them: {share:.0f} % calculation, "
+            f"first error after {100 * judge['first_error_position']:.0f} % of the steps"
         )
         if both["num_both"]:
             lines.append(f"they agree on the type of {100 * both['same_type']:.0f} % (kappa {both['kappa']:.2f})")
@@ -75,7 +75,7 @@ def summary(told: dict[str, Any]) -> str:
 
 
 def agreement(examined: Sequence[Examined], opinions: Sequence[Opinion | None]) -> dict[str, Any]:
-    """How often program and judge name the same type, and the same step of a false equation; Cohen's kappa of the types."""
+    """How often program and judge name the same type, with Cohen's kappa, and the same step of a false equation."""
     pairs = [(e, o) for e, o in zip(examined, opinions, strict=True) if e.error is not None and o is not None]
     same = [e.error == o.error for e, o in pairs]
     steps = [e.first_false == o.step for e, o in pairs if e.first_false is not None and o.error == "calculation"]

@@ -105,10 +105,9 @@ def _holds(left: Value, right: Value, left_text: str, right_text: str) -> bool:
             places = len(decimals[1]) + (2 if "%" in text else 0)
             return difference <= 10.0**-places
     # "50 = 50%" and "100 * 20 / 100 = 20%" are manners of speaking.
-    if ("%" in left_text) != ("%" in right_text):
-        percent = [value * 100 if "%" in text else value for value, text in ((left, left_text), (right, right_text))]
-        if close(*percent):
-            return True
+    percent = ("%" in left_text) != ("%" in right_text)
+    if percent and close(left * 100 if "%" in left_text else left, right * 100 if "%" in right_text else right):
+        return True
     whole = [isinstance(value, Fraction) and value.denominator == 1 for value in (left, right)]
     return whole[0] != whole[1] and difference < 1  # 10 / 3 = 3: rounded, or what is left over is dropped
 

@@ -81,11 +81,14 @@ def read_grades(folder: epath.Path) -> Iterator[dict[str, Any]]:
 
 
 def read_samples(part: epath.Path, known: Container[str]) -> tuple[list[dict[str, Any]], Oddities]:
-    """The samples of a part file, the first of each (problem_id, sample_id); what is odd is named, counted, left out."""
+    """The samples of a part file, the first of each (problem_id, sample_id); what is odd is named and left out.
+
+    Returns how often there was what, too.
+    """
     samples: dict[tuple[str, int], dict[str, Any]] = {}
     oddities: Oddities = Counter()
 
-    def odd(what: str, detail: str) -> None:
+    def odd(number: int, what: str, detail: str) -> None:
         oddities[what] += 1
         if oddities[what] <= _NAMED:
             logger.warning("%s, line %d: %s: left out", part, number, detail)
@@ -98,14 +101,16 @@ def read_samples(part: epath.Path, known: Container[str]) -> tuple[list[dict[str
             key = (row["problem_id"], row["sample_id"])
             well_formed = all(isinstance(row[name], str) for name in ("problem_id", "text", "finish_reason"))
         except (ValueError, KeyError, TypeError) as error:
-            odd("malformed lines", f"no sample ({type(error).__name__}: {error})")
+            odd(number, "malformed lines", f"no sample ({type(error).__name__}: {error})")
             continue
         if not well_formed or not isinstance(key[1], int):
-            odd("malformed lines", "no sample (problem_id, text and finish_reason are text, sample_id a number)")
+            odd(
+                number, "malformed lines", "no sample (problem_id, text and finish_reason are text, sample_id a number)"
+            )
         elif key[0] not in known:
-            odd("samples of unknown problems", f"problem {key[0]!r} is not in problems.jsonl")
+            odd(number, "samples of unknown problems", f"problem {key[0]!r} is not in problems.jsonl")
         elif key in samples:
-            odd("samples that occur twice", f"sample {key[1]} of {key[0]!r} occurs twice")
+            odd(number, "samples that occur twice", f"sample {key[1]} of {key[0]!r} occurs twice")
         else:
             samples[key] = row
     for what, count in oddities.items():

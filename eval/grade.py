@@ -237,7 +237,8 @@ def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Gra
         **measured,
         "step_law": step_law(
             *as_arrays(
-                [problems[pid]["num_steps"] for pid in whole], [np.mean([row.correct for row in of]) for of in rows]
+                [problems[pid]["num_steps"] for pid in whole],
+                [float(np.mean([row.correct for row in of])) for of in rows],
             )
         ),
     }

@@ -5,7 +5,6 @@ benchmark's questions with answers that one teacher wrote anew, `new` questions 
 near 0 with d2 well above says that the test set is as unknown to the model as questions nobody has seen.
 """
 
-import dataclasses
 import math
 from typing import Any, Literal
 
@@ -48,7 +47,7 @@ class LeakageSettings(Settings):
 
 
 def leakage(settings: LeakageSettings) -> dict[str, Any]:
-    """The mean NLL of a token in nats on each set, over question and answer, and d1 and d2 with 95 % intervals.
+    """The mean NLL of an answer's token in nats on each set, given its question; d1 and d2 with 95 % intervals.
 
     Intervals resample batches of examples. Raises UsageError where a file or the checkpoint cannot be read.
     """
@@ -65,12 +64,11 @@ def leakage(settings: LeakageSettings) -> dict[str, Any]:
         for name, file in files.items()
     }
     rows = {}
-    for name, of_set in data.items():
-        read = load_rows(of_set, weights.tokenizer, weights.meta.template)
+    for name, source in data.items():
+        read = load_rows(source, weights.tokenizer, weights.meta.template)
         if settings.num_rows is not None:
             read = read.select(np.arange(min(settings.num_rows, len(read))))
-        # Questions count as well as answers: what was learnt by heart shows in both.
-        rows[name] = dataclasses.replace(read, prompt_lengths=np.ones_like(read.prompt_lengths))
+        rows[name] = read
     compute = ComputeSettings(dtype=settings.dtype, remat="none")
     longest = max(int(of_set.input_lengths.max()) for of_set in rows.values())
     context = math.ceil(longest / compute.loss_chunk) * compute.loss_chunk

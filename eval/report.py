@@ -4,9 +4,10 @@ The page is a single file without scripts or network access. What a model wrote 
 template escapes every value, and a content security policy forbids the browser to run or load anything.
 """
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 from markupsafe import Markup
@@ -53,7 +54,7 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
     figures: dict[str, dict[str, Markup]] = {"pass_at_k": {}, "step_law": {}, "error_types": {}}
     for name, (paint, title) in drawn.items():
         for suffix, content in files(paint, title).items():
-            write_atomically(folder / f"{name}.{suffix}", lambda file, content=content: file.write(content))
+            write_atomically(folder / f"{name}.{suffix}", functools.partial(_write, content))
         figures[name] = on_the_page(paint, title, name)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(epath.Path(__file__).parent),
@@ -84,8 +85,12 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
     # around, so that one reads what does not stand there (U+202A..202E, U+2066..2069).
     page = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", "\ufffd", page)
     content = page.encode("utf-8", errors="replace")
-    write_atomically(folder / "report.html", lambda file: file.write(content))
+    write_atomically(folder / "report.html", functools.partial(_write, content))
     return folder / "report.html"
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def _labelled(folders: Sequence[epath.PathLike]) -> list[tuple[epath.PathLike, str]]:

@@ -23,14 +23,18 @@ _MACROS = re.compile(
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 # Words beside each other are prose between two amounts: "It costs $5 and then $7."
 _PROSE = re.compile(r"(?<![\\A-Za-z])[a-z]{2,}\s+[a-z]{2,}")
-_TAGS = {
-    *["math", "mrow", "mi", "mn", "mo", "mtext", "mspace", "mfrac", "msqrt", "mroot", "msub", "msup", "msubsup", "munder", "mover", "munderover", "mtable", "mtr", "mtd"],
-    *["mstyle", "mpadded", "mphantom", "menclose", "merror", "mmultiscripts", "mprescripts", "none"],
-}  # fmt: skip
-_ATTRIBUTES = {
-    *["display", "stretchy", "fence", "form", "accent", "accentunder", "linethickness", "width", "height", "depth", "lspace", "rspace", "minsize", "maxsize"],
-    *["columnalign", "rowspacing", "columnspacing", "displaystyle", "scriptlevel", "mathvariant", "movablelimits", "notation", "symmetric"],
-}  # fmt: skip
+_TAGS = set(
+    """
+    math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mtable mtr mtd mstyle
+    mpadded mphantom menclose merror mmultiscripts mprescripts none
+""".split()
+)
+_ATTRIBUTES = set(
+    """
+    display stretchy fence form accent accentunder linethickness width height depth lspace rspace minsize maxsize
+    columnalign rowspacing columnspacing displaystyle scriptlevel mathvariant movablelimits notation symmetric
+""".split()
+)
 
 
 def typeset(text: str, marked: str | None = None) -> Markup:

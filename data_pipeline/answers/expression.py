@@ -52,10 +52,12 @@ _OF_AN_ANGLE = ("sin", "cos", "tan", "cot", "sec", "csc")
 _PRODUCT = ("*", r"\cdot", r"\times", r"\ast")
 _QUOTIENT = ("/", r"\div")
 _FRACTION = (r"\frac", r"\dfrac", r"\tfrac", r"\cfrac")
-_LETTERS = {
-    *["alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "zeta", "eta", "theta", "vartheta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau"],
-    *["upsilon", "phi", "varphi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega", "ell"],
-}  # fmt: skip
+_LETTERS = set(
+    """
+    alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon
+    phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell
+""".split()
+)
 
 
 class Unreadable(ValueError):
@@ -77,7 +79,7 @@ def letters_in(text: str) -> set[str]:
     """The letters that stand for something unknown. Raises Unreadable."""
     found: set[str] = set()
 
-    def seen(letter: str) -> complex:
+    def seen(letter: str) -> float:
         found.add(letter)
         return _at(0)(letter)
 
@@ -422,16 +424,18 @@ def _whole_root(value: int, n: int) -> int | None:
 
 
 def _factorial(value: Value) -> Value:
-    if isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= _MAX_FACTORIAL:
-        return Fraction(math.factorial(int(value)))
-    raise Unreadable("no factorial of that")
+    return Fraction(math.factorial(_small(value)))
 
 
 def _binomial(n: Value, k: Value) -> Value:
-    if isinstance(n, Fraction) and isinstance(k, Fraction) and n.denominator == k.denominator == 1:
-        if 0 <= k <= n <= _MAX_FACTORIAL:
-            return Fraction(math.comb(int(n), int(k)))
-    raise Unreadable("no binomial of that")
+    return Fraction(math.comb(_small(n), _small(k)))
+
+
+def _small(value: Value) -> int:
+    """A whole number from 0 to some thousands. Raises Unreadable."""
+    if isinstance(value, Fraction) and value.denominator == 1 and 0 <= value <= _MAX_FACTORIAL:
+        return int(value)
+    raise Unreadable("a small whole number is needed")
 
 
 def _bits(value: Fraction) -> int:

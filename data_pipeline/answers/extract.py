@@ -22,7 +22,8 @@ _MAX_LINES = 5  # that an answer may be broken over
 
 # Where a base model goes on with a question of its own, or a chat model with the next turn.
 _RUN_ON = re.compile(
-    r"\n[ \t]*(?:[#*]{1,4}[ \t]*)?(?:Questions?|Q|Problem|Exercise|Example|Instruction|Input|User|Human|Student|USER|HUMAN)"
+    r"\n[ \t]*(?:[#*]{1,4}[ \t]*)?"
+    r"(?:Questions?|Q|Problem|Exercise|Example|Instruction|Input|User|Human|Student|USER|HUMAN)"
     r"[ \t]*\d*[ \t]*(?:\*\*)?[:.](?:\*\*)?[ \t\n]"
     r"|<\|(?:im_start|im_end|eot_id|endoftext|user|end)\|>|</s>|\[INST\]|\n[ \t]*(?:USER|Human|User):"
 )
@@ -113,9 +114,10 @@ def _is_prose(candidate: str) -> bool:
 def _unmarked(response: str) -> Iterator[tuple[str, str]]:
     text = response.strip()
     bare = re.sub(r"\\text\w*\s*\{[^{}]*\}|\\[A-Za-z]+", " ", text)
-    if "\n" not in text and len(text) <= _MAX_BARE and len(re.findall(r"[A-Za-z]{3,}", bare)) <= _MAX_BARE_WORDS:
-        if not _TALK.search(text) and not _BOX.search(text):
-            yield "whole", _answer_in(text)
+    short = "\n" not in text and len(text) <= _MAX_BARE
+    short = short and len(re.findall(r"[A-Za-z]{3,}", bare)) <= _MAX_BARE_WORDS
+    if short and not _TALK.search(text) and not _BOX.search(text):
+        yield "whole", _answer_in(text)
     fenced = [next(group for group in match.groups() if group) for match in _FENCED.finditer(response[-_MAX_LINE:])]
     if fenced:
         yield "last_math", fenced[-1].strip()
@@ -137,7 +139,7 @@ def _line_at(text: str, start: int) -> str:
 
 
 def _answer_in(line: str) -> str:
-    r"""The answer in a line: what is boxed; else its first formula, where prose surrounds it; else its first sentence."""
+    """The answer in a line: what is boxed; else its first formula, if prose surrounds it; else its first sentence."""
     boxed = last_box(line)
     if boxed:
         return boxed

@@ -49,6 +49,6 @@ def numbers_equal(answer: str, gold: str) -> bool:
 
 
 def find_numbers(text: str) -> list[str]:
-    """The numbers of a text as `parse_number` reads them: "-1,234.50", "3/4"; in "10-5" and a list item "- 5" none is negative."""
+    """The numbers of a text: "-1,234.50", "3/4". In "10-5" and in a list item "- 5" none is negative."""
     found = ("-" * bool(sign) + digits + fraction for sign, digits, fraction in _FIND_NUMBER.findall(text))
     return [number for number in found if parse_number(number) is not None]

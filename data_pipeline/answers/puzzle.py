@@ -1,4 +1,4 @@
-"""Arithmetic puzzles: use every number exactly once, in a chain of operations that ends at the target (arXiv 2406.02100)."""
+"""Arithmetic puzzles (arXiv 2406.02100): use every number once, in a chain of operations that ends at the target."""
 
 import re
 from collections import Counter

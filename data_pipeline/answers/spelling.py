@@ -3,14 +3,16 @@
 import re
 import unicodedata
 
+_GREEK = dict(zip("αβγδεζηθικλμνξρστυφχψωπΔΓΘΛΞΣΦΨΩ", """
+    alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega pi
+    Delta Gamma Theta Lambda Xi Sigma Phi Psi Omega
+""".split(), strict=True))  # fmt: skip
 _SYMBOLS = str.maketrans({
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
     "÷": r"\div ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ",
-    "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "º": "°", "˚": "°", "⟨": r"\langle ", "⟩": r"\rangle ", "∅": r"\emptyset ",
-    "’": "'", "‘": "'", "“": '"', "”": '"', "⁄": "/", "∕": "/", "$": " ", "€": " ", "£": " ",
-    **{letter: rf"\{name} " for letter, name in zip(
-        "αβγδεζηθικλμνξρστυφχψωπΔΓΘΛΞΣΦΨΩ",
-        ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "pi", "Delta", "Gamma", "Theta", "Lambda", "Xi", "Sigma", "Phi", "Psi", "Omega"], strict=True)},
+    "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "⟨": r"\langle ", "⟩": r"\rangle ", "∅": r"\emptyset ",
+    "º": "°", "˚": "°", "’": "'", "‘": "'", "“": '"', "”": '"', "⁄": "/", "∕": "/", "$": " ", "€": " ", "£": " ",
+    **{letter: rf"\{name} " for letter, name in _GREEK.items()},
 })  # fmt: skip
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
 _TO_PLAIN = str.maketrans(_RAISED + _LOWERED, "0123456789+-n0123456789")
@@ -26,43 +28,18 @@ _RENAMED = {
     "land": r"\text{ and }", "lor": r"\text{ or }", "vee": r"\text{ or }", "times": r"\times ", "cdot": r"\cdot ",
     "div": r"\div ", "ast": r"\cdot ", "le": r"\le ", "ge": r"\ge ", "ne": r"\ne ", "qquad": " ", "quad": " ",
 }  # fmt: skip
-_DROPPED = {
-    *["left", "right", "middle", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "biggl", "biggr", "Biggl", "Biggr", "displaystyle", "textstyle", "limits"],
-    *["nolimits", "mathstrut", "strut", "phantom", "scriptstyle", "rm", "bf", "it", "mathord", "mathopen", "mathclose"],
-}  # fmt: skip
-_TEXT = {
-    *[
-        "text",
-        "textbf",
-        "textit",
-        "textrm",
-        "textsf",
-        "texttt",
-        "textnormal",
-        "mbox",
-        "hbox",
-        "mathrm",
-        "operatorname",
-        "textup",
-        "emph",
-    ]
-}
-_UNWRAPPED = {
-    *[
-        "mathbf",
-        "mathit",
-        "mathsf",
-        "mathtt",
-        "boldsymbol",
-        "bm",
-        "mathbb",
-        "mathcal",
-        "mathnormal",
-        "ensuremath",
-        "boxed",
-        "fbox",
-    ]
-}
+_DROPPED = set(
+    """
+    left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle
+    limits nolimits mathstrut strut phantom rm bf it mathord mathopen mathclose
+""".split()
+)
+_TEXT = set("text textbf textit textrm textsf texttt textnormal mbox hbox mathrm operatorname textup emph".split())
+_UNWRAPPED = set(
+    """
+    mathbf mathit mathsf mathtt boldsymbol bm mathbb mathcal mathnormal ensuremath boxed fbox
+""".split()
+)
 _COMMAND = re.compile(r"\\(?:([A-Za-z]+)\*?|(.)|$)", re.DOTALL)
 _REPEATING = re.compile(r"(\d{0,12})\.(\d{0,12})\\overline\s*\{(\d{1,12})\}")
 _DEGREES = re.compile(r"\^\s*(?:\\circ\b|\{\s*\\circ\s*\}|°)|\\circ\b")
@@ -73,14 +50,15 @@ def tidy(text: str) -> str:
 
     Dollar signs that fence mathematics are dropped; those of amounts become the unit \text{ dollars}.
     """
-    for marks, sign in ((_RAISED, "^"), (_LOWERED, "_")):
-        text = re.sub(f"[{marks}]+", lambda match, sign=sign: f"{sign}{{{match[0].translate(_TO_PLAIN)}}}", text)
+    text = re.sub(f"[{_RAISED}]+", lambda match: f"^{{{match[0].translate(_TO_PLAIN)}}}", text)
+    text = re.sub(f"[{_LOWERED}]+", lambda match: f"_{{{match[0].translate(_TO_PLAIN)}}}", text)
     text = _VULGAR.sub(lambda match: f"{match[1]} {unicodedata.normalize('NFKC', match[2])}".lstrip(), text)
     dollar = r"\\\$" if text.replace(r"\$", "").count("$") % 2 == 0 else r"\\?\$"
     text = re.sub(rf"{dollar}\s*(\d[\d,.]*\d|\d|\.\d+)", r"\1\\text{ dollars}", re.sub(r",\s*\\!\s*|\{,\}", ",", text))
     text = unicodedata.normalize("NFKC", text.replace(r"\$", "$")).translate(_SYMBOLS)
     text = re.sub(r"\\[hv]space\*?\{[^{}]*\}", " ", text)
     text = _COMMAND.sub(_command, text)
+    text = re.sub(r"\\text\s*\{\s*\}", " ", text)
     text = _DEGREES.sub("°", text)
     text = _REPEATING.sub(_repeating, text)
     text = re.sub(r"\\overline\s*\{([A-Z]+)\}", r"\1", text)
@@ -142,32 +120,16 @@ def closing(text: str, start: int) -> int:
 
 
 def words(text: str) -> str:
-    r"""Letters and digits of an answer in words, in small letters: "\text{(A)}" and "a" are alike, "4:30 p.m." keeps its colon."""
+    r"""Letters and digits of an answer in words, small: "\text{(A)}" and "a" are alike; "4:30 p.m." keeps its colon."""
     text = re.sub(r"\\text\b|\\[A-Za-z]+", " ", text).casefold()
     text = re.sub(r"\b(?:the|a|an|option|choice|answer)\b(?=.*\w)", " ", text) if len(text) > 3 else text
     return re.sub(r"[^\w:+/-]|_", "", text)
 
 
-_COUNT = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-]
-_COUNT += ["seventeen", "eighteen", "nineteen", "twenty"]
+_COUNT = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty
+""".split()
 
 
 def counted(word: str) -> int | None:

@@ -1,4 +1,4 @@
-r"""How an answer is built: lists, brackets, unions, matrices, inequalities, words. Texts are tidy ones (see `spelling`)."""
+"""How an answer is built: lists, brackets, unions, matrices, inequalities, words. Texts are tidy ones."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def unworded(text: str) -> str:
 
 
 def says_words(text: str) -> bool:
-    r"""Whether an answer is words: "\text{Monday}", "(B)", "\text{A, C}", "Evelyn", "4:30 p.m."; not "5\text{ cm}", "x"."""
+    r"""Whether an answer is words: "\text{Monday}", "(B)", "\text{A, C}", "4:30 p.m."; not "5\text{ cm}", "x"."""
     bare = unworded(text)
     if re.fullmatch(r"\(?\s*[A-Z]\s*\)?", bare):  # a choice in brackets, or in \text
         return bare != text or text.startswith("(")

@@ -7,8 +7,9 @@ from fractions import Fraction
 _TABLE: dict[str, dict[str, str]] = {
     "length": {
         "1": "m meter meters metre metres", "1/100": "cm centimeter centimeters centimetre centimetres",
-        "1/1000": "mm millimeter millimeters millimetre millimetres", "1000": "km kilometer kilometers kilometre kilometres",
-        "0.0254": "in inch inches", "0.3048": "ft foot feet", "0.9144": "yd yds yard yards", "1609.344": "mi mile miles",
+        "1/1000": "mm millimeter millimeters millimetre millimetres",
+        "1000": "km kilometer kilometers kilometre kilometres", "0.0254": "in inch inches", "0.3048": "ft foot feet",
+        "0.9144": "yd yds yard yards", "1609.344": "mi mile miles",
     },
     "time": {
         "1": "s sec secs second seconds", "60": "min mins minute minutes", "3600": "h hr hrs hour hours",
@@ -20,9 +21,12 @@ _TABLE: dict[str, dict[str, str]] = {
         "1": "g gm gms gram grams", "1000": "kg kgs kilogram kilograms", "1/1000": "mg milligram milligrams",
         "453.59237": "lb lbs pound pounds", "28.349523125": "oz ounce ounces",
     },
-    "volume": {"1": "l liter liters litre litres", "1/1000": "ml milliliter milliliters", "3.785411784": "gallon gallons"},
+    "volume": {
+        "1": "l liter liters litre litres", "1/1000": "ml milliliter milliliters", "3.785411784": "gallon gallons",
+    },
     "speed": {
-        "1": "mph mi/h mi/hr milesperhour mileperhour miles/hour", "0.621371192237334": "kph km/h kmperhour kilometersperhour",
+        "1": "mph mi/h mi/hr milesperhour mileperhour miles/hour",
+        "0.621371192237334": "kph km/h kmperhour kilometersperhour",
         "2.2369362920544": "m/s meterspersecond meterpersecond",
     },
     "angle": {"1": "degree degrees deg °"},
@@ -38,34 +42,15 @@ _UNITS = {
 }
 Unit = tuple[str, int, Fraction]  # dimension, its power, and how many of the dimension's first unit it is
 
-_POWER = r"\s*(?:\^\s*\{?\s*(?P<power>[23])\s*\}?)?\s*\.?\s*"
+_POWER = r"\s*(?:\^\s*\{?\s*(?P<power>\d{1,3})\s*\}?)?\s*\.?\s*"
 _IN_TEXT = re.compile(rf"(?P<number>.*?\S)\s*\\text\s*\{{(?P<unit>[^{{}}]*)\}}{_POWER}", re.DOTALL)
 _BARE = re.compile(rf"(?P<number>.*(?:[\d}})°!%]|\\pi))(?P<unit>\s*[A-Za-z][A-Za-z ./]*?){_POWER}", re.DOTALL)
-_NO_WORDS = {
-    *[
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "log",
-        "exp",
-        "sqrt",
-        "and",
-    ]
-}
+_NO_WORDS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt and".split())
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
 def without_unit(text: str) -> tuple[str, Unit | None]:
-    r"""The number of "5 cm", "5\text{ cm}^2", "90°" or "12 apples", and its unit: None of apples, or where there is none."""
+    r"""The number of "5 cm", "5\text{ cm}^2", "90°" or "12 apples", and its unit: None of apples, or without one."""
     if text.endswith("°"):
         return text[:-1], ("angle", 1, Fraction(1))
     match = _IN_TEXT.fullmatch(text)

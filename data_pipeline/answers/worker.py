@@ -1,4 +1,4 @@
-"""A process that compares two expressions with math-verify: the one place where a computer algebra system sees an answer.
+"""A process that compares expressions with math-verify: the one place where computer algebra sees an answer.
 
 Run as a program. Each line on stdin is a JSON list [gold, answer, seconds]; each gets one line on stdout: true,
 false, or null where it took more time or memory than it may have. The work is done in a fork, which the kernel kills at
@@ -18,8 +18,12 @@ from typing import Any
 
 _MEMORY = 2 * 2**30
 _TOLERANCE = 1e-6  # relative; math-verify rounds to six places, which makes equal of 1e-20 and 2e-20
-_FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.", "socket.", "shutil.", "os.kill",
-              "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.putenv", "ctypes.")  # fmt: skip
+_FORBIDDEN = tuple(
+    """
+    os.system os.exec os.fork os.posix_spawn os.spawn os.kill os.remove os.rename os.rmdir os.mkdir os.link os.symlink
+    os.putenv subprocess. socket. shutil. ctypes.
+""".split()
+)
 _COMPILERS = ("/dataclasses.py", "/typing.py", "/collections/__init__.py", "/sympy/polys/monomials.py")
 
 

@@ -19,7 +19,7 @@ _SENTENCE = re.compile(r"[.!?](?:\s|$)|\n\s*\n")
 def _read(split: str, source: str | None) -> Iterator[Problem]:
     if source is None:
         raise UsageError(
-            "MATH is not downloaded: give its file of rows, data.sources.0.path=FILE in training, --source in evaluation"
+            "MATH is not downloaded: name its file of rows with data.sources.0.path in training, --source in evaluation"
         )
     for number, row in read_jsonl(source, "MATH source"):
         where = f"{source}, line {number}"

@@ -1,4 +1,4 @@
-"""Equality of mathematical answers: by hand, over all of MATH, and against the wrong answers that MATH itself offers."""
+"""Equality of mathematical answers: by hand, over all of MATH, and against wrong answers that MATH itself offers."""
 
 import random
 import re
@@ -95,6 +95,7 @@ x > 3                           | [3,\infty)
 x < 3                           | (3,\infty)
 5 m                             | 5\text{ cm}
 864 cubic inches                | 864\mbox{ inches}^2
+440\text{ cm}^5                 | 440\text{ cm}^2
 9 p.m.                          | 9\text{ a.m.}
 4:30 a.m.                       | \text{4:30 p.m.}
 5 cents                         | \$5

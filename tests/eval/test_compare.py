@@ -67,7 +67,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     a = write_graded(tmp_path / "a", [0, 1])
     with pytest.raises(UsageError, match="0 only in the first, 1 only in the second, such as p2"):
         compare([a, write_graded(tmp_path / "more", [0, 1, 2])])
-    with pytest.raises(UsageError, match="by version 2, .* by 1: `python -m eval grade"):
+    with pytest.raises(UsageError, match=r"by version 2, .* by 1: `python -m eval grade"):
         compare([a, write_graded(tmp_path / "old", [0, 1], grader_version="1")])
     with pytest.raises(UsageError, match="is not complete"):
         compare([a, write_graded(tmp_path / "part", [0, 1], complete={"missing samples": 3})])

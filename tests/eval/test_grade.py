@@ -160,7 +160,7 @@ def test_a_malformed_line_makes_its_problem_incomplete(tmp_path: Path, caplog: p
 
 def test_a_gold_answer_that_is_none_is_said_before_anything_is_graded(tmp_path: Path) -> None:
     write_folder(tmp_path, num_problems=2, kind="jsonl")
-    with pytest.raises(RunError, match="'p1'.*is not a number"):
+    with pytest.raises(RunError, match=r"'p1'.*is not a number"):
         grade(epath.Path(tmp_path))
     assert not (tmp_path / "grades").exists()
 

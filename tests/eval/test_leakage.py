@@ -34,18 +34,18 @@ def test_differences_are_of_means_over_tokens() -> None:
 @pytest.mark.slow
 def test_a_test_set_that_was_trained_on_shows(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    problems = list(generate_problems(96, seed=77))
+    problems = list(generate_problems(288, seed=77))
     files = {
-        name: write_rows(tmp_path / f"{name}.jsonl", problems[32 * i : 32 * i + 32])
+        name: write_rows(tmp_path / f"{name}.jsonl", problems[96 * i : 96 * i + 96])
         for i, name in enumerate(("test", "new", "train"))
     }
     train_here(
         config,
         f"data.sources=[{{task: demo, path: {files['test']}}}, {{task: demo, path: {files['train']}}}]",
-        "num_steps=60",
+        "num_steps=150",
     )
     told = leakage(LeakageSettings(checkpoint=str(tmp_path / "run"), dtype="float32", batch_size=1, **files))
-    assert told["num_examples"] == {"test": 32, "new": 32, "train": 32}
+    assert told["num_examples"] == {"test": 96, "new": 96, "train": 96}
     assert told["d1"]["ci95"][1] < 0 and "may have been trained on it" in summary(told)
     clean = leakage(
         LeakageSettings(
