@@ -7,7 +7,7 @@ For every problem of the task, `num_samples` responses with `num_answers` differ
 answers are the gold one in another spelling, the others are wrong: gold ones with a digit or a sign changed, and those
 of other problems. `python -m eval grade` grades them all, in as many processes as it takes by itself.
 
-Some of the pairs of answer and gold answer are then compared by one process, by our comparison and by math-verify's
+Some of the pairs of answer and gold answer are then judged by one process, by our `is_correct` and by math-verify's
 parse and verify in turn. Which pairs are right is known, as they were made so.
 """
 
@@ -29,11 +29,11 @@ import pydantic
 
 from benchmarks.flags import settings_and_command
 from benchmarks.report import environment, table, write_results
-from data_pipeline.answers import is_equal
 from data_pipeline.cli import RunError, logger, run_command
 from data_pipeline.files import write_json_lines
 from data_pipeline.settings import Settings
 from data_pipeline.tasks import Problem, get_task, read_problems
+from eval.grade import is_correct
 
 Pair = tuple[str, str, bool]  # answer, gold, whether it is right
 _PART = 8  # problems in a file, as `eval sample` makes them with 256 samples
@@ -179,7 +179,7 @@ def benchmark(settings: GradeSettings, command: str) -> None:
 
     pairs = rng.sample([pair for of in every for pair in of], min(settings.pairs, sum(map(len, every))))
     contestants: dict[str, Callable[[str, str], bool | None]] = {
-        "ours": lambda answer, gold: is_equal(answer, gold, kind),
+        "ours": lambda answer, gold: is_correct(f"The answer is: {answer}", gold, kind),
         "math-verify, directly": math_verify,
     }
     rounds: dict[str, list[tuple[float, int, int]]] = {name: [] for name in contestants}

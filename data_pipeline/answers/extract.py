@@ -40,6 +40,7 @@ _SENTENCE_ENDS = re.compile(
 )
 _TALK = re.compile(r"\b(?:so|thus|hence|therefore|we|it|this|he|she|they|is|are|get|gives|have|has)\b", re.IGNORECASE)
 _CONNECTIVE = re.compile(r"\b(?:and|or|to)\b|[\s,;.:()*]", re.IGNORECASE)
+_PLAIN = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -186,7 +187,9 @@ def last_box(text: str) -> str | None:
 
 def _number_of(candidate: str) -> str | None:
     """The number that a candidate says; behind a last "=", the first there is."""
-    said = candidate.rpartition("=")[2]
+    said = candidate.rpartition("=")[2].strip()
+    if _PLAIN.fullmatch(said):
+        return said
     text = tidy(said)
     plain, _ = without_unit(text)
     scale = re.fullmatch(r"(.*\d)\s+([a-z]+)s?(?:\s.*)?", text, re.DOTALL)

@@ -250,3 +250,15 @@ def test_int8_caches_change_what_a_model_says_by_little(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     compared = results(tmp_path / "results")
     assert 0 < compared["kl"]["max"] < 0.01 and compared["same_argmax"] > 0.9
+
+
+@pytest.mark.slow
+def test_grading_is_measured_beside_math_verify(tmp_path: Path, test_data: Path) -> None:
+    sizes = ("--num-problems", "24", "--num-samples", "16", "--num-answers", "8", "--pairs", "60", "--rounds", "1")
+    source = ("--task", "math", "--source", str(test_data / "math_test.jsonl.gz"))
+    result = run("benchmarks.grade", *source, *sizes, "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    values = results(tmp_path)
+    assert values["num_samples"] == 24 * 16 and values["job_seconds"] > 0
+    _, missed, invented = values["rounds"]["ours"][0]
+    assert missed == invented == 0

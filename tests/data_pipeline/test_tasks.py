@@ -166,7 +166,7 @@ def test_an_id_that_occurs_twice_is_named(write_rows):
 
 
 def test_an_unknown_task_names_the_known_ones():
-    with pytest.raises(UsageError, match="task='gsm9k' is unknown; allowed: gsm8k, demo, jsonl"):
+    with pytest.raises(UsageError, match="task='gsm9k' is unknown; allowed: gsm8k, math, demo, jsonl"):
         get_task("gsm9k")
     with pytest.raises(UsageError, match="task='gsm9k' is unknown"):
         read_problems("gsm9k", "train", None)
