@@ -1,48 +1,26 @@
 """From samples to grades and metrics.json. Model text is compared, never evaluated."""
 
 import concurrent.futures
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from data_pipeline.answers import (
-    GRADER_VERSION,
-    Kind,
-    answer_class,
-    check_gold,
-    extract,
-    is_equal,
-)
+from data_pipeline.answers import GRADER_VERSION, Kind, check_gold, extract, is_equal
 from data_pipeline.cli import RunError, StopSignal, logger
-from data_pipeline.files import read_json_lines, write_json, write_json_lines
+from data_pipeline.files import write_json
 from data_pipeline.progress import Progress
 from data_pipeline.tasks import get_task
-from eval.files import Oddities, parts, read_problems, read_run, read_samples
+from eval.files import Oddities, parts, read_problems, read_run
+from eval.grading import Graded, GradingProcess, PartGrades, grade_part
 from eval.metrics import answer_classes, compute_metrics
 from eval.step_law import as_arrays, step_law
 
 Row = dict[str, Any]
-
-
-class Graded(NamedTuple):
-    """What the metrics need to know of a sample."""
-
-    correct: bool
-    vote: str | None  # right answers vote for one, however they are written; no answer votes for nothing
-    finish_reason: str
-    rule: str | None
-    killed: bool
-
-
 _PARTS_A_WORKER = 4  # fewer are not worth a process, which takes a second to start
 
 
@@ -108,98 +86,31 @@ def _open_grades(grades: epath.Path, again: bool) -> None:
 
 def _every(
     samples: Sequence[epath.Path], grades: epath.Path, golds: Mapping[str, str], kind: Kind
-) -> Iterator[tuple[list[tuple[tuple[str, int], Graded]], Oddities]]:
+) -> Iterator[PartGrades]:
     """The grades of each part file, in order; several processes share the work."""
-    arguments = [(os.fspath(part), os.fspath(grades / part.name), golds, kind) for part in samples]
     todo = sum(not (grades / part.name).exists() for part in samples)
     workers = min(len(os.sched_getaffinity(0)), todo // _PARTS_A_WORKER)
     if workers < 2:
-        yield from map(_grade_part, arguments)
+        yield from (grade_part(part, grades / part.name, golds, kind) for part in samples)
         return
-    context = multiprocessing.get_context("spawn")  # jax, where it is loaded, does not bear a fork
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker) as pool:
+    mine = threading.local()
+    started: list[GradingProcess] = []
+
+    def by_a_process(part: epath.Path) -> PartGrades:
+        if not hasattr(mine, "process"):
+            mine.process = GradingProcess(golds, kind)
+            started.append(mine.process)
+        return mine.process.grade(part, grades / part.name)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(by_a_process, part) for part in samples]
         try:
-            yield from pool.map(_grade_part, arguments)
-        except BaseException:
+            for future in futures:
+                yield future.result()
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _begin_worker() -> None:
-    """Leaves signals to the process that started this one, and ends with it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_it() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_it, daemon=True).start()
-
-
-def _grade_part(
-    arguments: tuple[str, str, Mapping[str, str], Kind],
-) -> tuple[list[tuple[tuple[str, int], Graded]], Oddities]:
-    """Grades a part file, unless that is done; returns what the metrics need, by (problem_id, sample_id)."""
-    samples, grades, golds, kind = epath.Path(arguments[0]), epath.Path(arguments[1]), *arguments[2:]
-    rows, oddities = read_samples(samples, golds)
-    graded = None
-    if grades.exists() and grades.stat().mtime >= samples.stat().mtime:
-        graded = _graded_before(grades, rows)
-    if graded is None:
-        graded = _grades(rows, golds, kind)
-        write_json_lines(grades, graded)
-    return [
-        (
-            (row["problem_id"], row["sample_id"]),
-            Graded(
-                row["correct"],
-                "right" if row["correct"] else answer_class(row["answer"], kind),
-                row["finish_reason"],
-                row["rule"],
-                row["seconds"] == "killed",
-            ),
-        )
-        for row in graded
-    ], oddities
-
-
-def _grades(rows: Sequence[Row], golds: Mapping[str, str], kind: Kind) -> list[Row]:
-    verdicts: dict[tuple[str, str | None], bool | None] = {}  # None: killed
-    result = []
-    for sample in rows:
-        started = time.perf_counter()
-        extracted = extract(sample["text"], kind)
-        answer, key = extracted.answer, (sample["problem_id"], extracted.answer)
-        if key not in verdicts:
-            verdicts[key] = False if answer is None else is_equal(answer, golds[sample["problem_id"]], kind)
-        verdict = verdicts[key]
-        result.append(
-            {
-                "problem_id": sample["problem_id"],
-                "sample_id": sample["sample_id"],
-                "answer": answer,
-                "rule": extracted.rule,
-                "correct": bool(verdict),
-                "seconds": "killed" if verdict is None else round(time.perf_counter() - started, 6),
-                "finish_reason": sample["finish_reason"],
-            }
-        )
-    return result
-
-
-def _graded_before(grades: epath.Path, samples: Sequence[Row]) -> list[Row] | None:
-    """The grades of just these samples; None where the file holds others, or is damaged: then they are graded anew."""
-    try:
-        rows = list(read_json_lines(grades))
-        same = [(row["problem_id"], row["sample_id"]) for row in rows] == [
-            (row["problem_id"], row["sample_id"]) for row in samples
-        ]
-        return rows if same and all(row.keys() >= {"answer", "correct", "finish_reason"} for row in rows) else None
-    except (ValueError, KeyError, TypeError):
-        return None
+            for process in started:
+                process.close()
 
 
 def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Graded]], oddities: Oddities) -> Row:
