@@ -19,7 +19,7 @@ from eval.grade import grade
 N = 16
 GOLDS = ["5", r"\frac{1}{2}", r"\{1,2\}", r"\text{Monday}", "x^2+1", "(1,2)"]
 RIGHT = [["5", "5.0", "x=5"], ["0.5", "1/2"], ["1,2", r"\{2,1\}"], ["Monday", r"\text{monday}"], ["1+x^2"], ["(1, 2)"]]
-WRONG = ["7", r"\frac{1}{3}", "f(x)+1", "9^{9^{9}}", "Tuesday", "(2,1)", "no idea at all what it is"]
+WRONG = ["9^{9^{9}}", "7", r"\frac{1}{3}", "f(x)+1", "Tuesday", "(2,1)", "no idea at all what it is"]
 
 
 def write_folder(folder: Path, num_problems: int = 40, kind: str = "math") -> dict[str, list[bool]]:
@@ -34,7 +34,7 @@ def write_folder(folder: Path, num_problems: int = 40, kind: str = "math") -> di
         verdicts = [rng.random() < 0.4 for _ in range(N)]
         rows = []
         for sample_id, is_right in enumerate(verdicts):
-            answer = rng.choice(RIGHT[which] if is_right else WRONG)
+            answer = rng.choice(RIGHT[which] if is_right else WRONG[index > 5 :])
             text = f"We think. The answer is: ${answer}$."
             rows.append(
                 {
