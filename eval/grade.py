@@ -29,7 +29,7 @@ def is_correct(response: str, gold: str, kind: Kind = "number") -> bool:
 
     `kind` is "number" (of a word problem), "latex" (mathematics: numbers, expressions, sets, intervals, matrices,
     equations, words) or "puzzle" (`gold` is "3, 6, 7, 51, 58 -> 4", and the response its steps). Neither text is ever
-    executed; what is undecided after two seconds counts as wrong.
+    executed; what is undecided after a second and a half counts as wrong.
 
     Raises ValueError for another kind, or where `gold` is no answer of its kind.
     """

@@ -13,16 +13,28 @@ from data_pipeline.answers import structure
 from data_pipeline.answers.expression import Unreadable, close, letters_in, proportional, same_value, value_of
 from data_pipeline.answers.spelling import counted, tidy, words
 from data_pipeline.answers.structure import squeezed
-from data_pipeline.answers.units import Unit, without_unit
+from data_pipeline.answers.units import Unit, alters, without_unit
 
 Ask = Callable[[str, str], bool]
 
 MAX_CHARS = 1000  # a longer answer is none: the longest of MATH's has 158
 _MAX_ITEMS = 64
 _MAX_DEPTH = 6
+_MAX_WORDS = 8  # of a sentence that says an answer in words
+_ELSE = set("not no never neither nor or and but isn cannot".split())
 _BASE = re.compile(r"(-?[0-9A-Za-z.]+)\s*_\s*\{?\s*(\d+)\s*\}?")
-_CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?(?:[.:)\s].*)?", re.DOTALL)
-_RATIO = re.compile(r"(-?\d+(?:\.\d+)?)\s*:\s*(\d+(?:\.\d+)?)")
+_CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])(?=[.:)]|$))(.*)", re.DOTALL)
+_OF_A_FUNCTION = {"y", "f(x)", "g(x)", "h(x)"}
+_RATIO = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?::|to)\s*(\d+(?:\.\d+)?)")
+_SCALE = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion|dozen)s?\b\s*\}?")
+_SCALES = {
+    "hundred": "100",
+    "thousand": "1000",
+    "million": "10^6",
+    "billion": "10^9",
+    "trillion": "10^{12}",
+    "dozen": "12",
+}
 
 
 def equal(answer: str, gold: str, ask: Ask | None = None) -> bool:
@@ -46,12 +58,15 @@ class _Comparison:
 
     def same(self, answer: str, gold: str) -> bool:
         answer, gold = structure.without_name(answer, gold), structure.without_name(gold, answer)
+        answer, gold = _without_signs(answer), _without_signs(gold)
         if squeezed(answer) == squeezed(gold):
             return bool(answer)
         if not answer or not gold or self.depth > _MAX_DEPTH:
             return False
         if structure.says_words(gold):
             return _same_words(answer, gold)
+        if answer.startswith(r"\text") and structure.unworded(answer) == answer[len(r"\text{") : -1].strip():
+            answer = structure.unworded(answer).strip()
         if re.fullmatch("[A-Z]", gold) and structure.says_words(answer):  # the choice E, or a letter in words
             return words(answer) == words(gold)
         pairs = [(a, g) for a in structure.readings(answer) for g in structure.readings(gold)]
@@ -62,7 +77,7 @@ class _Comparison:
         matrices = structure.matrix(answer), structure.matrix(gold)
         if any(matrix is not None for matrix in matrices):
             return deeper._same_matrix(*(_rows(m, text) for m, text in zip(matrices, (answer, gold), strict=True)))
-        answer, gold = structure.as_set(answer), structure.as_set(gold)
+        was, answer, gold = answer, structure.as_set(answer), structure.as_set(gold)
         unions = structure.union(answer), structure.union(gold)
         if max(map(len, unions)) > 1:
             return deeper._same_in_any_order(*unions)
@@ -70,8 +85,12 @@ class _Comparison:
         if not (len(g_items) > 1 or len(a_items) > 1 or "{}" in (a_ends, g_ends)):
             return self._same_leaf(answer, gold)
         if {a_ends, g_ends} <= {"", "{}"}:
+            if len(g_items) == 1 and not a_ends:  # "1/2, or 0.5"
+                return all(deeper.same(item, gold) for item in a_items)
             return deeper._same_in_any_order(a_items, g_items)
-        if a_ends and g_ends and a_ends != g_ends:
+        if a_ends != g_ends and (a_ends or "()", g_ends or "()") != ("()", "()"):
+            return False
+        if not g_ends and was != answer:  # an inequality is no list of two numbers
             return False
         return deeper._same_in_order(a_items, g_items)
 
@@ -98,26 +117,30 @@ class _Comparison:
             return self._same_equation(a_sides, g_sides)
         if len(g_sides) > 1 or len(a_sides) > 1:
             # "2 + 3 = 5" for 5, "x = 2 + 3 = 5" for 5, and the other way round; but not "x + 1 = 5" for 5.
-            last = [of[-1] for of in (a_sides, g_sides) if len(of) != 2 or _is_number(of[0])]
+            # "m + n = 5", "|AB| = 5" name what was asked for.
+            last = [of[-1] for of in (a_sides, g_sides) if len(of) != 2 or _is_number(of[0]) or _names(of[0])]
             return len(last) == 2 and dataclasses.replace(self, depth=self.depth + 1).same(*last)
         if answer.endswith("!") and not gold.endswith("!"):
             answer = answer.rstrip("!")
-        answer = answer.partition(r"\approx")[0].strip() or answer
-        based = [_BASE.fullmatch(text) for text in (answer, gold)]
+        answer, gold = (text.partition(r"\approx")[0].strip() or text for text in (answer, gold))
+        based = [_BASE.fullmatch(_with_base(text)) for text in (answer, gold)]
         if any(match is not None and re.search(r"\d", match[1]) for match in based):
-            # A base may be left out; a number of another base is another one, even where the values are the same.
+            # The answer may leave out its base; a number of another base is another one, even of the same value.
             digits = [
                 match[1] if match is not None else text for match, text in zip(based, (answer, gold), strict=True)
             ]
             bases = {match[2] for match in based if match is not None}
-            return digits[0] == digits[1] and len(bases) == 1
+            return digits[0] == digits[1] and len(bases) == 1 and based[1] is not None
         if structure.says_words(answer) and counted(answer) is None and re.search(r"[\d\\^]", gold):
             return False
         decided = _same_amount(answer, gold)
+        if decided is None and alters(answer) != alters(gold):
+            return False
         return self.ask(answer, gold) if decided is None else decided
 
     def _same_equation(self, answer: Sequence[str], gold: Sequence[str]) -> bool:
-        same_name = structure.is_name(gold[0]) and squeezed(answer[0]) == squeezed(gold[0])
+        names = {squeezed(answer[0]), squeezed(gold[0])}
+        same_name = structure.is_name(gold[0]) and (len(names) == 1 or names <= _OF_A_FUNCTION)
         if same_name and dataclasses.replace(self, depth=self.depth + 1).same(answer[1], gold[1]):
             return True
         differences = [f"({left}) - ({right})" for left, right in (answer, gold)]
@@ -139,13 +162,20 @@ def _same_words(answer: str, gold: str) -> bool:
     answer, gold = structure.unworded(answer).strip(), structure.unworded(gold)
     if re.fullmatch(r"[a-z]", wanted):  # a choice: "(E) 5", "E. five"
         match = _CHOICE.fullmatch(answer)
-        return match is not None and match[1].casefold() == wanted
+        if match is None or re.search(r"\b[A-Z]\b|\b(?:or|and|is)\b", match[3]):
+            return False
+        return (match[1] or match[2]).casefold() == wanted
     items = [[words(item) for item in structure.bracketed(text)[1]] for text in (answer, gold)]
-    return len(items[1]) > 1 and sorted(items[0]) == sorted(items[1])
+    if len(items[1]) > 1:
+        return sorted(items[0]) == sorted(items[1])
+    # "The function is even.", but not "neither even nor odd".
+    said = re.findall(r"\w+", answer.casefold())
+    return len(wanted) > 2 and len(said) <= _MAX_WORDS and said.count(wanted) == 1 and _ELSE.isdisjoint(said)
 
 
 def _same_amount(answer: str, gold: str) -> bool | None:
     """Two expressions, perhaps with units, percent signs, as ratios or in words; None where they cannot be read."""
+    answer, gold = (_SCALE.sub(lambda match: rf"\cdot {_SCALES[match[1]]}", text) for text in (answer, gold))
     decided = same_value(answer, gold)
     if decided:
         return True
@@ -154,7 +184,8 @@ def _same_amount(answer: str, gold: str) -> bool | None:
         return _same_quantity((a, a_unit), (g, g_unit))
     if (a_unit is not None and g.endswith("%")) or (g_unit is not None and a.endswith("%")):
         return False
-    a, g = (_RATIO.sub(r"\1/\2", text) if _RATIO.fullmatch(text) else text for text in (a, g))
+    ratios = [_RATIO.fullmatch(structure.unworded(text)) for text in (answer, gold)]
+    a, g = (f"{m[1]}/{m[2]}" if m is not None else text for m, text in zip(ratios, (a, g), strict=True))
     if (number := counted(a)) is not None:
         a = str(number)
     if a.endswith("%") != g.endswith("%") and same_value(a.rstrip("%"), g.rstrip("%")):
@@ -167,8 +198,10 @@ def _same_amount(answer: str, gold: str) -> bool | None:
 
 def _same_quantity(answer: tuple[str, Unit], gold: tuple[str, Unit]) -> bool | None:
     (a, (a_dimension, a_power, a_factor)), (g, (g_dimension, g_power, g_factor)) = answer, gold
-    if (a_dimension, a_power) != (g_dimension, g_power):
+    if a_power != g_power or (a_dimension != g_dimension and "units" not in (a_dimension, g_dimension)):
         return False
+    if a_dimension != g_dimension:
+        a_factor = g_factor
     if a_factor == g_factor:
         return same_value(a, g)
     try:
@@ -178,6 +211,26 @@ def _same_quantity(answer: tuple[str, Unit], gold: tuple[str, Unit]) -> bool | N
     if isinstance(a_value, Fraction) and isinstance(g_value, Fraction):
         return close(a_value * a_factor, g_value * g_factor)
     return close(complex(a_value) * float(a_factor), complex(g_value) * float(g_factor))
+
+
+def _without_signs(text: str) -> str:
+    r"""Without what may stand before an answer and says nothing: "=", "+", "\approx"."""
+    return re.sub(r"^(?:=|\+|\\approx(?![a-z]))\s*", "", text)
+
+
+def _with_base(text: str) -> str:
+    """A number of some base as digits and subscript: 204_{five}, 204 (base 5)."""
+    text = structure.unworded(text)
+    text = re.sub(r"\s*_?\s*\{?\s*\(?\s*base\s*\{?(\w+)\}?\s*\)?\s*\}?$", r"_{\1}", text)
+    return re.sub(r"_\s*\{\s*([a-z]+)\s*\}$", lambda match: f"_{{{counted(match[1])}}}", text)
+
+
+def _names(text: str) -> bool:
+    """Whether the left side of an equation is the quantity that was asked for: letters, but no computation of one."""
+    letters = re.findall(r"(?<!\\)[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text))
+    if re.search(r"\d", text) or not letters or text.startswith("-"):
+        return False
+    return len(letters) > 1 or re.match(r"\\(?:angle|sin|cos|tan|triangle)|\|", text) is not None
 
 
 def _is_number(text: str) -> bool:

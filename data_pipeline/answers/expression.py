@@ -22,6 +22,8 @@ _MAX_DEPTH = 80  # calls of one another; brackets take two
 _MAX_BITS = 100_000  # of an exact number: 2004! has 19,000
 _MAX_FACTORIAL = 5000
 _MAX_LETTERS = 3  # beside each other: more are a word
+_PLAIN = re.compile(r"\s*-?\s*(?:\d+\.?\d*|\.\d+)\s*", re.ASCII)
+_NEGATIVE = -1
 _POINTS = 3  # expressions with letters are compared at so many places
 _CLOSE = 1e-9  # relative, between values of double precision
 _CLOSE_DECIMALS = 2e-6  # relative, where one side is written with a decimal point, as rounded
@@ -94,11 +96,14 @@ def same_value(a: str, b: str) -> bool | None:
     is taken as rounded, to six. Two expressions with letters are the same if they are at three random places.
     """
     try:
-        points = range(_POINTS if letters_in(a) | letters_in(b) else 1)
+        points = list(range(_POINTS if letters_in(a) | letters_in(b) else 1))
+        if "|" in a + b and len(points) > 1:
+            points.append(_NEGATIVE)
         values = [(value_of(a, _at(point)), value_of(b, _at(point))) for point in points]
     except Unreadable:
         return None
-    return all(close(*pair, rounded="." in a or "." in b) for pair in values)
+    rounded = _is_decimal(a) != _is_decimal(b) and not (_PLAIN.fullmatch(a) and _PLAIN.fullmatch(b))
+    return all(close(*pair, rounded=rounded) for pair in values)
 
 
 def proportional(a: str, b: str) -> bool | None:
@@ -106,7 +111,10 @@ def proportional(a: str, b: str) -> bool | None:
     try:
         if not letters_in(a) or letters_in(a) != letters_in(b):
             return same_value(a, b)
-        ratios = [_apply("/", value_of(a, _at(point)), value_of(b, _at(point))) for point in range(_POINTS)]
+        values = [(value_of(a, _at(point)), value_of(b, _at(point))) for point in range(_POINTS)]
+        if any(close(value, Fraction(0)) for pair in values for value in pair):  # 0 = 0 is no equation
+            return False
+        ratios = [_apply("/", *pair) for pair in values]
     except (Unreadable, ZeroDivisionError):
         return None
     return all(close(ratio, ratios[0]) for ratio in ratios)
@@ -127,8 +135,13 @@ def close(a: Value, b: Value, rounded: bool = False) -> bool:
 
 
 def _at(point: int) -> Callable[[str], float]:
-    """Where letters are put: positive, so that their roots and logarithms are real."""
-    return lambda letter: random.Random(f"{letter} {point}").uniform(0.4, 2.6)
+    """Where letters are put: positive, so that roots are real; but for the one place that absolute values need."""
+    sign = -1 if point == _NEGATIVE else 1
+    return lambda letter: sign * random.Random(f"{letter} {point}").uniform(0.4, 2.6)
+
+
+def _is_decimal(text: str) -> bool:
+    return "." in text and _PLAIN.fullmatch(text) is not None
 
 
 class _Reader:

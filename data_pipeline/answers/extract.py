@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal
 
-from data_pipeline.answers.expression import Unreadable, value_of
-from data_pipeline.answers.numbers import find_numbers, parse_number
+from data_pipeline.answers.expression import Unreadable, same_value, value_of
+from data_pipeline.answers.numbers import MAX_NUMBER_LENGTH, find_numbers, parse_number
 from data_pipeline.answers.spelling import closing, counted, tidy
 from data_pipeline.answers.units import without_unit
 
@@ -24,24 +24,33 @@ _MAX_LINES = 5  # that an answer may be broken over
 _RUN_ON = re.compile(
     r"\n[ \t]*(?:[#*]{1,4}[ \t]*)?"
     r"(?:Questions?|Q|Problem|Exercise|Example|Instruction|Input|User|Human|Student|USER|HUMAN)"
-    r"[ \t]*\d*[ \t]*(?:\*\*)?[:.](?:\*\*)?[ \t\n]"
-    r"|<\|(?:im_start|im_end|eot_id|endoftext|user|end)\|>|</s>|\[INST\]|\n[ \t]*(?:USER|Human|User):"
+    r"[ \t]*\d*[ \t]*(?:(?:\*\*)?[:.](?:\*\*)?[ \t\n]|\n)"
+    r"|\n[ \t]*#{2,4}[ \t]*(?:Response|Question|Problem|Instruction|Input|Example)\b"
+    r"|\n[ \t]*(?:USER|Human|User|Assistant|ASSISTANT):"
+    r"|<\|[a-z_]+\|>|</?s>|<(?:eos|start_of_turn|end_of_turn)>|\[INST\]"
 )
 _MARK = re.compile(
-    r"(?P<answer_line>\banswer(?:[ \t]+(?:to|of|for)\b[^.\n:]{0,80}?)?[ \t]*\b(?:is|are)\b[ \t]*:?"
-    r"|^[ \t*#_-]*(?:(?:the|my|our|so|thus|therefore|final|correct|hence)\b[ \t,*]*){0,4}\banswer[ \t*_]*:)[ \t*_]*"
+    r"(?P<answer_line>\b(?:answers?(?:[ \t]+(?:to|of|for)\b[^.\n:]{0,80}?)?|solutions)[ \t]*"
+    r"\b(?:is|are|should be|must be|would be)\b[ \t]*:?"
+    r"|^[ \t*#_-]*(?:(?:the|my|our|so|thus|therefore|final|correct|hence)\b[ \t,*]*){0,4}"
+    r"\b(?:answers?|ans|result)[ \t*_]*:)[ \t*_]*"
     r"|(?P<hash_line>####)",
     re.IGNORECASE | re.MULTILINE,
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _FENCED = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _SENTENCE_ENDS = re.compile(
-    r"[.!?](?=\s+[A-Z(\\$]|\s*$)|,?\s(?:because|since|which|where|so that|given that|that is|i\.e\.|as)[\s,]", re.DOTALL
+    r"(?:(?<![\d)])!|[.?])(?=\s+[A-Z(\\$]|\s*$)"
+    r"|,?\s(?:because|when|if|since|which|where|so that|given that|that is|i\.e\.|as)[\s,]",
+    re.DOTALL,
 )
 _TALK = re.compile(r"\b(?:so|thus|hence|therefore|we|it|this|he|she|they|is|are|get|gives|have|has)\b", re.IGNORECASE)
 _CONNECTIVE = re.compile(r"\b(?:and|or|to)\b|[\s,;.:()*]", re.IGNORECASE)
 _PLAIN = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
-_SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALED = re.compile(
+    r"\$?\s*(-?[\d,.]*\d)\s*(?:\\\w+\s*\{\s*)?(hundred|thousand|million|billion|trillion)s?\b", re.ASCII
+)
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +66,9 @@ def extract(response: str, kind: Kind) -> Extracted:
 
     First the response is cut where it runs on into another question or turn. Then, the first that yields an answer:
     the last line "The answer is …" (rule "answer_line") or "#### …" ("hash_line"), whichever comes later; the last
-    \boxed or \fbox ("boxed"); of a number, the last of the text ("last_number"); of anything else a text that is
-    short enough to be nothing but an answer ("whole"), the last mathematics between dollar signs ("last_math"), the
-    last number. A puzzle's answer is its steps, all of the response ("whole").
+    \boxed or \fbox ("boxed"), unless an answer is announced after it; a text that is nothing but an answer ("whole");
+    of anything but a number the last mathematics between dollar signs ("last_math"); the last number of the text
+    ("last_number"). A puzzle's answer is its steps, all of the response ("whole").
     """
     response = response[-MAX_CHARS:]
     kept = cut(response)
@@ -74,11 +83,15 @@ def _extract(response: str, kind: Kind) -> Extracted:
         answer = _number_of(candidate) if kind == "number" else candidate
         if answer:
             return Extracted(answer, rule)
+    if kind == "number" and len(response) <= _MAX_BARE and re.fullmatch(r"[^A-Za-z=+*]+", response.strip()):
+        answer = _number_of(response)  # "2½", "1 080"
+        if answer:
+            return Extracted(answer, "whole")
     if kind == "latex":
         for rule, candidate in _unmarked(response):
             if candidate:
                 return Extracted(candidate, rule)
-    numbers = find_numbers(response)
+    numbers = find_numbers(re.sub(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1/\2", response))
     return Extracted(numbers[-1], "last_number") if numbers else Extracted(None, None)
 
 
@@ -92,23 +105,30 @@ def cut(response: str) -> str:
 
 
 def _candidates(response: str) -> Iterator[tuple[str, str]]:
-    box = last_box(response)
+    box, boxed_at = last_box(response), max((match.start() for match in _BOX.finditer(response)), default=-1)
     for mark in reversed(list(_MARK.finditer(response))[-_MAX_MARKS:]):
-        candidate = _answer_in(_line_at(response, mark.end()))
-        # "Our answer is correct" announces nothing where there is a box.
-        if candidate and not (box and _is_prose(candidate)):
+        line = _line_at(response, mark.end())
+        if box and boxed_at > mark.start() and not _BOX.search(line):  # what comes last is what is meant
+            break
+        # "Our answer is correct", "the answer is independent of n" announce nothing where there is a box.
+        if box and not _announces(line):
+            continue
+        candidate = _answer_in(line)
+        if candidate:
             yield str(mark.lastgroup), candidate
     if box:
         yield "boxed", box
 
 
-def _is_prose(candidate: str) -> bool:
-    bare = re.sub(r"\\text\w*\s*\{[^{}]*\}|\\[A-Za-z]+", " ", candidate)
-    words = len(re.findall(r"[A-Za-z]{3,}", bare))
-    return (
-        words > _MAX_BARE_WORDS
-        or (words > 0 and not re.search(r"[\d\\$]", candidate))
-        or candidate.startswith(r"\begin{al")
+def _announces(line: str) -> bool:
+    """Whether an answer follows at once: a formula, a number, a name and "=", or a word or two before a full stop."""
+    if line.startswith((r"\begin{al", r"\[")):
+        return False
+    if re.match(r"[-+.\d$\\(\[{√π]|[A-Za-z]\w{0,2}\s*=", line):
+        return True
+    words = re.split(r"[.!?](?:\s|$)", line)[0].split()
+    return 0 < len(words) <= 2 and not re.fullmatch(
+        r"(?:correct|right|wrong|verified|yes|no|positive|negative|true)", words[0]
     )
 
 
@@ -156,6 +176,7 @@ def _answer_in(line: str) -> str:
             behind = line[first.end() :]
             unit = re.match(r"\s+(?!and\b|or\b)([A-Za-z]+)\s*$", behind)
             return next(group for group in first.groups() if group).strip() + (unit[0] if unit else "")
+    line = re.sub(r"(?<=[\d}$)])\s+\([^()]*[A-Za-z]{3,}[^()]*\)\s*$", "", line)  # a remark in brackets
     return line.strip().strip("*").strip()
 
 
@@ -176,45 +197,54 @@ def last_box(text: str) -> str | None:
     if not contents:
         return None
     joined = [contents[-1]]
+    alternatives = False
     for content in reversed(contents[:-1]):
         between = text[content[1] : joined[0][0]]
-        if len(between) > 30 or _CONNECTIVE.sub("", between).strip("$\\[]"):
+        bare = re.sub(r"[A-Za-z]\s*=", "", _CONNECTIVE.sub("", between)).strip("$\\[]")
+        if len(between) > 30 or bare or not re.search(r"\band\b|\bor\b|[,;]", between):
             break
+        alternatives |= re.search(r"\bor\b", between) is not None
         joined.insert(0, content)
-    distinct = dict.fromkeys(content.strip() for _, _, content in joined)
-    return ", ".join(distinct) or None
+    texts = [content.strip() for _, _, content in joined]
+    if alternatives and all(same_value(tidy(one), tidy(texts[-1])) for one in texts):  # "1/2, or 0.5"
+        texts = texts[-1:]
+    return ", ".join(texts) or None
 
 
 def _number_of(candidate: str) -> str | None:
-    """The number that a candidate says; behind a last "=", the first there is."""
-    said = candidate.rpartition("=")[2].strip()
+    """The number that a candidate says: its first, or what a computation comes to ("3 + 4 = 7 apples")."""
+    said = candidate.strip()
     if _PLAIN.fullmatch(said):
         return said
-    text = tidy(said)
-    plain, _ = without_unit(text)
-    scale = re.fullmatch(r"(.*\d)\s+([a-z]+)s?(?:\s.*)?", text, re.DOTALL)
-    if scale is not None and scale[2] in _SCALES:
-        value = parse_number(scale[1])
-        if value is not None:
-            return _written(value * _SCALES[scale[2]])
+    said = re.sub(r"\b(?:negative|minus)\s+(?=[\d$])", "-", said)
+    if (concluded := re.search(r"\bwhich (?:is|equals|makes|gives)\s+(.+)", said)) is not None:
+        said = concluded[1]
+    if not re.match(r"[-$\s]*[\d,.]+\s*(?![xX]\s*\d)[A-Za-z(]", said):  # "22 when x = 10" says 22
+        said = said.rpartition("=")[2].strip()
+    said = re.sub(r"(?<=\d)\s+\(.*$", "", said, flags=re.DOTALL)  # "72 (48 + 24)"
+    scaled = _SCALED.match(said)
+    if scaled is not None and (value := parse_number(scaled[1])) is not None:
+        return _written(value * _SCALES[scaled[2]])
+    plain, _ = without_unit(tidy(said))
     if parse_number(plain) is not None:
         return plain.replace(" ", "").rstrip("%")
-    if "\\" in plain or " " in plain:  # \frac{3}{4}, 3 1/2
+    if re.search(r"[\\ +*/^]|\d-\d", plain):  # \frac{3}{4}, 3 1/2, 2*3
         try:
             exact = value_of(plain)
         except Unreadable:
             exact = None
-        if isinstance(exact, Fraction):
-            return _written(exact)
+        if isinstance(exact, Fraction) and (written := _written(exact)) is not None:
+            return written
     numbers = find_numbers(said)
     if numbers:
         return numbers[0]
-    for word in re.findall(r"[A-Za-z]+", text):
-        number = counted(word)
-        if number is not None:
-            return str(number)
-    return None
+    words = re.findall(r"[A-Za-z]+(?:-[A-Za-z]+)*", plain)
+    said_numbers = [number for word, after in zip(words, [*words[1:], ""], strict=False)
+                    if (number := counted(word)) is not None and after not in _SCALES]  # fmt: skip
+    return str(said_numbers[0]) if said_numbers else None
 
 
-def _written(value: Fraction) -> str:
-    return str(value)
+def _written(value: Fraction) -> str | None:
+    """A number of a size that an answer may have."""
+    text = str(value) if max(value.numerator.bit_length(), value.denominator.bit_length()) < 160 else ""
+    return text if 0 < len(text) <= MAX_NUMBER_LENGTH else None

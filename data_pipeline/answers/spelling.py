@@ -24,6 +24,7 @@ _RENAMED = {
     **dict.fromkeys(("geq", "geqslant", "geqq"), r"\ge "),
     "neq": r"\ne ", "lt": "<", "gt": ">", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "lparen": "(",
     "rparen": ")", "vert": "|", "lvert": "|", "rvert": "|", "mid": "|", "cdotp": r"\cdot ", "degree": "°", "colon": ":",
+    "bigcup": r"\cup ",
     "infin": r"\infty ", "infinity": r"\infty ", "varnothing": r"\emptyset ", "simeq": r"\approx ", "sim": r"\approx ",
     "land": r"\text{ and }", "lor": r"\text{ or }", "vee": r"\text{ or }", "times": r"\times ", "cdot": r"\cdot ",
     "div": r"\div ", "ast": r"\cdot ", "le": r"\le ", "ge": r"\ge ", "ne": r"\ne ", "qquad": " ", "quad": " ",
@@ -31,15 +32,17 @@ _RENAMED = {
 _DROPPED = set(
     """
     left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle scriptstyle
-    limits nolimits mathstrut strut phantom rm bf it mathord mathopen mathclose
+    limits nolimits mathstrut strut rm bf it mathord mathopen mathclose large Large LARGE huge Huge small tiny
+    normalsize
 """.split()
 )
 _TEXT = set("text textbf textit textrm textsf texttt textnormal mbox hbox mathrm operatorname textup emph".split())
 _UNWRAPPED = set(
     """
-    mathbf mathit mathsf mathtt boldsymbol bm mathbb mathcal mathnormal ensuremath boxed fbox
+    mathbf mathit mathsf mathtt boldsymbol bm mathbb mathcal mathnormal ensuremath boxed fbox framebox
 """.split()
 )
+_FONT = re.compile(rf"\\(?:{'|'.join(_UNWRAPPED - {'boxed', 'fbox'})}|vec|hat|overrightarrow)\s*\{{([A-Za-z]+)\}}")
 _COMMAND = re.compile(r"\\(?:([A-Za-z]+)\*?|(.)|$)", re.DOTALL)
 _REPEATING = re.compile(r"(\d{0,12})\.(\d{0,12})\\overline\s*\{(\d{1,12})\}")
 _DEGREES = re.compile(r"\^\s*(?:\\circ\b|\{\s*\\circ\s*\}|°)|\\circ\b")
@@ -56,15 +59,21 @@ def tidy(text: str) -> str:
     dollar = r"\\\$" if text.replace(r"\$", "").count("$") % 2 == 0 else r"\\?\$"
     text = re.sub(rf"{dollar}\s*(\d[\d,.]*\d|\d|\.\d+)", r"\1\\text{ dollars}", re.sub(r",\s*\\!\s*|\{,\}", ",", text))
     text = unicodedata.normalize("NFKC", text.replace(r"\$", "$")).translate(_SYMBOLS)
-    text = re.sub(r"\\[hv]space\*?\{[^{}]*\}", " ", text)
+    text = re.sub(r"\\(?:[hv]space\*?|color|[hv]?phantom)\s*\{[^{}]*\}", " ", text)
+    text = re.sub(r"\bpercent\b", "%", text.replace("`", " "))
+    text = _FONT.sub(r"\1", text)
+    text = re.sub(r"\\mathrm\s*\{\s*([ie])\s*\}", r"\1", text)
     text = _COMMAND.sub(_command, text)
     text = re.sub(r"\\text\s*\{\s*\}", " ", text)
     text = _DEGREES.sub("°", text)
     text = _REPEATING.sub(_repeating, text)
     text = re.sub(r"\\overline\s*\{([A-Z]+)\}", r"\1", text)
-    text = re.sub(r"\*\*(.+?)\*\*", r"\1", text)
+    text = re.sub(r"\*\*(.+?)\*\*", r"\1", text).replace("**", "^")
+    text = re.sub(r"(?<![A-Za-z\\])(?:inf|infinity)(?![A-Za-z])", r"\\infty ", text)
+    text = re.sub(r"(?<=\d):00(?=\s*(?:\\text\s*\{\s*)?[aApP]\.?[mM])", "", text)
     text = unwrap(text)
-    text = re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"\s+", " ", text).strip(" ~")
+    text = re.sub(r"(?<![\d.])(\d{1,3}(?: \d{3})+)(?![\d/])", lambda match: match[1].replace(" ", ""), text)
     return re.sub(r"(?:(?<!\\)[.,;:!?]|(?<!\\)\\(?= ?$)|\s)+$", "", text) if not text.endswith("!") else text
 
 
@@ -75,7 +84,17 @@ def _command(match: re.Match[str]) -> str:
             return "\\\\ "
         if sign in ("{", "}"):
             return f"\\{sign}"
-        return "%" if sign == "%" else "|" if sign == "|" else sign if sign in ("&", "#", "_") else " "
+        return (
+            ""
+            if sign == "!"
+            else "%"
+            if sign == "%"
+            else "|"
+            if sign == "|"
+            else sign
+            if sign in ("&", "#", "_")
+            else " "
+        )
     if name in _DROPPED:
         return " "
     if name in _TEXT:
@@ -121,17 +140,23 @@ def closing(text: str, start: int) -> int:
 
 def words(text: str) -> str:
     r"""Letters and digits of an answer in words, small: "\text{(A)}" and "a" are alike; "4:30 p.m." keeps its colon."""
-    text = re.sub(r"\\text\b|\\[A-Za-z]+", " ", text).casefold()
-    text = re.sub(r"\b(?:the|a|an|option|choice|answer)\b(?=.*\w)", " ", text) if len(text) > 3 else text
+    text = re.sub(r"\\text\b|\\[A-Za-z]+", " ", text)
+    text = re.sub(r"\b(?:[Tt]he|an?|[Oo]ption|[Cc]hoice|answer)\s+(?=\W*\w)", " ", text).casefold()
     return re.sub(r"[^\w:+/-]|_", "", text)
 
 
 _COUNT = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-    eighteen nineteen twenty
+    eighteen nineteen
 """.split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def counted(word: str) -> int | None:
-    """The number that a word from zero to twenty says."""
-    return _COUNT.index(word.casefold()) if word.casefold() in _COUNT else None
+    """The number that a word from zero to ninety-nine says."""
+    tens, _, ones = word.casefold().strip().partition("-")
+    if tens in _COUNT and not ones:
+        return _COUNT.index(tens)
+    if tens in _TENS and (not ones or ones in _COUNT[1:10]):
+        return 20 + 10 * _TENS.index(tens) + (_COUNT.index(ones) if ones else 0)
+    return None

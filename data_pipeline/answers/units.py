@@ -31,6 +31,7 @@ _TABLE: dict[str, dict[str, str]] = {
     },
     "angle": {"1": "degree degrees deg °"},
     "radians": {"1": "rad radian radians"},
+    "units": {"1": "unit units"},
     "before noon": {"1": "am"},
     "after noon": {"1": "pm"},
 }  # fmt: skip
@@ -46,6 +47,7 @@ _POWER = r"\s*(?:\^\s*\{?\s*(?P<power>\d{1,3})\s*\}?)?\s*\.?\s*"
 _IN_TEXT = re.compile(rf"(?P<number>.*?\S)\s*\\text\s*\{{(?P<unit>[^{{}}]*)\}}{_POWER}", re.DOTALL)
 _BARE = re.compile(rf"(?P<number>.*(?:[\d}})°!%]|\\pi))(?P<unit>\s*[A-Za-z][A-Za-z ./]*?){_POWER}", re.DOTALL)
 _NO_WORDS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt and".split())
+_ALTERING = set("squared cubed half halves third thirds quarter quarters or more less than".split())
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
@@ -58,8 +60,15 @@ def without_unit(text: str) -> tuple[str, Unit | None]:
         match = _BARE.fullmatch(text)
         if match is None or not _is_a_word(match["unit"]):
             return text, None
+    if alters(match["unit"]):
+        return text, None
     number = match["number"].rstrip()
     return number, _unit(match["unit"], int(match["power"] or 1))
+
+
+def alters(text: str) -> bool:
+    """Whether words behind a number make another one of it: "5 squared", "8 or more"."""
+    return not _ALTERING.isdisjoint(re.findall(r"[a-z]+", text.casefold()))
 
 
 def _is_a_word(unit: str) -> bool:

@@ -69,7 +69,20 @@ ANSWER, HASH, BOXED, LAST = "answer_line", "hash_line", "boxed", "last_number"
         ("The answer is: \u00bd", "1/2", ANSWER),
         ("The answer is: twelve.", "12", ANSWER),
         ("The answer is: 1.5 million dollars.", "1500000", ANSWER),
-        ("The answer is: 3 dozen.", "36", ANSWER),
+        ("The answer is: 3 dozen.", "3", ANSWER),
+        ("The answer is: $5.6 million.", "5600000", ANSWER),
+        ("The answer is: twenty-five.", "25", ANSWER),
+        ("The answer is: one hundred.", None, None),
+        ("The answer is: negative 10.", "-10", ANSWER),
+        ("The answer is: 72 (48 + 24)", "72", ANSWER),
+        ("The answer is: 22 when x=10.", "22", ANSWER),
+        ("The answer is: 2*3", "6", ANSWER),
+        (r"The answer is: 70\,000", "70000", ANSWER),
+        (r"So the ratio is $\frac{3}{2}$.", "3/2", LAST),
+        # Whichever is said last, and said as an answer.
+        (r"Let us see whether the answer is 12. It is not. \boxed{10}", "10", ANSWER),
+        (r"\boxed{10} So our answer is correct.", "10", BOXED),
+        (r"\boxed{2 \cdot 10^{5000}}", "2", BOXED),  # no number that an answer has
         # A response ends where the model asks itself another question, or speaks for the user.
         ("The answer is: 5.\n\nQuestion: And then?\nThe answer is: 6.", "5", ANSWER),
         ("#### 5\n\nQ: And then?\n#### 6", "5", HASH),
@@ -83,7 +96,7 @@ ANSWER, HASH, BOXED, LAST = "answer_line", "hash_line", "boxed", "last_number"
         ("The answer is: 5km", "5", ANSWER),
         ("one, 2, 1,2345", "2345", LAST),
         # A minus that subtracts, lists or joins belongs to no number.
-        ("10-5", "5", LAST),
+        ("10-5", "5", "whole"),
         ("so 10 - 5", "5", LAST),
         ("(3+4)-5", "5", LAST),
         ("In all:\n- 72 apples", "72", LAST),

@@ -69,7 +69,7 @@ F, C and A                      | \text{A,C,F}
 y = 2x+3                        | 2x+3
 2x+3                            | y = 2x+3
 2x - y + 3 = 0                  | y = 2x+3
-\begin{bmatrix}1\\7\end{bmatrix}| \begin{pmatrix} 1 \\ 7 \end{pmatrix}
+\begin{bmatrix}1\\7\end{bmatrix} | \begin{pmatrix} 1 \\ 7 \end{pmatrix}
 (1,7)                           | \begin{pmatrix} 1 \\ 7 \end{pmatrix}
 \begin{pmatrix}.5&0\\0&1\end{pmatrix} | \begin{pmatrix} 1/2 & 0 \\ 0 & 1 \end{pmatrix}
 1:2                             | \frac{1}{2}
@@ -80,6 +80,42 @@ five                            | 5
 f(x) = 2x                       | 2x
 \left(-\infty, 0\right]         | (-\infty,0]
 x^2+y^2-13=0                    | x^2+y^2=13
+(x,y) = (1,-2)                  | (1,-2)
+y=2, x=1                        | (1,2)
+\mathbf{v} = (1,7)               | \begin{pmatrix} 1 \\ 7 \end{pmatrix}
+\left(\begin{array}{c} 1 \\ 7 \end{array}\right) | \begin{pmatrix} 1 \\ 7 \end{pmatrix}
+\frac{1}{5}\begin{pmatrix} 5 \\ 35 \end{pmatrix} | \begin{pmatrix} 1 \\ 7 \end{pmatrix}
+f^{-1}(x) = 2x                  | 2x
+m+n=5                           | 5
+|AB| = 5                        | 5
+\angle ABC = 45^\circ            | 45^\circ
+5 = x                           | 5
+P(2,-1,5)                       | (2,-1,5)
+[0,+\infty)                      | [0,\infty)
+\{x \in \mathbb{R} \mid x \ge 0\} | [0,\infty)
+-10 \le f(x) \le 4               | [-10,4]
+x>1 \text{ and } x \le 2          | (1,2]
+\frac12, or 0.5                 | 1/2
+204_{\text{five}}                | 204_5
+204 (base 5)                    | 204_5
+sqrt(2)/2                       | \frac{\sqrt2}{2}
+8:34 PM                         | 8\!:\!34 \text{ p.m.}
+A and C                         | \text{A,C}
+(E) 5                           | \text{(E)}
+\text{five}                      | 5
+\approx 8.24                     | 8.24 \text{ mph}
+1 million                       | 1,000,000
+1 to 2                          | 1:2
+\color{red}{17}                  | 17
+10 010                          | 10,\!010
+A5_{11}                         | \text{A5}_{11}
+The function is even.           | \text{even}
+on Tuesday                      | \text{Tuesday}
+9:00 AM                         | 9\text{ a.m.}
+f(x)=2x+3                       | y=2x+3
+x**2+1                          | x^2+1
+(-inf, -5) U (7, inf)           | (-\infty,-5)\cup(7,\infty)
+x<-5, x>7                       | (-\infty,-5)\cup(7,\infty)
 """
 WRONG = r"""
 y=5                             | x=5
@@ -131,12 +167,35 @@ y=2x+4                          | y=2x+3
 x^2                             | x^3
 \frac{2}{1}                     | \frac12
 July 20                         | \text{June 20}
+x+y=x+y                         | y=2x+3
+0x=0y                           | y=2x+3
+x=x                             | x=5
+y=3, x=4                        | (3,4)
+(-36,104)                       | [-36,104]
+100101                          | (100,101)
+[2,3]                           | 2,3
+-2 < x < 1                      | -2,1
+C                               | \text{A,C}
+A or B                          | \text{(A)}
+A circle                        | \text{(A)}
+5 \text{ million}                | 5
+5 \text{ squared}                | 5
+8 \text{ or more}                | 8
+90 cubic units                  | 90\text{ square units}
+\$306,956.64                     | 306,956.63
+1000001.0                       | 1000000
+|x|                             | x
+1 000                           | 0
+17_8                            | 17
+neither even nor odd            | \text{even}
+Tuesday or Monday               | \text{Tuesday}
 """
 
 
 def pairs(table):
-    return [tuple(side.strip() for side in line.split(" | ") if side) for line in
-            (re.sub(r"\s*\| ", " | ", line) for line in table.strip().splitlines())]  # fmt: skip
+    return [
+        (line.rpartition(" | ")[0].strip(), line.rpartition(" | ")[2].strip()) for line in table.strip().splitlines()
+    ]
 
 
 @pytest.mark.parametrize(("answer", "gold"), pairs(RIGHT))
