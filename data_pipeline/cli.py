@@ -8,9 +8,9 @@ import errno
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from etils import epath
 
@@ -113,6 +113,44 @@ def make_folder(path: epath.Path, what: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{what}={path} cannot be made a folder: {error.strerror or error}") from error
+
+
+# What a command does with its flags.
+Action = Callable[[argparse.Namespace], None]
+
+
+class Command(NamedTuple):
+    """One word of a program: what it is for, and how its parser is filled.
+
+    `build` adds the flags, and returns what is done with them. It imports what it needs itself: so `--help` and light
+    commands do not wait for heavy ones, and Ctrl-C during an import is a Ctrl-C like any other.
+    """
+
+    help: str
+    build: Callable[[argparse.ArgumentParser], Action]
+
+
+def run_commands(
+    program: str, description: str | None, commands: Mapping[str, Command], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Runs the one of `commands` that the first word of `argv` names, and ends the process; see `run_command`."""
+
+    def run(argv: Sequence[str] | None) -> None:
+        words = list(sys.argv[1:] if argv is None else argv)
+        parser = argparse.ArgumentParser(
+            prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+        act: Action | None = None
+        for name, command in commands.items():
+            subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+            if words[:1] == [name]:
+                act = command.build(subparser)
+        arguments = parser.parse_args(words)
+        assert act is not None  # the parser refuses, or helps with, whatever is no command
+        act(arguments)
+
+    run_command(run, argv)
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> NoReturn:

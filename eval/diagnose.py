@@ -12,7 +12,7 @@ from data_pipeline.cli import RunError, logger
 from data_pipeline.files import write_json
 from data_pipeline.settings import Settings
 from eval.errors import Examined, error_types, examine
-from eval.files import parts, read_grades, read_problems, read_samples
+from eval.files import parts, read_grades, read_problems, read_run, read_samples
 from eval.judge import Judge, Opinion
 
 
@@ -39,8 +39,9 @@ class ErrorSettings(Settings):
 def diagnose(folder: epath.Path, settings: ErrorSettings) -> dict[str, Any]:
     """Examines wrong samples, spread evenly over the problems, writes errors.json, and returns what it holds.
 
-    Raises RunError where no sample is wrong, or the judge does not answer.
+    Raises UsageError where `folder` is no eval folder, RunError where no sample is wrong or the judge does not answer.
     """
+    read_run(folder)
     wrong = _wrong_samples(folder, settings)
     examined = [examine(sample["text"]) for sample in wrong]
     told: dict[str, Any] = {"program": error_types(examined)}

@@ -59,6 +59,7 @@ def read_metrics(folder: epath.Path) -> dict[str, Any]:
     """metrics.json. Raises UsageError where nothing is graded yet, RunError where it is damaged."""
     file = folder / "metrics.json"
     if not file.exists():
+        read_run(folder)  # what is no eval folder at all is told so
         raise UsageError(f"{folder} has no metrics.json yet: run `python -m eval grade {folder}` first")
     with damage_named(file, "grade again"):
         return json.loads(file.read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.__main__ import DemoData, prepare_demo
+from data_pipeline.demo import DemoData, prepare_demo
 from data_pipeline.settings import load_settings
 from mathscale_jax.config import TrainSettings
 from mathscale_jax.train import train

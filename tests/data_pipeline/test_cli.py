@@ -3,11 +3,23 @@
 import argparse
 import errno
 import signal
+import subprocess
+import sys
 
 import pydantic
 import pytest
 
-from data_pipeline.cli import RunError, Stopped, StopSignal, add_flags, from_flags, is_disk_full, run_command
+from data_pipeline.cli import (
+    Command,
+    RunError,
+    Stopped,
+    StopSignal,
+    add_flags,
+    from_flags,
+    is_disk_full,
+    run_command,
+    run_commands,
+)
 from data_pipeline.settings import Settings, UsageError
 
 pytestmark = pytest.mark.usefixtures("logging_left_as_it_was")
@@ -202,3 +214,36 @@ def test_help_shows_descriptions_and_defaults(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "where to write, 100% of it (required)" in shown
     assert "how many (default: 5)" in shown
+
+
+def build_interrupted(parser):
+    raise KeyboardInterrupt  # as Ctrl-C in the middle of an import
+
+
+COMMANDS = {
+    "write": Command("writes", lambda parser: add_flags(parser, Flags) or (lambda given: print("wrote", given.out))),
+    "load": Command("loads", build_interrupted),
+}
+
+
+@pytest.mark.parametrize(
+    ("argv", "exit_code", "said"),
+    [
+        (["write", "--out", "here"], 0, "wrote here"),
+        (["load"], 130, "stopped by Ctrl-C"),
+        (["--help"], 0, "loads"),
+        (["wriet"], 2, "invalid choice: 'wriet'"),
+        ([], 2, "the following arguments are required: COMMAND"),
+    ],
+)
+def test_the_first_word_says_which_command_runs_and_only_that_one_is_built(capsys, argv, exit_code, said):
+    with pytest.raises(SystemExit) as caught:
+        run_commands("program", "what it is", COMMANDS, argv)
+    assert caught.value.code == exit_code
+    assert said in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("command", [["grade", "--help"], ["report", "--help"], ["--help"]])
+def test_commands_that_need_no_accelerator_do_not_import_jax(command):
+    code = f"import sys, eval.__main__ as m\ntry: m.main({command})\nexcept SystemExit: sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
