@@ -157,7 +157,7 @@ def compared(pairs: Sequence[Pair], by: Callable[[str, str], bool | None]) -> tu
 def benchmark(settings: GradeSettings, command: str) -> None:
     """Measures, prints, and writes the results."""
     load = os.getloadavg()[0]
-    kind = get_task(settings.task).kind
+    kind = get_task(settings.task).graded_as
     problems = read_problems(settings.task, "test", settings.source)[: settings.num_problems]
     golds = sorted({problem.answer for problem in problems})
     rng = random.Random(settings.seed)

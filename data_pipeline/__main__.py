@@ -14,13 +14,22 @@ from data_pipeline import cli
 
 def _prepare(parser: ArgumentParser) -> cli.Action:
     from data_pipeline.demo import DemoData, prepare_demo
+    from data_pipeline.prepare import PrepareSettings, prepare
+    from data_pipeline.tasks import TASKS
 
-    tasks = parser.add_subparsers(dest="task", required=True)
-    demo = tasks.add_parser("demo", help="generated multi-step word problems", description=DemoData.__doc__)
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    demo = tasks.add_parser("demo", help=TASKS["demo"].about, description=DemoData.__doc__)
     cli.add_flags(demo, DemoData)
+    for name, task in TASKS.items():
+        if task.splits:
+            public = tasks.add_parser(name, help=task.about, description=f"{task.about}. {PrepareSettings.__doc__}")
+            cli.add_flags(public, PrepareSettings)
 
     def act(arguments: Namespace) -> None:
-        prepare_demo(cli.from_flags(DemoData, arguments))
+        if arguments.task == "demo":
+            prepare_demo(cli.from_flags(DemoData, arguments))
+        else:
+            prepare(arguments.task, cli.from_flags(PrepareSettings, arguments))
 
     return act
 

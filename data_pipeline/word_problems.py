@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-from data_pipeline.tasks.base import Problem
+from data_pipeline.problem import Problem
 
 NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo", "Iris", "Jack", "Kim", "Leo")
 ITEMS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")

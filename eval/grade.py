@@ -47,7 +47,7 @@ def grade(folder: epath.Path, again: bool = False) -> epath.Path:
     """
     run = read_run(folder)
     problems = {problem["problem_id"]: problem for problem in read_problems(folder)}
-    kind = get_task(run["task"]).kind
+    kind = get_task(run["task"]).graded_as
     for problem in problems.values():
         try:
             check_gold(problem["answer"], kind)

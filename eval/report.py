@@ -35,7 +35,7 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
 
     folder = epath.Path(eval_dir)
     run, metrics, errors = read_run(folder), read_metrics(folder), read_errors(folder)
-    kind = TASKS[run["task"]].kind if run["task"] in TASKS else "number"
+    kind = TASKS[run["task"]].graded_as if run["task"] in TASKS else "number"
     problems, num_graded = shown_problems(folder, kind)
     complete, n = metrics["complete"] is True, metrics["num_samples"]
     names = {"ratio": f"PassRatio@{n}", "vote": f"maj@{n}", "pass": f"Pass@{n}"}

@@ -74,7 +74,7 @@ class LoopSampling:
         wanted, source = settings.samples, settings.samples.source
         self._config, self._tokenizer, self._dtype = config, tokenizer, settings.compute.dtype
         self._folder, self._every = epath.Path(settings.output_dir) / "samples", wanted.every
-        self._kind = get_task(source.task).kind
+        self._kind = get_task(source.task).graded_as
         self._problems = read_problems(source.task, source.split, source.path)[: wanted.num_problems]
         self._prompts = [
             Prompt(problem.id, tokenizer.encode_prompt(template.render_prompt(problem.question)))

@@ -3,11 +3,20 @@
 A task is one file that makes one `Task`; it is listed in `TASKS` below.
 """
 
-from data_pipeline.settings import UsageError
-from data_pipeline.tasks import gsm8k, math, rows
-from data_pipeline.tasks.base import Problem, Task
+from collections.abc import Iterable, Iterator
 
-TASKS: dict[str, Task] = {task.name: task for task in (gsm8k.TASK, math.TASK, rows.DEMO, rows.JSONL)}
+from data_pipeline.problem import Problem
+from data_pipeline.settings import UsageError
+from data_pipeline.tasks import asdiv, college_math, gsm8k, hungarian, math, own, puzzle, svamp
+from data_pipeline.tasks.base import Task
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        gsm8k.TASK, math.TASK, svamp.TASK, asdiv.TASK, college_math.TASK, hungarian.TASK,
+        puzzle.TASK, own.DEMO, own.JSONL, own.LATEX,
+    )
+}  # fmt: skip
 
 
 def get_task(name: str) -> Task:
@@ -18,20 +27,25 @@ def get_task(name: str) -> Task:
 
 
 def read_problems(task: str, split: str, source: str | None) -> list[Problem]:
-    """All problems of a split. `source` is a file of rows; None takes the task's public source.
+    """All problems of a split. `source` is a file or folder of rows; None takes the task's public source.
 
     Raises UsageError where the source is missing, a row is malformed (its line is named), ids repeat, or
     nothing is in it.
     """
-    problems = list(get_task(task).read(split, source))
+    problems = list(unique(get_task(task).problems(split, source), f"task={task} source={source}"))
     if not problems:
         raise UsageError(f"task={task} split={split} source={source}: the dataset is empty, no problem was read")
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.id in seen:
-            raise UsageError(f"task={task} source={source}: the id {problem.id!r} occurs twice; ids must be unique")
-        seen.add(problem.id)
     return problems
 
 
-__all__ = ["TASKS", "Problem", "Task", "get_task", "read_problems"]
+def unique(problems: Iterable[Problem], where: str) -> Iterator[Problem]:
+    """`problems`. Raises UsageError, which begins with `where`, at the first id that was there before."""
+    seen: set[str] = set()
+    for problem in problems:
+        if problem.id in seen:
+            raise UsageError(f"{where}: the id {problem.id!r} occurs twice; ids must be unique")
+        seen.add(problem.id)
+        yield problem
+
+
+__all__ = ["TASKS", "Problem", "Task", "get_task", "read_problems", "unique"]

@@ -1,83 +1,117 @@
-"""What a problem and a task are, and how a file of JSON rows is read."""
+"""What a task is."""
 
 import dataclasses
-import gzip
 import hashlib
-import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from data_pipeline.answers import Kind
-from data_pipeline.settings import UsageError, require_file
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A question with its worked solution (without the answer line) and its gold answer.
-
-    `num_steps` is the number of steps in the solution, counted as the task says.
-    """
-
-    id: str
-    question: str
-    solution: str
-    answer: str
-    num_steps: int | None = None
-    level: str | None = None
-    subject: str | None = None
+from data_pipeline.dataset import dataset_task, is_dataset, read_dataset
+from data_pipeline.problem import Problem
+from data_pipeline.rows import Located, Row, read_rows
+from data_pipeline.settings import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A source of problems. `read(split, source)` yields them; `kind` says when two answers are equal."""
+    """A source of problems.
+
+    `parse(row)` makes a problem of a published row, raises ValueError that says what is wrong with it, and returns
+    None for one that is known to be of no use. Where it leaves the id empty, the problem is called by the row's "id",
+    or else by its question (public data), or by its line (the user's own). Where `kind`, which says when two answers
+    are equal, is None, people grade.
+    """
 
     name: str
-    kind: Kind
-    read: Callable[[str, str | None], Iterator[Problem]]
+    kind: Kind | None
+    parse: Callable[[Row], Problem | None]
+    about: str = ""  # for --help: whose it is, and its licence
+    splits: Mapping[str, int] = dataclasses.field(default_factory=dict)  # rows as published; empty: any split
+    evaluation_only: bool = False
+    download: Callable[[str], Iterator[Located]] | None = None
+    advice: str = ""  # where its files are found
+
+    @property
+    def graded_as(self) -> Kind:
+        """`kind`. Raises UsageError where people grade."""
+        if self.kind is None:
+            raise UsageError(f"the answers to {self.name} are graded by people: `python -m eval sheet DIR` prints them")
+        return self.kind
+
+    def problems(self, split: str, source: str | None) -> Iterator[Problem]:
+        """The problems of a split. Raises UsageError, which names the line, where a row is malformed."""
+        for where, problem, error in self.examined(split, source):
+            if error is not None:
+                raise UsageError(f"{where}: {error}")
+            if problem is not None:
+                yield problem
+
+    def examined(self, split: str, source: str | None) -> Iterator[tuple[str, Problem | None, str | None]]:
+        """Where each row stands, and its problem or what is wrong with it; neither, where it is known to be no use.
+
+        `source` is a file or folder of rows as they are published, or a dataset; None takes the public place.
+        Raises UsageError where nothing can be read at all.
+        """
+        if source is not None and is_dataset(source):
+            holds = dataset_task(source)
+            if holds != self.name:
+                raise UsageError(f"task={self.name!r}: the dataset {source} holds problems of the task {holds!r}")
+            for problem in read_dataset(source, split):
+                yield source, problem, None
+            return
+        for located in self._rows(split, source):
+            try:
+                yield located.where, self._problem(located, split), None
+            except ValueError as error:
+                yield located.where, None, str(error)
+
+    def _rows(self, split: str, source: str | None) -> Iterator[Located]:
+        if self.splits and split not in self.splits:
+            raise UsageError(f"split={split!r}: {self.name} has {' and '.join(self.splits)}")
+        if source is not None:
+            return read_rows(source, split, f"{self.name} source")
+        if self.download is None:
+            raise UsageError(
+                f"{self.name} is read from a file of rows{self.advice and f' ({self.advice})'}: name it with "
+                "data.sources.0.path in training, --source elsewhere"
+            )
+        return self.download(split)
+
+    def _problem(self, located: Located, split: str) -> Problem | None:
+        if located.error is not None:
+            raise ValueError(located.error)
+        problem = self.parse(located.row)
+        if problem is None or problem.id:
+            return problem
+        given = located.row.get("id")
+        if given is None and self.splits:
+            given = question_id(self.name, split, problem.question)
+        return dataclasses.replace(problem, id=f"{split}/{located.number - 1}" if given is None else str(given))
 
 
-def read_jsonl(path: str, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) for each non-blank line of a .jsonl or .jsonl.gz file. Raises UsageError."""
-    file = require_file(path, what)
-    data = file.read_bytes()
-    try:
-        if path.endswith(".gz"):
-            data = gzip.decompress(data)
-        text = data.decode("utf-8")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} is not a whole gzip file: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UsageError(f"{path}, line {number} must be a JSON object, not {type(row).__name__}")
-        yield number, row
-
-
-def text_field(row: dict[str, Any], key: str, where: str) -> str:
-    """The non-empty text (or number) under `key`. Raises UsageError that names the line."""
+def text_field(row: Mapping[str, Any], *keys: str) -> str:
+    """The non-empty text (or number) under the first of `keys` that the row has. Raises ValueError."""
+    key = next((key for key in keys if row.get(key) is not None), keys[0])
     value = row.get(key)
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise UsageError(f"{where}: {key!r} must be a non-empty text, got {value!r}")
+        raise ValueError(f"{key!r} must be a non-empty text, got {value!r}")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair
-        raise UsageError(f"{where}: {key!r} holds a character that is no Unicode text: {error.reason}") from error
+        raise ValueError(f"{key!r} holds a character that is no Unicode text: {error.reason}") from error
     return value.strip()
 
 
-def question_hash(question: str) -> str:
-    """Twelve letters that a problem's id is made of: the same whatever file, and line, it was read from."""
-    return hashlib.sha256(question.encode()).hexdigest()[:12]
+def optional_field(row: Mapping[str, Any], *keys: str) -> str | None:
+    """What stands under the first of `keys` that the row has, as text."""
+    return next((str(row[key]) for key in keys if row.get(key) is not None), None)
+
+
+def question_id(task: str, split: str, question: str) -> str:
+    """An id that a problem has whatever file, and line, it was read from: it is made from the question."""
+    return f"{task}/{split}/{hashlib.sha256(question.encode()).hexdigest()[:12]}"
 
 
 def count_lines(solution: str) -> int:

@@ -1,43 +1,39 @@
 """MATH (Hendrycks et al. 2021): competition problems with worked solutions whose answer stands in a box.
 
-A row is {"problem": …, "solution": …, "level": "Level 3", "type": "Algebra"} and may carry an "id".
+A row is {"problem": …, "solution": …, "level": "Level 3", "type": "Algebra"} and may carry an "id"; MATH-500's names
+are read, too ("subject", and "unique_id"). A step is a sentence of the solution.
 """
 
 import re
-from collections.abc import Iterator
 
 from data_pipeline.answers.extract import last_box
 from data_pipeline.cli import logger
-from data_pipeline.settings import UsageError
-from data_pipeline.tasks.base import Problem, Task, question_hash, read_jsonl, text_field
+from data_pipeline.rows import Row
+from data_pipeline.tasks.base import Problem, Task, optional_field, text_field
 
 _DRAWING = re.compile(r"\[asy\].*?\[/asy\]", re.DOTALL)
 _FORMULA = re.compile(r"\$\$.+?\$\$|\$.+?\$|\\\[.+?\\\]|\\begin\{(\w+\*?)\}.+?\\end\{\1\}", re.DOTALL)
 _SENTENCE = re.compile(r"[.!?](?:\s|$)|\n\s*\n")
 
 
-def _read(split: str, source: str | None) -> Iterator[Problem]:
-    if source is None:
-        raise UsageError(
-            "MATH is not downloaded: name its file of rows with data.sources.0.path in training, --source in evaluation"
-        )
-    for number, row in read_jsonl(source, "MATH source"):
-        where = f"{source}, line {number}"
-        solution = text_field(row, "solution", where)
-        question = text_field(row, "problem", where)
-        answer = last_box(solution)
-        if not answer:  # one of the 7,500 public training rows has an empty box
-            logger.warning("%s: the solution has no answer in a \\boxed{}: left out", where)
-            continue
-        yield Problem(
-            id=str(row["id"]) if row.get("id") is not None else f"math/{split}/{question_hash(question)}",
-            question=question,
-            solution=solution,
-            answer=answer,
-            num_steps=count_sentences(solution),
-            level=_level(row.get("level")),
-            subject=None if row.get("type") is None else str(row["type"]),
-        )
+def parse(row: Row) -> Problem | None:
+    """A problem from a public row; None where the box is missing or empty. Raises ValueError where a text is."""
+    solution = text_field(row, "solution")
+    question = text_field(row, "problem")
+    answer = last_box(solution)
+    if not answer:  # two of the 7,500 public training rows have an empty box
+        logger.warning("a MATH solution has no answer in a \\boxed{}: left out (%s…)", question[:60])
+        return None
+    level = re.fullmatch(r"(?:Level )?(\d)", optional_field(row, "level") or "")
+    return Problem(
+        id=optional_field(row, "id", "unique_id") or "",
+        question=question,
+        solution=solution,
+        answer=answer,
+        num_steps=count_sentences(solution),
+        level=level[1] if level is not None else None,
+        subject=optional_field(row, "type", "subject"),
+    )
 
 
 def count_sentences(solution: str) -> int:
@@ -46,9 +42,11 @@ def count_sentences(solution: str) -> int:
     return max(1, sum(bool(re.search(r"\w", part)) for part in _SENTENCE.split(text)))
 
 
-def _level(given: object) -> str | None:
-    found = re.fullmatch(r"(?:Level )?(\d)", str(given))
-    return found[1] if found is not None else None
-
-
-TASK = Task("math", kind="latex", read=_read)
+TASK = Task(
+    "math",
+    kind="latex",
+    parse=parse,
+    about="MATH (Hendrycks et al. 2021), MIT licence; its split math500 is the 500 test problems of MATH-500",
+    splits={"train": 7500, "test": 5000, "math500": 500},
+    advice="as Hugging Face has it: EleutherAI/hendrycks_math, HuggingFaceH4/MATH-500",
+)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.settings import UsageError
-from data_pipeline.tasks import get_task, read_problems
+from data_pipeline.tasks import get_task, gsm8k, read_problems
 from data_pipeline.tasks.base import count_lines
-from data_pipeline.tasks.gsm8k import parse_row
 
 ROW = {"question": "1 + 1?", "solution": "1 + 1 = 2", "answer": "2"}
 PUBLIC_ROW = {"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}
@@ -51,7 +50,7 @@ def test_gsm8k_solutions_are_the_public_ones_without_calculator_marks(test_data,
 
 def test_a_public_row_becomes_a_problem():
     answer = "He has 48/2 = <<48/2=24>>24.\n\nIn all 1,000 + 24 = $<<1000+24=1024>>1,024.\n#### 1,024"
-    problem = parse_row(" How many? ", answer, "test")
+    problem = gsm8k.parse({"question": " How many? ", "answer": answer})
     assert problem.question == "How many?"
     assert problem.solution == "He has 48/2 = 24.\n\nIn all 1,000 + 24 = $1,024."
     assert (problem.answer, problem.num_steps) == ("1024", 2)
@@ -166,7 +165,7 @@ def test_an_id_that_occurs_twice_is_named(write_rows):
 
 
 def test_an_unknown_task_names_the_known_ones():
-    with pytest.raises(UsageError, match="task='gsm9k' is unknown; allowed: gsm8k, math, demo, jsonl"):
+    with pytest.raises(UsageError, match=r"task='gsm9k' is unknown; allowed: gsm8k, math, svamp, asdiv, .*jsonl"):
         get_task("gsm9k")
     with pytest.raises(UsageError, match="task='gsm9k' is unknown"):
         read_problems("gsm9k", "train", None)
@@ -177,12 +176,12 @@ def test_a_missing_file_is_named(tmp_path, task):
     assert "none.jsonl' does not exist" in refusal(task, str(tmp_path / "none.jsonl"))
 
 
-def test_a_folder_is_refused(tmp_path):
-    assert "is a folder, not a file" in refusal("jsonl", str(tmp_path))
+def test_a_folder_without_the_split_is_refused(tmp_path):
+    assert "is a folder without the split 'train'" in refusal("jsonl", str(tmp_path))
 
 
 def test_own_rows_need_a_file():
-    assert "name it with data.sources.0.path in training, --source in evaluation" in refusal("jsonl", None)
+    assert "name it with data.sources.0.path in training, --source elsewhere" in refusal("jsonl", None)
 
 
 def test_an_unknown_split_of_gsm8k_names_the_known_ones(write_rows):

@@ -1,0 +1,194 @@
+"""Rows of files and folders, in the layouts that public data sets come in. A row is a mapping of names to values."""
+
+import csv
+import gzip
+import io
+import json
+import xml.etree.ElementTree
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from data_pipeline.settings import UsageError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".xml")
+
+
+class Located(NamedTuple):
+    """A row, its number (a line's counts from 1), and where it stands, for messages; `error` where it is no row."""
+
+    row: Row
+    number: int
+    where: str
+    error: str | None = None
+
+
+def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located]:
+    """The rows of a split in `source`: a file, or a folder that holds the split's files.
+
+    Files are JSON Lines, JSON (a list of objects, an object of columns, or one object), Parquet, CSV with a header,
+    or XML whose rows are elements named Problem; the first two may be compressed by gzip. In a folder a split's files
+    are those, at any depth, whose names begin with it (train.jsonl, algebra/train-00000-of-00001.parquet) or that
+    stand in a folder of its name (train/algebra/1.json); an only file is read whatever its name.
+    A line that is no JSON object is yielded with its `error`. Raises UsageError where nothing can be read at all.
+    """
+    path = epath.Path(source)
+    if not path.exists():
+        raise UsageError(f"{what} {source!r} does not exist")
+    files = _files_of_split(path, split, what) if path.is_dir() else [path]
+    start = 0
+    for file in files:
+        located = None
+        for located in _rows_of(file, start):
+            yield located
+        if located is not None and len(files) > 1:
+            start = located.number
+
+
+def holds_split(source: str, split: str) -> bool:
+    """Whether `source` is a folder with files of a split."""
+    path = epath.Path(source)
+    return path.is_dir() and bool(_named_for(path, split))
+
+
+def _files_of_split(folder: epath.Path, split: str, what: str) -> list[epath.Path]:
+    files = _named_for(folder, split)
+    if not files:
+        files = [path for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
+        if len(files) != 1:
+            raise UsageError(
+                f"{what} {str(folder)!r} is a folder without the split {split!r}: it must hold {split}.jsonl (or "
+                f"another of {', '.join(SUFFIXES)}), or a folder {split} of such files; or name one file"
+            )
+    return files
+
+
+def _named_for(folder: epath.Path, split: str) -> list[epath.Path]:
+    """The files, at any depth, that are named for a split or stand in a folder of its name."""
+    return [
+        path
+        for path in files_below(folder)
+        if path.name.endswith(SUFFIXES)
+        and (
+            path.name.startswith((f"{split}.", f"{split}-", f"{split}_"))
+            or split in path.relative_to(folder).parts[:-1]
+        )
+    ]
+
+
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """Every file in a folder and its folders, in the order of their names."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
+
+
+def _rows_of(file: epath.Path, start: int) -> Iterator[Located]:
+    name = file.name.removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        yield from _json_lines(file, start)
+        return
+    if name.endswith(".parquet"):
+        yield from _parquet(file, start)
+        return
+    text = "".join(_lines(file))
+    if name.endswith(".csv"):
+        rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+    elif name.endswith(".xml"):
+        rows = _xml(file, text)
+    else:
+        rows = _json(file, text)
+    for number, row in enumerate(rows, 1):
+        where = str(file) if len(rows) == 1 else f"{file}, row {number}"  # MATH comes as a file a problem
+        yield _checked(row, start + number, where)
+
+
+def _json_lines(file: epath.Path, start: int) -> Iterator[Located]:
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield Located({}, start + number, where, f"is not valid JSON: {error}")
+        else:
+            yield _checked(row, start + number, where)
+
+
+def _checked(row: Any, number: int, where: str) -> Located:
+    if isinstance(row, dict):
+        return Located(row, number, where)
+    return Located({}, number, where, f"must be a JSON object, not {type(row).__name__}")
+
+
+def _lines(file: epath.Path) -> Iterator[str]:
+    """The lines with their ends, one after another: a file may be larger than the memory."""
+    compressed = file.name.endswith(".gz")
+    if compressed:
+        _check_gzip(file)
+    offset = 0
+    with file.open("rb") as opened:
+        for line in gzip.GzipFile(fileobj=opened) if compressed else opened:
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{file} is not UTF-8 text (byte {offset + error.start})") from error
+            yield text if offset else text.removeprefix("\ufeff")
+            offset += len(line)
+
+
+def _check_gzip(file: epath.Path) -> None:
+    """Raises UsageError where a file is damaged: its checksum comes last, after what would be read as rows."""
+    try:
+        with file.open("rb") as opened, gzip.GzipFile(fileobj=opened) as content:
+            while content.read(2**22):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{file} is not a whole gzip file: {error}") from error
+
+
+def _json(file: epath.Path, text: str) -> list[Any]:
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UsageError(f"{file} is not valid JSON: {error}") from error
+    if isinstance(content, dict):
+        columns = list(content.values())
+        if columns and all(isinstance(column, list) for column in columns) and len({len(c) for c in columns}) == 1:
+            return [dict(zip(content, values, strict=True)) for values in zip(*columns, strict=True)]
+        return [content]
+    if isinstance(content, list):
+        return content
+    raise UsageError(f"{file} must hold a list of objects, not {type(content).__name__}")
+
+
+def _xml(file: epath.Path, text: str) -> list[Row]:
+    try:
+        root = xml.etree.ElementTree.fromstring(text)
+    except xml.etree.ElementTree.ParseError as error:
+        raise UsageError(f"{file} is not valid XML: {error}") from error
+    return [
+        {**problem.attrib, **{child.tag: (child.text or "").strip() for child in problem}}
+        for problem in root.iter("Problem")
+    ]
+
+
+def _parquet(file: epath.Path, start: int) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = start
+    try:
+        with file.open("rb") as opened:
+            for batch in pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Located(row, number, f"{file}, row {number - start}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{file} is not a whole Parquet file: {error}") from error
