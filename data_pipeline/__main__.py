@@ -34,6 +34,19 @@ def _prepare(parser: ArgumentParser) -> cli.Action:
     return act
 
 
+def _check(parser: ArgumentParser) -> cli.Action:
+    from data_pipeline.check import CheckSettings, check
+    from data_pipeline.tasks import TASKS
+
+    parser.add_argument("task", metavar="TASK", choices=list(TASKS), help=f"one of {', '.join(TASKS)}")
+    cli.add_flags(parser, CheckSettings)
+
+    def act(arguments: Namespace) -> None:
+        check(arguments.task, cli.from_flags(CheckSettings, arguments))
+
+    return act
+
+
 def _from_samples(parser: ArgumentParser) -> cli.Action:
     from data_pipeline.from_samples import FromSamples, rows_from_samples
 
@@ -48,6 +61,7 @@ def _from_samples(parser: ArgumentParser) -> cli.Action:
 
 COMMANDS = {
     "prepare": cli.Command("make or fetch a dataset", _prepare),
+    "check": cli.Command("grade every training text against its own gold answer", _check),
     "from-samples": cli.Command("the right answers in a graded eval folder, as rows to train on", _from_samples),
 }
 

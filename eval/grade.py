@@ -1,8 +1,6 @@
 """From samples to grades and metrics.json. Model text is compared, never evaluated."""
 
-import concurrent.futures
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,8 +13,9 @@ from data_pipeline.cli import RunError, StopSignal, logger
 from data_pipeline.files import write_json
 from data_pipeline.progress import Progress
 from data_pipeline.tasks import get_task
+from data_pipeline.workers import in_processes
 from eval.files import Oddities, parts, read_problems, read_run
-from eval.grading import Graded, GradingProcess, PartGrades, grade_part
+from eval.grading import Graded, PartGrades, grade_part
 from eval.metrics import answer_classes, compute_metrics
 from eval.step_law import as_arrays, step_law
 
@@ -93,24 +92,8 @@ def _every(
     if workers < 2:
         yield from (grade_part(part, grades / part.name, golds, kind) for part in samples)
         return
-    mine = threading.local()
-    started: list[GradingProcess] = []
-
-    def by_a_process(part: epath.Path) -> PartGrades:
-        if not hasattr(mine, "process"):
-            mine.process = GradingProcess(golds, kind)
-            started.append(mine.process)
-        return mine.process.grade(part, grades / part.name)
-
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(by_a_process, part) for part in samples]
-        try:
-            for future in futures:
-                yield future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in started:
-                process.close()
+    files = [(str(part), str(grades / part.name)) for part in samples]
+    yield from in_processes("eval.grading", (dict(golds), kind), files, workers)
 
 
 def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Graded]], oddities: Oddities) -> Row:

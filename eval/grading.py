@@ -1,25 +1,14 @@
-"""The grades of one part file after another, here or in a process of its own, which `python -m eval.grading` is.
+"""The grades of one part file after another, here or in processes of their own, which `python -m eval.grading` is."""
 
-It reads JSON lines: the gold answers and their kind first, then pairs of files; and answers each with what the metrics
-need. It needs nothing of the program that started it, and ends with it.
-"""
-
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from data_pipeline.answers import Kind, answer_class, extract, is_equal
-from data_pipeline.cli import RunError
 from data_pipeline.files import read_json_lines, write_json_lines
+from data_pipeline.workers import serve
 from eval.files import Oddities, read_samples
 
 Row = dict[str, Any]
@@ -98,50 +87,18 @@ def _graded_before(grades: epath.Path, samples: Sequence[Row]) -> list[Row] | No
         return None
 
 
-class GradingProcess:
-    """Grades part files in another process. Use it from one thread."""
+def begin(first: tuple[Mapping[str, str], Kind]) -> Callable[[tuple[str, str]], Any]:
+    """What a process does: given the gold answers and their kind, it grades pairs of files."""
+    golds, kind = first
 
-    def __init__(self, golds: Mapping[str, str], kind: Kind):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "eval.grading"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        self._send([dict(golds), kind])
+    def answer(files: tuple[str, str]) -> PartGrades:
+        samples, grades = map(epath.Path, files)
+        return grade_part(samples, grades, golds, kind)
 
-    def grade(self, samples: epath.Path, grades: epath.Path) -> PartGrades:
-        """As `grade_part`. Raises RunError where the process has ended."""
-        assert self._process.stdout is not None
-        self._send([os.fspath(samples), os.fspath(grades)])
-        line = self._process.stdout.readline()
-        if not line:
-            raise RunError(f"the process that graded {samples} has ended (exit code {self._process.wait()})")
-        rows, oddities = json.loads(line)
-        return [((problem_id, sample_id), Graded(*of_sample)) for problem_id, sample_id, *of_sample in rows], Counter(
-            oddities
-        )
-
-    def close(self) -> None:
-        """Ends the process, at once."""
-        self._process.kill()
-        self._process.wait()
-
-    def _send(self, message: Any) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:  # what it has to say is read, or missed, by who waits for the answer
-            pass
-
-
-def _serve() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    golds, kind = json.loads(sys.stdin.buffer.readline())
-    while line := sys.stdin.buffer.readline():
-        samples, grades = map(epath.Path, json.loads(line))
-        rows, oddities = grade_part(samples, grades, golds, kind)
-        print(json.dumps([[[*key, *graded] for key, graded in rows], oddities]), flush=True)
+    return answer
 
 
 if __name__ == "__main__":
-    _serve()
+    from eval.grading import begin  # whose classes have the names that the other end knows
+
+    serve(begin)
