@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from data_pipeline.answers import structure
+from data_pipeline.answers.counting import SCALES, spelled
 from data_pipeline.answers.expression import Unreadable, close, letters_in, proportional, same_value, value_of
-from data_pipeline.answers.spelling import counted, tidy, words
+from data_pipeline.answers.spelling import tidy, words
 from data_pipeline.answers.structure import squeezed
 from data_pipeline.answers.units import Unit, alters, without_unit
 
@@ -21,20 +22,17 @@ MAX_CHARS = 1000  # a longer answer is none: the longest of MATH's has 158
 _MAX_ITEMS = 64
 _MAX_DEPTH = 6
 _MAX_WORDS = 8  # of a sentence that says an answer in words
-_ELSE = set("not no never neither nor or and but isn cannot".split())
+_ELSE = set(
+    """
+    not no never neither nor or and but isn isnt aren cannot cant can doesn don t hardly rarely almost nearly partly
+    except other another than if unless wrong false incorrect
+    """.split()
+)
 _BASE = re.compile(r"(-?[0-9A-Za-z.]+)\s*_\s*\{?\s*(\d+)\s*\}?")
 _CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])(?=[.:)]|$))(.*)", re.DOTALL)
 _OF_A_FUNCTION = {"y", "f(x)", "g(x)", "h(x)"}
 _RATIO = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?::|to)\s*(\d+(?:\.\d+)?)")
-_SCALE = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion|dozen)s?\b\s*\}?")
-_SCALES = {
-    "hundred": "100",
-    "thousand": "1000",
-    "million": "10^6",
-    "billion": "10^9",
-    "trillion": "10^{12}",
-    "dozen": "12",
-}
+_SCALE = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion)s?\b\s*\}?")
 
 
 def equal(answer: str, gold: str, ask: Ask | None = None) -> bool:
@@ -120,8 +118,6 @@ class _Comparison:
             # "m + n = 5", "|AB| = 5" name what was asked for.
             last = [of[-1] for of in (a_sides, g_sides) if len(of) != 2 or _is_number(of[0]) or _names(of[0])]
             return len(last) == 2 and dataclasses.replace(self, depth=self.depth + 1).same(*last)
-        if answer.endswith("!") and not gold.endswith("!"):
-            answer = answer.rstrip("!")
         answer, gold = (text.partition(r"\approx")[0].strip() or text for text in (answer, gold))
         based = [_BASE.fullmatch(_with_base(text)) for text in (answer, gold)]
         if any(match is not None and re.search(r"\d", match[1]) for match in based):
@@ -131,7 +127,9 @@ class _Comparison:
             ]
             bases = {match[2] for match in based if match is not None}
             return digits[0] == digits[1] and len(bases) == 1 and based[1] is not None
-        if structure.says_words(answer) and counted(answer) is None and re.search(r"[\d\\^]", gold):
+        if structure.says_words(answer) and spelled(answer) is None and re.search(r"[\d\\^]", gold):
+            return False
+        if answer.count("!") != gold.count("!") and "!!" in answer + gold:
             return False
         decided = _same_amount(answer, gold)
         if decided is None and alters(answer) != alters(gold):
@@ -162,20 +160,23 @@ def _same_words(answer: str, gold: str) -> bool:
     answer, gold = structure.unworded(answer).strip(), structure.unworded(gold)
     if re.fullmatch(r"[a-z]", wanted):  # a choice: "(E) 5", "E. five"
         match = _CHOICE.fullmatch(answer)
-        if match is None or re.search(r"\b[A-Z]\b|\b(?:or|and|is)\b", match[3]):
+        if match is None or re.search(r"\b[A-Z]\b|\b(?:or|and|is|not|wrong|incorrect)\b|n't\b", match[3]):
             return False
         return (match[1] or match[2]).casefold() == wanted
     items = [[words(item) for item in structure.bracketed(text)[1]] for text in (answer, gold)]
     if len(items[1]) > 1:
         return sorted(items[0]) == sorted(items[1])
     # "The function is even.", but not "neither even nor odd".
+    if re.search(r"[,;/:()]", answer):  # "odd, even"
+        return False
     said = re.findall(r"\w+", answer.casefold())
-    return len(wanted) > 2 and len(said) <= _MAX_WORDS and said.count(wanted) == 1 and _ELSE.isdisjoint(said)
+    _else = _ELSE - set(re.findall(r"\w+", gold.casefold()))
+    return len(wanted) > 2 and len(said) <= _MAX_WORDS and said.count(wanted) == 1 and _else.isdisjoint(said)
 
 
 def _same_amount(answer: str, gold: str) -> bool | None:
     """Two expressions, perhaps with units, percent signs, as ratios or in words; None where they cannot be read."""
-    answer, gold = (_SCALE.sub(lambda match: rf"\cdot {_SCALES[match[1]]}", text) for text in (answer, gold))
+    answer, gold = (_SCALE.sub(lambda match: rf"\cdot {SCALES[match[1]]}", text) for text in (answer, gold))
     decided = same_value(answer, gold)
     if decided:
         return True
@@ -186,7 +187,7 @@ def _same_amount(answer: str, gold: str) -> bool | None:
         return False
     ratios = [_RATIO.fullmatch(structure.unworded(text)) for text in (answer, gold)]
     a, g = (f"{m[1]}/{m[2]}" if m is not None else text for m, text in zip(ratios, (a, g), strict=True))
-    if (number := counted(a)) is not None:
+    if (number := spelled(a)) is not None:
         a = str(number)
     if a.endswith("%") != g.endswith("%") and same_value(a.rstrip("%"), g.rstrip("%")):
         return True
@@ -222,7 +223,7 @@ def _with_base(text: str) -> str:
     """A number of some base as digits and subscript: 204_{five}, 204 (base 5)."""
     text = structure.unworded(text)
     text = re.sub(r"\s*_?\s*\{?\s*\(?\s*base\s*\{?(\w+)\}?\s*\)?\s*\}?$", r"_{\1}", text)
-    return re.sub(r"_\s*\{\s*([a-z]+)\s*\}$", lambda match: f"_{{{counted(match[1])}}}", text)
+    return re.sub(r"_\s*\{\s*([a-z]+)\s*\}$", lambda match: f"_{{{spelled(match[1])}}}", text)
 
 
 def _names(text: str) -> bool:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Literal
 
+from data_pipeline.answers.counting import NUMBER_WORDS, SCALES, spelled
 from data_pipeline.answers.expression import Unreadable, same_value, value_of
 from data_pipeline.answers.numbers import MAX_NUMBER_LENGTH, find_numbers, parse_number
-from data_pipeline.answers.spelling import closing, counted, tidy
+from data_pipeline.answers.spelling import closing, tidy
 from data_pipeline.answers.units import without_unit
 
 Kind = Literal["number", "latex", "puzzle"]
@@ -40,7 +41,7 @@ _MARK = re.compile(
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _FENCED = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:[^$\\]|\\.)+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _SENTENCE_ENDS = re.compile(
-    r"(?:(?<![\d)])!|[.?])(?=\s+[A-Z(\\$]|\s*$)"
+    r"(?:(?<![\d)!])!|[.?])(?=\s+[A-Z(\\$]|\s*$)"
     r"|,?\s(?:because|when|if|since|which|where|so that|given that|that is|i\.e\.|as)[\s,]",
     re.DOTALL,
 )
@@ -50,7 +51,19 @@ _PLAIN = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
 _SCALED = re.compile(
     r"\$?\s*(-?[\d,.]*\d)\s*(?:\\\w+\s*\{\s*)?(hundred|thousand|million|billion|trillion)s?\b", re.ASCII
 )
-_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCIENTIFIC = re.compile(
+    r"\$?\s*(-?\d[\d,]*(?:\.\d+)?)\s*(?:[eE]|(?:[xX×*]|\\times|\\cdot)\s*10\s*\^\s*\{?\s*)([-+]?\d{1,2})(?!\d)",
+    re.ASCII,
+)
+# What denies the number that follows, or says that it is none of the answer.
+_DENIED = re.compile(r"\W*(?:not|isn't|less than|fewer than|more than|greater than|between)\b", re.IGNORECASE)
+_OPERATION = re.compile(
+    r"\s*(?:(?:plus|minus|times|over|divided by|multiplied by|choose|mod)\b|(?:\\times|\\cdot|\\div|[*^])\s*[\d{(]|[%:]\d)"
+)
+_CONCLUDED = re.compile(
+    r"\bwhich (?:is|equals|makes|gives)\s+(?![-$\d.,]+\s+(?:more|less|fewer|times|higher|lower|percent)\b)(.+)"
+)
+_ALTERNATIVE = re.compile(r"\s*(?:[A-Za-z%]+\s+)?(?:,|;|\bor\b|\band\b|\bto\b|–|—|-)\s*(?:[A-Za-z]+\s+)?(?=[-$]*\d)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +92,20 @@ def extract(response: str, kind: Kind) -> Extracted:
 def _extract(response: str, kind: Kind) -> Extracted:
     if kind == "puzzle":
         return Extracted(response.strip(), "whole") if response.strip() else Extracted(None, None)
-    for rule, candidate in _candidates(response):
-        answer = _number_of(candidate) if kind == "number" else candidate
-        if answer:
-            return Extracted(answer, rule)
-    if kind == "number" and len(response) <= _MAX_BARE and re.fullmatch(r"[^A-Za-z=+*]+", response.strip()):
-        answer = _number_of(response)  # "2½", "1 080"
-        if answer:
-            return Extracted(answer, "whole")
+    try:
+        for rule, candidate in _candidates(response):
+            if kind == "number":
+                answer = _number_of(candidate if rule == "boxed" else candidate.rstrip("!"))  # joy, no factorial
+            else:
+                answer = candidate
+            if answer:
+                return Extracted(answer, rule)
+        if kind == "number" and len(response) <= _MAX_BARE and re.fullmatch(r"[^A-Za-z=+*]+", response.strip()):
+            answer = _number_of(response)  # "2½", "1 080"
+            if answer:
+                return Extracted(answer, "whole")
+    except _NoOneNumber:
+        return Extracted(None, None)
     if kind == "latex":
         for rule, candidate in _unmarked(response):
             if candidate:
@@ -211,24 +230,35 @@ def last_box(text: str) -> str | None:
     return ", ".join(texts) or None
 
 
+class _NoOneNumber(Exception):
+    """An answer was announced, and is no one number."""
+
+
 def _number_of(candidate: str) -> str | None:
-    """The number that a candidate says: its first, or what a computation comes to ("3 + 4 = 7 apples")."""
-    said = candidate.strip()
+    """The number that a candidate says: its only one, or what a computation comes to ("3 + 4 = 7 apples").
+
+    None where it says none. Raises _NoOneNumber where it denies it ("not 5"), leaves it open ("5 or 6"), or says a
+    computation that is not read.
+    """
+    said = candidate.strip()[:_MAX_LINE]
     if _PLAIN.fullmatch(said):
         return said
-    said = re.sub(r"\b(?:negative|minus)\s+(?=[\d$])", "-", said)
-    if (concluded := re.search(r"\bwhich (?:is|equals|makes|gives)\s+(.+)", said)) is not None:
+    said = re.sub(r"(?:\\text\w*\s*\{\s*)?\b(?:negative|minus)\s+\}?(?=[\d$])", "-", said)
+    if _DENIED.match(said):
+        raise _NoOneNumber
+    if (concluded := _CONCLUDED.search(said)) is not None:
         said = concluded[1]
-    if not re.match(r"[-$\s]*[\d,.]+\s*(?![xX]\s*\d)[A-Za-z(]", said):  # "22 when x = 10" says 22
+    if not re.match(r"[-$\s]*[\d,.]+[^=]*(?:\b[A-Za-z]\s*=|\()", said):  # "22 when x = 10" says 22
         said = said.rpartition("=")[2].strip()
     said = re.sub(r"(?<=\d)\s+\(.*$", "", said, flags=re.DOTALL)  # "72 (48 + 24)"
-    scaled = _SCALED.match(said)
-    if scaled is not None and (value := parse_number(scaled[1])) is not None:
-        return _written(value * _SCALES[scaled[2]])
+    for pattern, factor in ((_SCALED, SCALES.get), (_SCIENTIFIC, lambda power: Fraction(10) ** int(power))):
+        match = pattern.match(said)
+        if match is not None and (value := parse_number(match[1])) is not None:
+            return _written(value * Fraction(factor(match[2]) or 1))
     plain, _ = without_unit(tidy(said))
     if parse_number(plain) is not None:
         return plain.replace(" ", "").rstrip("%")
-    if re.search(r"[\\ +*/^]|\d-\d", plain):  # \frac{3}{4}, 3 1/2, 2*3
+    if re.search(r"[\\ +*/^!]|\d-\d", plain):  # \frac{3}{4}, 3 1/2, 2*3
         try:
             exact = value_of(plain)
         except Unreadable:
@@ -236,12 +266,35 @@ def _number_of(candidate: str) -> str | None:
         if isinstance(exact, Fraction) and (written := _written(exact)) is not None:
             return written
     numbers = find_numbers(said)
-    if numbers:
-        return numbers[0]
-    words = re.findall(r"[A-Za-z]+(?:-[A-Za-z]+)*", plain)
-    said_numbers = [number for word, after in zip(words, [*words[1:], ""], strict=False)
-                    if (number := counted(word)) is not None and after not in _SCALES]  # fmt: skip
-    return str(said_numbers[0]) if said_numbers else None
+    if not numbers:
+        return _number_in_words(plain)
+    if not _is_alone(numbers[0], said):
+        raise _NoOneNumber
+    return numbers[0]
+
+
+def _is_alone(number: str, said: str) -> bool:
+    """Whether the first number of a candidate is the one it says: no operation and no other number follows."""
+    rest = said[said.find(number) + len(number) :]
+    if _OPERATION.match(rest):
+        return False
+    other = _ALTERNATIVE.match(rest)
+    if other is None:
+        return True
+    following = find_numbers(rest[other.end() :])
+    return bool(following) and parse_number(following[0]) == parse_number(number)
+
+
+def _number_in_words(text: str) -> str | None:
+    """The number that the first run of number words says."""
+    run = re.search(
+        rf"\b(?:an?\s+)?(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})s?\b"
+        rf"(?:[\s-]+(?:and\s+(?=\w))?(?:an?\s+)?(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})s?\b)*",
+        text,
+        re.IGNORECASE,
+    )
+    value = None if run is None else spelled(run[0])
+    return None if value is None else _written(value)
 
 
 def _written(value: Fraction) -> str | None:

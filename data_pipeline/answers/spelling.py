@@ -74,7 +74,14 @@ def tidy(text: str) -> str:
     text = unwrap(text)
     text = re.sub(r"\s+", " ", text).strip(" ~")
     text = re.sub(r"(?<![\d.])(\d{1,3}(?: \d{3})+)(?![\d/])", lambda match: match[1].replace(" ", ""), text)
-    return re.sub(r"(?:(?<!\\)[.,;:!?]|(?<!\\)\\(?= ?$)|\s)+$", "", text) if not text.endswith("!") else text
+    return _without_end(text)
+
+
+def _without_end(text: str) -> str:
+    """Without the full stop, comma, or lone backslash at the end; a factorial keeps its sign."""
+    while text and text[-1] in ".,;:?\\ " and text[-2:] not in ("\\.", "\\,", "\\;", "\\:", "\\\\"):
+        text = text[:-1]
+    return text[:-1].rstrip() if re.search(r"[A-Za-z]{2}\}?!$", text) else text
 
 
 def _command(match: re.Match[str]) -> str:
@@ -111,13 +118,14 @@ def _repeating(match: re.Match[str]) -> str:
     return rf"\frac{{{int(whole + once + again) - int(whole + once)}}}{{{below}}}"
 
 
+_MAX_WRAPPED = 20
 # Relations and constants, behind which a space is certain: what follows is looked for by it.
 _SPACED = {"in", "cup", "cap", "pm", "infty", "approx", "pi"}
 
 
 def unwrap(text: str) -> str:
     r"""Without braces around the whole of it, and without \text around a number."""
-    while True:
+    for _ in range(_MAX_WRAPPED):
         text = text.strip()
         inner = text.removeprefix(r"\text").lstrip()
         if not inner.startswith("{") or closing(inner, 0) != len(inner) - 1:
@@ -125,6 +133,7 @@ def unwrap(text: str) -> str:
         if inner != text and re.search(r"[A-Za-z]", inner):
             return text
         text = inner[1:-1]
+    return text
 
 
 def closing(text: str, start: int) -> int:
@@ -142,21 +151,4 @@ def words(text: str) -> str:
     r"""Letters and digits of an answer in words, small: "\text{(A)}" and "a" are alike; "4:30 p.m." keeps its colon."""
     text = re.sub(r"\\text\b|\\[A-Za-z]+", " ", text)
     text = re.sub(r"\b(?:[Tt]he|an?|[Oo]ption|[Cc]hoice|answer)\s+(?=\W*\w)", " ", text).casefold()
-    return re.sub(r"[^\w:+/-]|_", "", text)
-
-
-_COUNT = """
-    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-    eighteen nineteen
-""".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def counted(word: str) -> int | None:
-    """The number that a word from zero to ninety-nine says."""
-    tens, _, ones = word.casefold().strip().partition("-")
-    if tens in _COUNT and not ones:
-        return _COUNT.index(tens)
-    if tens in _TENS and (not ones or ones in _COUNT[1:10]):
-        return 20 + 10 * _TENS.index(tens) + (_COUNT.index(ones) if ones else 0)
-    return None
+    return re.sub(r"(?<!\d)\.|\.(?!\d)|[^\w:+/.-]|_", "", text)

@@ -46,8 +46,23 @@ Unit = tuple[str, int, Fraction]  # dimension, its power, and how many of the di
 _POWER = r"\s*(?:\^\s*\{?\s*(?P<power>\d{1,3})\s*\}?)?\s*\.?\s*"
 _IN_TEXT = re.compile(rf"(?P<number>.*?\S)\s*\\text\s*\{{(?P<unit>[^{{}}]*)\}}{_POWER}", re.DOTALL)
 _BARE = re.compile(rf"(?P<number>.*(?:[\d}})°!%]|\\pi))(?P<unit>\s*[A-Za-z][A-Za-z ./]*?){_POWER}", re.DOTALL)
-_NO_WORDS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt and".split())
-_ALTERING = set("squared cubed half halves third thirds quarter quarters or more less than".split())
+# Words that are no unit: behind them stands another number than the one in front.
+_ALTERING = frozenset(
+    """
+    squared cubed half halves third thirds quarter quarters fourth fourths or more less than fewer greater plus minus
+    times over under above below mod modulo choose factorial divided multiplied by to the power root not no non isn
+    aren never neither nor and but except without wrong incorrect if unless is are was were before after past until
+    almost about nearly approximately zero negative positive infinity
+    """.split()
+)
+_NAMES = frozenset(
+    """
+    sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp sqrt pi
+    alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi psi omega
+    """.split()
+)
+_ORDINAL = re.compile(r"(?:fif|six|seven|eigh|nin|ten|hundred|thousand|million)ths?")
+_MAX_UNIT_WORDS = 4
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
@@ -60,15 +75,28 @@ def without_unit(text: str) -> tuple[str, Unit | None]:
         match = _BARE.fullmatch(text)
         if match is None or not _is_a_word(match["unit"]):
             return text, None
-    if alters(match["unit"]):
+    unit = match["unit"]
+    named = re.sub(r"\s+(?:squared|cubed)$", "", unit) if _unit(unit, 1) is not None else unit
+    if alters(named) or _is_no_unit(named):
         return text, None
     number = match["number"].rstrip()
     return number, _unit(match["unit"], int(match["power"] or 1))
 
 
 def alters(text: str) -> bool:
-    """Whether words behind a number make another one of it: "5 squared", "8 or more"."""
-    return not _ALTERING.isdisjoint(re.findall(r"[a-z]+", text.casefold()))
+    """Whether words behind a number make another one of it, or deny it: "5 squared", "8 or more", "5 is wrong"."""
+    said = re.findall(r"[a-z]+", re.sub(r"\\[A-Za-z]+", " ", text.casefold()))
+    return not _ALTERING.isdisjoint(said) or any(map(_ORDINAL.fullmatch, said))
+
+
+def _is_no_unit(text: str) -> bool:
+    """Whether it is too long for a unit, or holds a number or the name of an unknown."""
+    said = text.casefold().split()
+    return (
+        len(said) > _MAX_UNIT_WORDS
+        or not _NAMES.isdisjoint(said)
+        or any(re.search(r"\d", word) or (len(word) == 1 and word not in _UNITS and word not in "a./") for word in said)
+    )
 
 
 def _is_a_word(unit: str) -> bool:
@@ -76,7 +104,7 @@ def _is_a_word(unit: str) -> bool:
     if not unit[0].isspace() and len(unit) == 1:
         return False
     first = unit.split()[0].strip(".")
-    return _unit(unit, 1) is not None or (unit[0].isspace() and len(first) >= 3 and first not in _NO_WORDS)
+    return _unit(unit, 1) is not None or (unit[0].isspace() and len(first) >= 3)
 
 
 def _unit(text: str, power: int) -> Unit | None:

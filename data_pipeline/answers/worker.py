@@ -1,8 +1,8 @@
 """A process that compares expressions with math-verify: the one place where computer algebra sees an answer.
 
-Run as a program. Each line on stdin is a JSON list [gold, answer, seconds]; each gets one line on stdout: true,
-false, or null where it took more time or memory than it may have. The work is done in a fork, which the kernel kills at
-the time limit, in whatever library it hangs; the next fork goes on at once, without importing anything anew.
+Run as a program. Each line on stdin is a JSON list [gold, answer, seconds of CPU time, seconds]; each gets one line on
+stdout: true, false, or null where it took more time or memory than it may have. The work is done in a fork, which the
+kernel kills at the time limit, in whatever library it hangs; the next fork goes on at once, without importing anew.
 
 What is compared is LaTeX, read by a grammar (latex2sympy2_extended). As a second line of defence the fork cannot
 start processes, open connections, write files, or compile source text.
@@ -75,7 +75,8 @@ def _serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(_refuse)
     while line := sys.stdin.buffer.readline():
-        gold, answer, seconds = json.loads(line)
+        gold, answer, cpu_seconds, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             verdict: bool | None = compare(gold, answer)
@@ -84,6 +85,7 @@ def _serve() -> None:
         except Exception:  # anything that sympy may stumble over: it could not be shown to be the same
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         os.write(1, json.dumps(verdict).encode() + b"\n")
 
 

@@ -72,7 +72,7 @@ ANSWER, HASH, BOXED, LAST = "answer_line", "hash_line", "boxed", "last_number"
         ("The answer is: 3 dozen.", "3", ANSWER),
         ("The answer is: $5.6 million.", "5600000", ANSWER),
         ("The answer is: twenty-five.", "25", ANSWER),
-        ("The answer is: one hundred.", None, None),
+        ("The answer is: one hundred.", "100", ANSWER),
         ("The answer is: negative 10.", "-10", ANSWER),
         ("The answer is: 72 (48 + 24)", "72", ANSWER),
         ("The answer is: 22 when x=10.", "22", ANSWER),
@@ -82,7 +82,7 @@ ANSWER, HASH, BOXED, LAST = "answer_line", "hash_line", "boxed", "last_number"
         # Whichever is said last, and said as an answer.
         (r"Let us see whether the answer is 12. It is not. \boxed{10}", "10", ANSWER),
         (r"\boxed{10} So our answer is correct.", "10", BOXED),
-        (r"\boxed{2 \cdot 10^{5000}}", "2", BOXED),  # no number that an answer has
+        (r"\boxed{2 \cdot 10^{5000}}", None, None),  # no number that an answer has
         # A response ends where the model asks itself another question, or speaks for the user.
         ("The answer is: 5.\n\nQuestion: And then?\nThe answer is: 6.", "5", ANSWER),
         ("#### 5\n\nQ: And then?\n#### 6", "5", HASH),
