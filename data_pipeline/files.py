@@ -80,7 +80,16 @@ def write_json(path: Path | epath.Path, value: Any) -> None:
 
 def write_json_lines(path: Path | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes one JSON object a line, atomically; whatever a reader takes for the end of a line, it is one a row."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False).translate(_LINE_ENDS) + "\n" for row in rows))
+    write_text(path, "".join(_json_line(row) + "\n" for row in rows))
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    line = json.dumps(row, ensure_ascii=False).translate(_LINE_ENDS)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can name and UTF-8 cannot
+        return json.dumps(row)
+    return line
 
 
 def read_json_lines(path: Path | epath.Path) -> Iterator[dict[str, Any]]:

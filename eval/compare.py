@@ -82,7 +82,10 @@ class _Run:
         self.problems = {row["problem_id"]: (row["question"], row["answer"]) for row in read_problems(folder)}
         right: dict[str, dict[int, bool]] = {problem_id: {} for problem_id in self.problems}
         for row in read_grades(folder):
-            right[row["problem_id"]].setdefault(row["sample_id"], row["correct"])
+            if row["problem_id"] in right:  # others are left out, as `eval grade` has said
+                right[row["problem_id"]].setdefault(row["sample_id"], row["correct"])
+        if any(len(of_problem) != self.num_samples for of_problem in right.values()):
+            raise UsageError(f"{folder} has changed since it was graded: run `python -m eval grade {folder}` again")
         self.correct: Int[np.ndarray, problems] = np.array([sum(right[key].values()) for key in sorted(right)])
 
     def pass_at(self, ks: Sequence[int]) -> Float[np.ndarray, "problems ks"]:

@@ -49,10 +49,18 @@ def read_run(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_problems(folder: epath.Path) -> list[dict[str, Any]]:
-    """problems.jsonl. Raises RunError where it is damaged."""
+    """problems.jsonl, with what may be left out filled in. Raises RunError where it is damaged, or an id repeats."""
     file = folder / "problems.jsonl"
-    with damage_named(file, "sample into another folder"):
-        return [{**row, "answer": row["answer"], "problem_id": row["problem_id"]} for row in read_json_lines(file)]
+    problems: dict[str, dict[str, Any]] = {}
+    with damage_named(file, "mend it, or sample into another folder"):
+        for row in read_json_lines(file):
+            for name in ("problem_id", "question", "answer"):
+                if not isinstance(row[name], str):
+                    raise TypeError(f"{name} must be a text, not {row[name]!r}")
+            if row["problem_id"] in problems:
+                raise ValueError(f"the problem {row['problem_id']!r} occurs twice")
+            problems[row["problem_id"]] = {**dict.fromkeys(("level", "subject", "num_steps")), **row}
+    return list(problems.values())
 
 
 def read_metrics(folder: epath.Path) -> dict[str, Any]:
@@ -81,10 +89,12 @@ def read_grades(folder: epath.Path) -> Iterator[dict[str, Any]]:
             yield from list(read_json_lines(part))
 
 
-def read_samples(part: epath.Path, known: Container[str]) -> tuple[list[dict[str, Any]], Oddities]:
+def read_samples(
+    part: epath.Path, known: Container[str], num_samples: int | None = None
+) -> tuple[list[dict[str, Any]], Oddities]:
     """The samples of a part file, the first of each (problem_id, sample_id); what is odd is named and left out.
 
-    Returns how often there was what, too.
+    Returns how often there was what, too. Where `num_samples` is given, ids beyond it are odd.
     """
     samples: dict[tuple[str, int], dict[str, Any]] = {}
     oddities: Oddities = Counter()
@@ -101,15 +111,17 @@ def read_samples(part: epath.Path, known: Container[str]) -> tuple[list[dict[str
             row = json.loads(line)
             key = (row["problem_id"], row["sample_id"])
             well_formed = all(isinstance(row[name], str) for name in ("problem_id", "text", "finish_reason"))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             odd(number, "malformed lines", f"no sample ({type(error).__name__}: {error})")
             continue
-        if not well_formed or not isinstance(key[1], int):
+        if not well_formed or type(key[1]) is not int:  # true is an int
             odd(
                 number, "malformed lines", "no sample (problem_id, text and finish_reason are text, sample_id a number)"
             )
         elif key[0] not in known:
             odd(number, "samples of unknown problems", f"problem {key[0]!r} is not in problems.jsonl")
+        elif key[1] < 0 or (num_samples is not None and key[1] >= num_samples):
+            odd(number, "samples of unknown numbers", f"sample {key[1]} of {key[0]!r} is none of {num_samples}")
         elif key in samples:
             odd(number, "samples that occur twice", f"sample {key[1]} of {key[0]!r} occurs twice")
         else:

@@ -1,5 +1,7 @@
 """From samples to grades and metrics.json. Model text is compared, never evaluated."""
 
+import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,14 +54,14 @@ def grade(folder: epath.Path, again: bool = False) -> epath.Path:
             check_gold(problem["answer"], kind)
         except ValueError as error:
             raise RunError(f"{folder / 'problems.jsonl'}, {problem['problem_id']!r}: {error}") from error
-    _open_grades(folder / "grades", again)
+    golds = {problem_id: problem["answer"] for problem_id, problem in problems.items()}
+    _open_grades(folder / "grades", golds, again)
 
     oddities: Oddities = Counter()
     graded: dict[str, dict[int, Graded]] = {}  # by sample; the first of each counts
     samples = parts(folder, "samples")
-    golds = {problem_id: problem["answer"] for problem_id, problem in problems.items()}
     with StopSignal(), Progress(len(samples), "grading", "files") as bar:
-        for rows, odd in _every(samples, folder / "grades", golds, kind):
+        for rows, odd in _every(samples, folder / "grades", golds, kind, run["num_samples"]):
             StopSignal.heed()
             oddities += odd
             for (problem_id, sample_id), of_sample in rows:
@@ -73,27 +75,36 @@ def grade(folder: epath.Path, again: bool = False) -> epath.Path:
     return folder / "metrics.json"
 
 
-def _open_grades(grades: epath.Path, again: bool) -> None:
-    """Begins the folder, without what another version graded."""
-    version = grades / "grader.json"
-    if grades.exists() and (again or not version.exists() or f'"{GRADER_VERSION}"' not in version.read_text()):
+def _open_grades(grades: epath.Path, golds: Mapping[str, str], again: bool) -> None:
+    """Begins the folder, without what another version graded, or was graded by other gold answers."""
+    grader = grades / "grader.json"
+    digest = hashlib.sha256(json.dumps(golds).encode()).hexdigest()
+    now = {"grader_version": GRADER_VERSION, "golds_sha256": digest}
+    if grades.exists() and (again or not grader.exists() or _read_grader(grader) != now):
         for part in grades.glob("part-*.jsonl"):
             part.unlink()
     grades.mkdir(exist_ok=True)
-    write_json(version, {"grader_version": GRADER_VERSION})
+    write_json(grader, now)
+
+
+def _read_grader(file: epath.Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        return None
 
 
 def _every(
-    samples: Sequence[epath.Path], grades: epath.Path, golds: Mapping[str, str], kind: Kind
+    samples: Sequence[epath.Path], grades: epath.Path, golds: Mapping[str, str], kind: Kind, num_samples: int
 ) -> Iterator[PartGrades]:
     """The grades of each part file, in order; several processes share the work."""
     todo = sum(not (grades / part.name).exists() for part in samples)
     workers = min(len(os.sched_getaffinity(0)), todo // _PARTS_A_WORKER)
     if workers < 2:
-        yield from (grade_part(part, grades / part.name, golds, kind) for part in samples)
+        yield from (grade_part(part, grades / part.name, golds, kind, num_samples) for part in samples)
         return
     files = [(str(part), str(grades / part.name)) for part in samples]
-    yield from in_processes("eval.grading", (dict(golds), kind), files, workers)
+    yield from in_processes("eval.grading", (dict(golds), kind, num_samples), files, workers)
 
 
 def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Graded]], oddities: Oddities) -> Row:
@@ -108,7 +119,7 @@ def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Gra
     rows = [[row for _, row in sorted(graded[pid].items())] for pid in whole]
     measured = compute_metrics(
         correct=[[row.correct for row in of] for of in rows],
-        classes=[answer_classes([row.vote for row in of]).tolist() for of in rows],
+        classes=[answer_classes([_vote(row) for row in of]).tolist() for of in rows],
         finish_reasons=[[row.finish_reason for row in of] for of in rows],
         groups={
             group: [problems[pid][field] for pid in whole]
@@ -136,6 +147,11 @@ def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Gra
             )
         ),
     }
+
+
+def _vote(row: Graded) -> str | None:
+    """What a sample votes for. Should equal answers have got two verdicts, as one took too long, they are apart."""
+    return None if row.vote is None else f"{row.correct} {row.vote}"
 
 
 def _summary(run: Row, metrics: Row) -> str:

@@ -6,19 +6,20 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from data_pipeline.answers import Kind, answer_class, extract, is_equal
+from data_pipeline.answers import Kind, Votes, extract, is_equal
 from data_pipeline.files import read_json_lines, write_json_lines
 from data_pipeline.workers import serve
 from eval.files import Oddities, read_samples
 
 Row = dict[str, Any]
+_GRADED = {"answer", "rule", "vote", "correct", "seconds", "finish_reason"}
 
 
 class Graded(NamedTuple):
     """What the metrics need to know of a sample."""
 
     correct: bool
-    vote: str | None  # right answers vote for one, however they are written; no answer votes for nothing
+    vote: str | None  # the same for equal answers of a problem; none without an answer
     finish_reason: str
     rule: str | None
     killed: bool
@@ -27,9 +28,14 @@ class Graded(NamedTuple):
 PartGrades = tuple[list[tuple[tuple[str, int], Graded]], Oddities]  # by (problem_id, sample_id)
 
 
-def grade_part(samples: epath.Path, grades: epath.Path, golds: Mapping[str, str], kind: Kind) -> PartGrades:
-    """Grades a part file, unless that is done; `golds` are the right answers by problem."""
-    rows, oddities = read_samples(samples, golds)
+def grade_part(
+    samples: epath.Path, grades: epath.Path, golds: Mapping[str, str], kind: Kind, num_samples: int
+) -> PartGrades:
+    """Grades a part file, unless that is done; `golds` are the right answers by problem.
+
+    A sample id is one of 0 to `num_samples` - 1.
+    """
+    rows, oddities = read_samples(samples, golds, num_samples)
     graded = None
     if grades.exists() and grades.stat().mtime >= samples.stat().mtime:
         graded = _graded_before(grades, rows)
@@ -39,13 +45,7 @@ def grade_part(samples: epath.Path, grades: epath.Path, golds: Mapping[str, str]
     return [
         (
             (row["problem_id"], row["sample_id"]),
-            Graded(
-                row["correct"],
-                "right" if row["correct"] else answer_class(row["answer"], kind),
-                row["finish_reason"],
-                row["rule"],
-                row["seconds"] == "killed",
-            ),
+            Graded(row["correct"], row["vote"], row["finish_reason"], row["rule"], row["seconds"] == "killed"),
         )
         for row in graded
     ], oddities
@@ -53,6 +53,7 @@ def grade_part(samples: epath.Path, grades: epath.Path, golds: Mapping[str, str]
 
 def _grades(rows: Sequence[Row], golds: Mapping[str, str], kind: Kind) -> list[Row]:
     verdicts: dict[tuple[str, str | None], bool | None] = {}  # None: killed
+    votes = {problem_id: Votes(kind) for problem_id in golds}
     result = []
     for sample in rows:
         started = time.perf_counter()
@@ -67,6 +68,7 @@ def _grades(rows: Sequence[Row], golds: Mapping[str, str], kind: Kind) -> list[R
                 "sample_id": sample["sample_id"],
                 "answer": answer,
                 "rule": extracted.rule,
+                "vote": votes[sample["problem_id"]].of(answer),
                 "correct": bool(verdict),
                 "seconds": "killed" if verdict is None else round(time.perf_counter() - started, 6),
                 "finish_reason": sample["finish_reason"],
@@ -82,18 +84,18 @@ def _graded_before(grades: epath.Path, samples: Sequence[Row]) -> list[Row] | No
         same = [(row["problem_id"], row["sample_id"]) for row in rows] == [
             (row["problem_id"], row["sample_id"]) for row in samples
         ]
-        return rows if same and all(row.keys() >= {"answer", "correct", "finish_reason"} for row in rows) else None
+        return rows if same and all(row.keys() >= _GRADED for row in rows) else None
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def begin(first: tuple[Mapping[str, str], Kind]) -> Callable[[tuple[str, str]], Any]:
-    """What a process does: given the gold answers and their kind, it grades pairs of files."""
-    golds, kind = first
+def begin(first: tuple[Mapping[str, str], Kind, int]) -> Callable[[tuple[str, str]], Any]:
+    """What a process does: given gold answers, their kind and how many samples each has, it grades files."""
+    golds, kind, num_samples = first
 
     def answer(files: tuple[str, str]) -> PartGrades:
         samples, grades = map(epath.Path, files)
-        return grade_part(samples, grades, golds, kind)
+        return grade_part(samples, grades, golds, kind, num_samples)
 
     return answer
 

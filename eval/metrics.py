@@ -153,8 +153,7 @@ def compute_metrics(
     """The measured part of metrics.json, ready for json.dump: everything but the run's own settings.
 
     Row i of every argument belongs to the same problem. Problems that miss samples must be left out by the
-    caller, who says so in `complete`. Voting takes an answer class as right if any of its samples was graded
-    right: a grade that ran out of time says nothing about the answer.
+    caller, who says so in `complete`.
 
     Args:
         correct: whether each sample is right.
@@ -170,8 +169,8 @@ def compute_metrics(
 
     Raises:
         ValueError: without problems or samples, where problems differ in their number of samples, where the
-            arguments differ in length, where a group's name is unknown, or where a sample without an answer
-            is marked right.
+            arguments differ in length, where a group's name is unknown, where a sample without an answer is
+            marked right, or where an answer class is right in one sample and wrong in another.
     """
     num_samples = _common_sample_count(correct, classes, finish_reasons)
     right, class_of = np.asarray(correct, dtype=bool), np.asarray(classes, dtype=int)
@@ -239,6 +238,9 @@ def _class_is_correct(
 ) -> Bool[np.ndarray, "classes"]:
     verdicts = np.zeros(classes.max() + 1, dtype=bool)
     verdicts[classes[right]] = True
+    mixed = (classes != NO_ANSWER) & (verdicts[classes] != right)
+    if mixed.any():
+        raise ValueError(f"the answer class {classes[mixed][0]} is right in some samples and wrong in others")
     return verdicts
 
 

@@ -58,7 +58,8 @@ _SCIENTIFIC = re.compile(
 # What denies the number that follows, or says that it is none of the answer.
 _DENIED = re.compile(r"\W*(?:not|isn't|less than|fewer than|more than|greater than|between)\b", re.IGNORECASE)
 _OPERATION = re.compile(
-    r"\s*(?:(?:plus|minus|times|over|divided by|multiplied by|choose|mod)\b|(?:\\times|\\cdot|\\div|[*^])\s*[\d{(]|[%:]\d)"
+    r"\s*(?:(?:plus|minus|times|over|divided by|multiplied by|choose|mod)\b"
+    r"|(?:\\times|\\cdot|\\div|[*^])\s*[\d{(]|[%:]\d)"
 )
 _CONCLUDED = re.compile(
     r"\bwhich (?:is|equals|makes|gives)\s+(?![-$\d.,]+\s+(?:more|less|fewer|times|higher|lower|percent)\b)(.+)"

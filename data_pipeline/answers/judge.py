@@ -1,10 +1,11 @@
 """Whether a response is right: its answer extracted, and compared with the gold answer as its kind asks."""
 
-import re
 from collections.abc import Callable
+from fractions import Fraction
 
 from data_pipeline.answers import symbolic
-from data_pipeline.answers.equality import equal
+from data_pipeline.answers.equality import MAX_CHARS, equal
+from data_pipeline.answers.expression import Unreadable, value_of
 from data_pipeline.answers.extract import Kind
 from data_pipeline.answers.numbers import canonical_number, numbers_equal, parse_number
 from data_pipeline.answers.puzzle import parse_puzzle, solves
@@ -12,6 +13,7 @@ from data_pipeline.answers.spelling import tidy
 
 # Raised whenever an answer could be extracted or judged differently: metrics of two versions do not compare.
 GRADER_VERSION = "3"
+_MAX_SPELLINGS = 32  # of one problem's answers that a new one is compared with
 KINDS: tuple[Kind, ...] = ("number", "latex", "puzzle")
 
 
@@ -46,8 +48,35 @@ def check_gold(gold: str, kind: Kind) -> None:
         raise ValueError(f"kind={kind!r} is not gradable; allowed: {', '.join(KINDS)}")
 
 
-def answer_class(answer: str | None, kind: Kind) -> str | None:
-    """One spelling for answers that are written alike, by which samples vote; None where there is no answer."""
-    if answer is None or kind == "number":
-        return canonical_number(answer)
-    return re.sub(r"\s+", "", tidy(answer)) if kind == "latex" else answer
+class Votes:
+    """What the answers to one problem vote for: equal ones for one. The gold answer has no part in it."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._votes: dict[str, str | None] = {}  # by answer
+        self._spelled: list[str] = []  # votes that are no plain numbers, each by the answer that came first
+
+    def of(self, answer: str | None) -> str | None:
+        """One spelling for all answers that are equal to this one; None for no answer."""
+        if answer is None:
+            return None
+        if answer not in self._votes:
+            self._votes[answer] = self._new(answer)
+        return self._votes[answer]
+
+    def _new(self, answer: str) -> str | None:
+        if self._kind == "number":
+            return canonical_number(answer)
+        if self._kind == "puzzle" or len(answer) > MAX_CHARS:
+            return answer
+        try:
+            value = value_of(tidy(answer))
+        except Unreadable:
+            value = None
+        if isinstance(value, Fraction):
+            return str(value)
+        for spelling in self._spelled[:_MAX_SPELLINGS]:
+            if equal(answer, spelling):
+                return spelling
+        self._spelled.append(answer)
+        return answer

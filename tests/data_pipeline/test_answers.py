@@ -1,13 +1,17 @@
 """Extraction and equality of number answers, by hand, against hostile text, and over all of GSM8K."""
 
+import ast
 import gzip
+import hashlib
 import json
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
-from data_pipeline.answers import answer_class, extract, is_equal, parse_number
+import data_pipeline.answers
+from data_pipeline.answers import GRADER_VERSION, Votes, extract, is_equal, parse_number
 from data_pipeline.templates import Template
 
 ANSWER, HASH, BOXED, LAST = "answer_line", "hash_line", "boxed", "last_number"
@@ -83,6 +87,26 @@ ANSWER, HASH, BOXED, LAST = "answer_line", "hash_line", "boxed", "last_number"
         (r"Let us see whether the answer is 12. It is not. \boxed{10}", "10", ANSWER),
         (r"\boxed{10} So our answer is correct.", "10", BOXED),
         (r"\boxed{2 \cdot 10^{5000}}", None, None),  # no number that an answer has
+        # Several words, and powers of ten.
+        ("The answer is: a hundred and five.", "105", ANSWER),
+        ("The answer is: twenty five.", "25", ANSWER),
+        ("The answer is: one half.", "1/2", ANSWER),
+        ("The answer is: two and a half hours.", "5/2", ANSWER),
+        ("The answer is: 1.2e3", "1200", ANSWER),
+        ("The answer is: 5 x 10^3 meters.", "5000", ANSWER),
+        ("The answer is: 18!", "18", ANSWER),
+        (r"\boxed{5!}", "120", BOXED),
+        ("1 dozen = 12. The answer is: 1 dozen = 12", "12", ANSWER),
+        ("The answer is: 18 or $18.00.", "18", ANSWER),
+        (r"\boxed{\text{minus }5}", "-5", BOXED),
+        # What is denied, left open, or not computed is no answer; nor is another number of the response.
+        ("7 + 5. The answer is: 12 or 15.", None, None),
+        ("The answer is: not 5.", None, None),
+        ("The answer is: less than 12.", None, None),
+        ("The answer is: 5, 6, 7, 8", None, None),
+        ("The answer is: 3 plus 4.", None, None),
+        ("The answer is: 10:30", None, None),
+        ("The answer is: 10%10", None, None),
         # A response ends where the model asks itself another question, or speaks for the user.
         ("The answer is: 5.\n\nQuestion: And then?\nThe answer is: 6.", "5", ANSWER),
         ("#### 5\n\nQ: And then?\n#### 6", "5", HASH),
@@ -202,10 +226,45 @@ def test_a_gold_answer_that_is_no_number_is_an_error(gold):
 
 
 def test_equal_numbers_share_a_vote_and_others_do_not():
-    assert len({answer_class(text, "number") for text in ("1200", "1,200.0", "$1200", "2400/2", "1200.")}) == 1
-    assert len({answer_class(text, "number") for text in ("1200", "-1200", "1200.5", "0.12", "120")}) == 5
-    assert answer_class("0.5", "number") == answer_class("1/2", "number")
-    assert answer_class(None, "number") is None and answer_class("many", "number") is None
+    vote = Votes("number").of
+    assert len({vote(text) for text in ("1200", "1,200.0", "$1200", "2400/2", "1200.")}) == 1
+    assert len({vote(text) for text in ("1200", "-1200", "1200.5", "0.12", "120")}) == 5
+    assert vote("0.5") == vote("1/2")
+    assert vote(None) is None and vote("many") is None
+
+
+def test_equal_mathematics_shares_a_vote_in_any_spelling_and_others_do_not():
+    vote = Votes("latex").of
+    same = [
+        [r"\frac12", "1/2", "0.5", r"\dfrac{2}{4}", "$.5$"],
+        [r"\frac{\sqrt{3}}{2}", r"\sqrt{3}/2", r"\sqrt3 / 2"],
+        ["x+1", "1 + x"],
+        [r"\text{even}", "even"],
+        ["(1, 2)", "(1,2)"],
+        ["right"],
+    ]
+    votes = [{vote(text) for text in texts} for texts in same]
+    assert [len(of) for of in votes] == [1] * len(same)
+    assert len(set().union(*votes)) == len(same) and vote(None) is None
+
+
+def test_whoever_changes_how_answers_are_judged_raises_the_version():
+    """Grades of two versions do not compare; a change that only rewords or reorders takes the new digest alone."""
+    folder = Path(data_pipeline.answers.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):  # without docstrings
+            body = getattr(node, "body", None)
+            if (
+                isinstance(body, list)
+                and body
+                and isinstance(body[0], ast.Expr)
+                and isinstance(body[0].value, ast.Constant)
+            ):
+                body[0].value.value = ""
+        digest.update(ast.dump(tree).encode())
+    assert (GRADER_VERSION, digest.hexdigest()[:16]) == ("3", "DIGEST")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +297,7 @@ def test_hostile_text_is_answered_within_a_second(text):
     started = time.process_time()
     answer = extract(text, "number").answer
     is_equal(text, "72", "number")
-    answer_class(text, "number")
+    Votes("number").of(text)
     assert time.process_time() - started < 1
     assert answer is None or len(answer) <= 50
 

@@ -9,6 +9,11 @@ from data_pipeline.answers import check_gold, extract, is_equal
 from data_pipeline.tasks import read_problems
 
 RIGHT = r"""
+5!                              | 120
+5 red balls                     | 5
+5 miles per hour                | 5
+twenty five                     | 25
+the function is even            | \text{even}
 \frac{1}{2}                     | 0.5
 1/2                             | \frac12
 \dfrac{\sqrt{3}}{2}             | \frac{\sqrt3}2
@@ -118,6 +123,27 @@ x**2+1                          | x^2+1
 x<-5, x>7                       | (-\infty,-5)\cup(7,\infty)
 """
 WRONG = r"""
+5!                              | 5
+2004!!                          | 2004!
+5 minus x                       | 5
+5 plus x                        | 5
+5 over x                        | 5
+5 mod n                         | 5
+5 choose k                      | 5
+5 factorial                     | 5
+5 thousandths                   | 5
+5 alpha                         | 5
+5\text{ is wrong}               | 5
+5 \text{ and not 6}             | 5
+20 degrees below zero           | 20
+odd, even                       | \text{even}
+can't be even                   | \text{even}
+true/false                      | \text{true}
+false, true                     | \text{true}
+hardly true                     | \text{true}
+Monday, Tuesday                 | \text{Monday}
+A: not this                     | \text{(A)}
+4.5 p.m.                        | 45\text{ p.m.}
 y=5                             | x=5
 x+1=5                           | 5
 (1,2)                           | (2,1)

@@ -1,12 +1,14 @@
 """Answers that attack: none is executed, none hangs the grader, and the one after it is graded as ever."""
 
+import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from data_pipeline.answers import is_equal, symbolic
+from data_pipeline.answers import Votes, extract, is_equal, symbolic
 from eval.grade import is_correct
 
 TEXTS = {
@@ -141,3 +143,37 @@ def test_the_worker_refuses_what_grading_has_no_need_of(tmp_path):
         program += f"try:\n    {statement}\nexcept PermissionError:\n    print('refused')\n"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
         assert done.stdout == "refused\n", (statement, done.stderr)
+
+
+def test_forks_of_a_program_that_graded_do_not_read_each_others_verdicts():
+    """A pool of forks, as multiprocessing makes it on Linux."""
+    assert is_correct("f(x)+1", "1+f(x)", "latex")
+    questions = [(f"g(x)+{i}", f"{i + i % 2}+g(x)") for i in range(12)]
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        verdicts = pool.starmap(_same_as_latex, questions, chunksize=1)
+    assert verdicts == [i % 2 == 0 for i in range(12)]
+
+
+def _same_as_latex(answer, gold):
+    return is_correct(rf"\boxed{{{answer}}}", gold, "latex")
+
+
+def test_the_start_of_the_process_is_not_an_answers_fault(monkeypatch, tmp_path):
+    """As on a busy machine: the process takes longer to start than an answer may take, and two questions follow."""
+    slow = tmp_path / "worker.py"
+    worker = Path(symbolic.__file__).with_name("worker.py")
+    slow.write_text(f"import runpy, time\ntime.sleep(3)\nrunpy.run_path({str(worker)!r}, run_name='__main__')\n")
+    monkeypatch.setattr(symbolic, "__file__", str(tmp_path / "symbolic.py"))
+    monkeypatch.setattr(symbolic.Questions, "_shared", symbolic.Algebra())
+    assert is_equal(r"\lfloor 5.7 \rfloor, \sum_{k=1}^{4} k", "5, 10", "latex") is True
+    symbolic.Questions._shared.close()
+
+
+@pytest.mark.parametrize("kind", ["number", "latex"])
+@pytest.mark.parametrize("inside", ["." * 50_000 + "x", "{" * 20_000 + "5" + "}" * 20_000, " " * 90_000 + "x"])
+def test_a_long_box_takes_no_longer_for_its_length(kind, inside):
+    started = time.process_time()
+    response = rf"\boxed{{{inside}}}"
+    assert not is_correct(response, "7", kind)
+    Votes(kind).of(extract(response, kind).answer)
+    assert time.process_time() - started < 2

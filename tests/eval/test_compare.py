@@ -77,5 +77,5 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="the same ids with other texts"):
         compare([a, other])
-    with pytest.raises(UsageError, match=r"no metrics.json"):
+    with pytest.raises(UsageError, match=r"is not an eval folder"):
         compare([a, epath.Path(tmp_path)])

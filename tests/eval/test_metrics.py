@@ -150,13 +150,11 @@ def test_a_sample_count_that_is_no_power_of_two_gets_its_own_majority_entry():
     assert list(metrics["maj_at"]) == ["1", "2", "4", "6"]
 
 
-def test_a_killed_grade_does_not_make_its_answer_wrong():
-    # The same answer three times; one of the grades ran out of time and counts as wrong.
-    metrics = compute_metrics(
-        correct=[[True, True, False]], classes=[[0, 0, 0]], finish_reasons=[["eos"] * 3], groups={}
-    )
-    assert metrics["maj_at"]["3"]["value"] == 1.0
-    assert metrics["pass_ratio"]["3"]["value"] == pytest.approx(2 / 3)
+def test_a_vote_of_one_is_a_sample():
+    rng = np.random.default_rng(5)
+    classes = rng.integers(0, 4, (30, 8))
+    metrics = compute_metrics(correct=classes == 2, classes=classes, finish_reasons=[["eos"] * 8] * 30, groups={})
+    assert metrics["maj_at"]["1"]["value"] == pytest.approx(metrics["pass_at"]["1"]["value"])
 
 
 @pytest.mark.parametrize(
@@ -168,6 +166,7 @@ def test_a_killed_grade_does_not_make_its_answer_wrong():
         ({"groups": {"topic": [1, 1, 1]}}, r"unknown \['topic'\]"),
         ({"groups": {"steps": [1]}}, r"1 values for 3 problems"),
         ({"correct": [[True] * 4, [False, False, True, False], [True] * 4]}, "sample 2 of problem 1 .* no"),
+        ({"classes": [[0] * 4] * 3, "correct": [[True, True, False, True]] * 3}, "class 0 is right in some samples"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):
