@@ -1,7 +1,7 @@
 """The problems that a report shows, each with a few samples that differ, typeset, and within a size."""
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,14 @@ def shown_problems(folder: epath.Path, kind: Kind) -> tuple[list[dict[str, Any]]
         verdict = (grade["correct"], grade["answer"])
         grades[grade["problem_id"]].setdefault(grade["sample_id"], verdict)  # the first of duplicates wins
     problems = []
-    for problem in read_problems(folder):
+    known = read_problems(folder)
+    for problem in known:
         verdicts = grades.get(problem["problem_id"])
         if verdicts:
             right, total = sum(correct for correct, _ in verdicts.values()), len(verdicts)
-            solved = "never" if right == 0 else "always" if right == total else "sometimes"
-            problems.append({**problem, "right": right, "total": total, "solved": solved})
+            problems.append({**problem, "right": right, "total": total, "solved": _solved(right, total)})
     problems.sort(key=lambda problem: problem["right"] / problem["total"])
-    samples = _chosen_samples(folder, grades)
+    samples = _chosen_samples(folder, grades, known)
     for problem in problems:
         problem["samples"] = samples.get(problem["problem_id"], [])
     growth = _GROWTH if kind == "latex" else 1.2
@@ -43,7 +43,19 @@ def shown_problems(folder: epath.Path, kind: Kind) -> tuple[list[dict[str, Any]]
     room = len(problems)
     while room > 1 and sizes[_spread(len(sizes), room)].sum() > MAX_BYTES:
         room = int(0.9 * room)
-    return [_typeset(problems[index], kind) for index in _spread(len(sizes), room)], len(problems)
+    while True:
+        shown = [_typeset(problems[index], kind) for index in _spread(len(sizes), room)]
+        size = sum(_MARKUP_OF_A_PROBLEM + _typeset_size(problem) for problem in shown)
+        if size <= MAX_BYTES or room <= 1:
+            return shown, len(problems)
+        room = min(room - 1, int(0.97 * room * MAX_BYTES / size))
+
+
+def _solved(right: int, total: int) -> str:
+    """How often a problem is solved; seldom are the unstable ones, solved by some samples and not by most."""
+    if right in (0, total):
+        return "always" if right else "never"
+    return "seldom" if 2 * right < total else "often"
 
 
 def shorten(text: str) -> str:
@@ -78,16 +90,25 @@ def _typeset(problem: dict[str, Any], kind: Kind) -> dict[str, Any]:
 
 def _size(problem: dict[str, Any]) -> int:
     texts = [problem["question"], problem.get("solution") or "", *(sample["text"] for sample in problem["samples"])]
-    return sum(min(len(text), HEAD_CHARS + TAIL_CHARS) for text in texts)
+    return sum(len(shorten(text).encode(errors="replace")) for text in texts)
 
 
-def _chosen_samples(folder: epath.Path, grades: Mapping[str, Verdicts]) -> dict[str, list[Sample]]:
-    """The telling samples of every problem; no more than a part file's texts are held at once."""
+def _typeset_size(problem: dict[str, Any]) -> int:
+    texts = [problem["question"], problem["answer"], problem["solution"]]
+    texts += [text for sample in problem["samples"] for text in (sample["text"], sample["answer"] or "")]
+    return sum(len(text.encode(errors="replace")) for text in texts)
+
+
+def _chosen_samples(
+    folder: epath.Path, grades: Mapping[str, Verdicts], problems: Sequence[dict[str, Any]]
+) -> dict[str, list[Sample]]:
+    """The telling samples of every graded problem; no more than a part file's texts are held at once."""
     chosen: dict[str, list[Sample]] = {}
+    known = {problem["problem_id"] for problem in problems}
     for part in parts(folder, "samples"):
         of_part: dict[str, dict[int, Sample]] = collections.defaultdict(dict)
-        for sample in read_samples(part, grades)[0]:
-            if sample["sample_id"] in grades[sample["problem_id"]]:
+        for sample in read_samples(part, known)[0]:
+            if sample["sample_id"] in grades.get(sample["problem_id"], {}):
                 of_part[sample["problem_id"]][sample["sample_id"]] = sample
         for problem_id, samples in of_part.items():
             before = {sample["sample_id"]: sample for sample in chosen.get(problem_id, [])}

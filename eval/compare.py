@@ -11,8 +11,10 @@ from jaxtyping import Float, Int
 from data_pipeline.files import write_json
 from data_pipeline.settings import UsageError
 from eval.files import read_grades, read_metrics, read_problems
-from eval.metrics import bootstrap_ci95, pass_at_k, pass_ratio
+from eval.grading import vote_of
+from eval.metrics import answer_classes, bootstrap_ci95, majorities, pass_at_k, pass_ratio
 
+Row = dict[str, Any]
 _SEED = 0
 
 
@@ -21,7 +23,7 @@ def compare(folders: Sequence[epath.Path], out: str | None = None) -> list[dict[
 
     Returns a row a metric and folder: both values, and their difference with its 95 % interval, which resamples
     problems and takes both runs' results of each (a paired bootstrap): what is hard for both does not blur it. Pass@k
-    is compared up to the smaller number of samples. With `out`, writes the rows as JSON.
+    is compared up to the smaller number of samples, and the majority vote at it. With `out`, writes the rows as JSON.
 
     Raises UsageError where folders hold other problems, were graded by other versions, or are not complete.
     """
@@ -33,11 +35,13 @@ def compare(folders: Sequence[epath.Path], out: str | None = None) -> list[dict[
         n = min(first.num_samples, run.num_samples)
         ks = sorted({*ks[1:], n} - {1})
         values = [
-            np.concatenate([pass_ratio(each.correct, each.num_samples)[:, None], each.pass_at(ks)], axis=1)
+            np.concatenate(
+                [pass_ratio(each.correct, each.num_samples)[:, None], each.pass_at(ks), each.majority_at(n)], axis=1
+            )
             for each in (first, run)
         ]
         intervals = bootstrap_ci95(values[1] - values[0], _SEED)
-        for column, name in enumerate(["PassRatio", *(f"Pass@{k}" for k in ks)]):
+        for column, name in enumerate(["PassRatio", *(f"Pass@{k}" for k in ks), f"maj@{n}"]):
             a, b = (float(each[:, column].mean()) for each in values)
             rows.append(
                 {
@@ -80,17 +84,24 @@ class _Run:
             )
         self.version, self.num_samples = metrics["grader_version"], metrics["num_samples"]
         self.problems = {row["problem_id"]: (row["question"], row["answer"]) for row in read_problems(folder)}
-        right: dict[str, dict[int, bool]] = {problem_id: {} for problem_id in self.problems}
+        graded: dict[str, dict[int, Row]] = {problem_id: {} for problem_id in self.problems}
         for row in read_grades(folder):
-            if row["problem_id"] in right:  # others are left out, as `eval grade` has said
-                right[row["problem_id"]].setdefault(row["sample_id"], row["correct"])
-        if any(len(of_problem) != self.num_samples for of_problem in right.values()):
+            if row["problem_id"] in graded:  # others are left out, as `eval grade` has said
+                graded[row["problem_id"]].setdefault(row["sample_id"], row)
+        if any(len(of_problem) != self.num_samples for of_problem in graded.values()):
             raise UsageError(f"{folder} has changed since it was graded: run `python -m eval grade {folder}` again")
-        self.correct: Int[np.ndarray, problems] = np.array([sum(right[key].values()) for key in sorted(right)])
+        rows = [[row for _, row in sorted(graded[key].items())] for key in sorted(graded)]
+        self._right = np.array([[row["correct"] for row in of] for of in rows])
+        self._classes = np.array([answer_classes([vote_of(row) for row in of]) for of in rows])
+        self.correct: Int[np.ndarray, problems] = self._right.sum(axis=1)
 
     def pass_at(self, ks: Sequence[int]) -> Float[np.ndarray, "problems ks"]:
         """Pass@k of each problem."""
         return pass_at_k(self.correct, self.num_samples, ks)
+
+    def majority_at(self, k: int) -> Float[np.ndarray, "problems 1"]:
+        """maj@k of each problem."""
+        return majorities(self._classes, self._right, [k])
 
     def check_against(self, other: "_Run") -> None:
         """Raises UsageError where the two cannot be compared."""

@@ -8,6 +8,7 @@ import numpy as np
 import pydantic
 from etils import epath
 
+from data_pipeline.answers import GRADER_VERSION
 from data_pipeline.cli import RunError, logger
 from data_pipeline.files import write_json
 from data_pipeline.settings import Settings
@@ -19,7 +20,9 @@ from eval.judge import Judge, Opinion
 class ErrorSettings(Settings):
     """`eval errors DIR`: types of errors, and where the first one stands."""
 
-    num_samples: pydantic.PositiveInt = pydantic.Field(2000, description="wrong samples that are examined, at most")
+    num_samples: pydantic.PositiveInt = pydantic.Field(
+        2000, description="wrong samples that are examined, at most; drawn evenly from all of them"
+    )
     endpoint: str | None = pydantic.Field(
         None, description="URL of an OpenAI-compatible server whose model judges, too"
     )
@@ -37,14 +40,19 @@ class ErrorSettings(Settings):
 
 
 def diagnose(folder: epath.Path, settings: ErrorSettings) -> dict[str, Any]:
-    """Examines wrong samples, spread evenly over the problems, writes errors.json, and returns what it holds.
+    """Examines wrong samples, each as likely as any other, writes errors.json, and returns what it holds.
 
     Raises UsageError where `folder` is no eval folder, RunError where no sample is wrong or the judge does not answer.
     """
     read_run(folder)
-    wrong = _wrong_samples(folder, settings)
+    wrong, num_in_all = _wrong_samples(folder, settings)
     examined = [examine(sample["text"]) for sample in wrong]
-    told: dict[str, Any] = {"program": error_types(examined)}
+    told: dict[str, Any] = {
+        "grader_version": GRADER_VERSION,
+        "seed": settings.seed,
+        "num_wrong_in_all": num_in_all,
+        "program": error_types(examined),
+    }
     if settings.endpoint is not None:
         assert settings.model is not None
         opinions = Judge(settings.endpoint, settings.model).opinions(wrong, settings.max_requests)
@@ -60,8 +68,9 @@ def summary(told: dict[str, Any]) -> str:
     program = told["program"]
     shares = [100 * program[name] / program["num_wrong"] for name in ("calculation", "reasoning", "not_checkable")]
     lines = [
-        f"{program['num_wrong']} wrong samples: {shares[0]:.0f} % state a false equation (calculation), "
-        f"{shares[1]:.0f} % only true ones (reasoning), {shares[2]:.0f} % state none that can be checked"
+        f"{program['num_wrong']} of {told['num_wrong_in_all']} wrong samples: "
+        f"{shares[0]:.0f} % state a false equation (calculation), {shares[1]:.0f} % only true ones (reasoning), "
+        f"{shares[2]:.0f} % state none that can be checked"
     ]
     if "judge" in told and told["judge"]["num_judged"]:
         judge, both = told["judge"], told["agreement"]
@@ -103,24 +112,16 @@ def _opinions(opinions: Sequence[Opinion | None], examined: Sequence[Examined]) 
     }
 
 
-def _wrong_samples(folder: epath.Path, settings: ErrorSettings) -> list[dict[str, str]]:
-    """Question, answer and text of wrong samples: of each problem in turn one more, until there are enough."""
-    wrong: dict[str, list[int]] = {}
-    for row in read_grades(folder):
-        if not row["correct"]:
-            wrong.setdefault(row["problem_id"], []).append(row["sample_id"])
+def _wrong_samples(folder: epath.Path, settings: ErrorSettings) -> tuple[list[dict[str, str]], int]:
+    """Question, answer and text of the wrong samples that are drawn, and how many wrong ones there are in all."""
+    wrong = [
+        (row["problem_id"], row["sample_id"])
+        for row in read_grades(folder)
+        if not row["correct"] and row["finish_reason"] != "error"  # which was never drawn
+    ]
     if not wrong:
         raise RunError(f"{folder} holds no wrong sample: is it graded? `python -m eval grade {folder}` does that")
-    rng = random.Random(settings.seed)
-    for ids in wrong.values():
-        rng.shuffle(ids)
-    order = [
-        (pid, ids[turn])
-        for turn in range(max(map(len, wrong.values())))
-        for pid, ids in wrong.items()
-        if turn < len(ids)
-    ]
-    chosen = set(order[: settings.num_samples])
+    chosen = set(random.Random(settings.seed).sample(wrong, min(settings.num_samples, len(wrong))))
     problems = {row["problem_id"]: row for row in read_problems(folder)}
     texts: dict[tuple[str, int], dict[str, str]] = {}
     for part in parts(folder, "samples"):
@@ -129,4 +130,4 @@ def _wrong_samples(folder: epath.Path, settings: ErrorSettings) -> list[dict[str
             if key in chosen and key not in texts:
                 problem = problems[key[0]]
                 texts[key] = {"question": problem["question"], "answer": problem["answer"], "text": sample["text"]}
-    return [texts[key] for key in order[: settings.num_samples] if key in texts]
+    return list(texts.values()), len(wrong)

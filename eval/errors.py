@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from data_pipeline.answers.expression import Unreadable, Value, close, value_of
 from data_pipeline.answers.extract import cut
@@ -22,6 +23,7 @@ _LEFT, _RIGHT = re.compile(rf"{_SIDE}*$"), re.compile(rf"^{_SIDE}*")
 _TIMES = re.compile(r"(?<=[\d)])\s*[xX]\s*(?=[\d(])")
 _OPERATOR = re.compile(r"\d\s*[%)}]*\s*(?:[-+*/^]|\\cdot|\\times|\\div)|\\frac|\\sqrt")
 _MAX_LINE = 1000
+TYPES = ("calculation", "reasoning")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +53,15 @@ def equations(step: str) -> list[Equation]:
     text = _TIMES.sub(" * ", re.sub(r"\\text\s*\{\s*dollars\s*\}", " ", tidy(step[:_MAX_LINE]).replace(",", "")))
     sides = text.split("=")
     found = []
-    for before, after in itertools.pairwise(sides):
+    for index, (before, after) in enumerate(itertools.pairwise(sides)):
         left, right = _at_the_end(before), _at_the_start(after)
         if left is None or right is None or not (_OPERATOR.search(left[0]) or _OPERATOR.search(right[0])):
             continue
-        found.append(Equation(left[0], right[0], _holds(left[1], right[1], left[0], right[0])))
+        holds = _holds(left[1], right[1], left[0], right[0])
+        if not holds and index + 2 < len(sides):  # "24 - 4 = 20 - 4 = 16": what goes on from its result
+            result = _read((re.match(r"[\s$]*-?[\d.]+(?=\s*[-+*/^\\])", right[0]) or [""])[0].strip())
+            holds = result is not None and _holds(left[1], result[1], left[0], result[0])
+        found.append(Equation(left[0], right[0], holds))
     return found
 
 
@@ -105,11 +111,12 @@ def _holds(left: Value, right: Value, left_text: str, right_text: str) -> bool:
             places = len(decimals[1]) + (2 if "%" in text else 0)
             return difference <= 10.0**-places
     # "50 = 50%" and "100 * 20 / 100 = 20%" are manners of speaking.
-    percent = ("%" in left_text) != ("%" in right_text)
-    if percent and close(left * 100 if "%" in left_text else left, right * 100 if "%" in right_text else right):
-        return True
+    for literal, value, other in ((right_text, right, left), (left_text, left, right)):
+        if re.fullmatch(r"\s*-?[\d.]+\s*%\s*", literal) and close(value * 100, other):
+            return True
     whole = [isinstance(value, Fraction) and value.denominator == 1 for value in (left, right)]
-    return whole[0] != whole[1] and difference < 1  # 10 / 3 = 3: rounded, or what is left over is dropped
+    divided = re.search(r"/|\\div|\\frac", right_text if whole[0] else left_text)
+    return whole[0] != whole[1] and divided is not None and difference < 1  # 10 / 3 = 3: rounded, or cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +143,25 @@ def examine(response: str) -> Examined:
 
 
 def error_types(examined: Sequence[Examined]) -> dict[str, Any]:
-    """Shares of the wrong solutions by type, and where the first false equation stands: steps before it / steps."""
+    """Wrong solutions by type, their shares with 95 % intervals, and where the first false equation stands.
+
+    The position is the number of steps before it, of all. Shares are of the solutions that can be checked; intervals
+    are Wilson's.
+    """
     types = [each.error for each in examined]
     positions = [each.first_false / each.num_steps for each in examined if each.first_false is not None]
     return {
         "num_wrong": len(examined),
-        **{name: types.count(name) for name in ("calculation", "reasoning")},
+        **{name: types.count(name) for name in TYPES},
         "not_checkable": types.count(None),
+        "shares": {name: share(types.count(name), len(types) - types.count(None)) for name in TYPES},
         "first_false_position": float(np.mean(positions)) if positions else None,
     }
+
+
+def share(count: int, total: int) -> dict[str, Any] | None:
+    """count / total with Wilson's 95 % interval; None of nothing."""
+    if not total:
+        return None
+    interval = scipy.stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+    return {"value": count / total, "ci95": [float(interval.low), float(interval.high)]}

@@ -30,7 +30,7 @@ def is_correct(response: str, gold: str, kind: Kind = "number") -> bool:
 
     `kind` is "number" (of a word problem), "latex" (mathematics: numbers, expressions, sets, intervals, matrices,
     equations, words) or "puzzle" (`gold` is "3, 6, 7, 51, 58 -> 4", and the response its steps). Neither text is ever
-    executed; what is undecided after a second and a half counts as wrong.
+    executed; what is undecided after two and a half seconds counts as wrong.
 
     Raises ValueError for another kind, or where `gold` is no answer of its kind.
     """
@@ -119,7 +119,7 @@ def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Gra
     rows = [[row for _, row in sorted(graded[pid].items())] for pid in whole]
     measured = compute_metrics(
         correct=[[row.correct for row in of] for of in rows],
-        classes=[answer_classes([_vote(row) for row in of]).tolist() for of in rows],
+        classes=[answer_classes([row.vote for row in of]).tolist() for of in rows],
         finish_reasons=[[row.finish_reason for row in of] for of in rows],
         groups={
             group: [problems[pid][field] for pid in whole]
@@ -137,7 +137,7 @@ def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Gra
         "rules": dict(Counter(row.rule or "no answer" for row in every).most_common()),
         "killed": sum(row.killed for row in every),
         "left_out": dict(oddities),
-        "unstable": sum(0 < 2 * sum(row.correct for row in of) < len(of) for of in rows),
+        "unstable": [pid for pid, of in zip(whole, rows, strict=True) if 0 < 2 * sum(r.correct for r in of) < len(of)],
         **({"greedy_accuracy": measured["pass_ratio"]["1"]} if run["temperature"] == 0 else {}),
         **measured,
         "step_law": step_law(
@@ -147,11 +147,6 @@ def _metrics(run: Row, problems: dict[str, Row], graded: dict[str, dict[int, Gra
             )
         ),
     }
-
-
-def _vote(row: Graded) -> str | None:
-    """What a sample votes for. Should equal answers have got two verdicts, as one took too long, they are apart."""
-    return None if row.vote is None else f"{row.correct} {row.vote}"
 
 
 def _summary(run: Row, metrics: Row) -> str:

@@ -45,7 +45,7 @@ def grade_part(
     return [
         (
             (row["problem_id"], row["sample_id"]),
-            Graded(row["correct"], row["vote"], row["finish_reason"], row["rule"], row["seconds"] == "killed"),
+            Graded(row["correct"], vote_of(row), row["finish_reason"], row["rule"], row["seconds"] == "killed"),
         )
         for row in graded
     ], oddities
@@ -87,6 +87,11 @@ def _graded_before(grades: epath.Path, samples: Sequence[Row]) -> list[Row] | No
         return rows if same and all(row.keys() >= _GRADED for row in rows) else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def vote_of(graded: Mapping[str, Any]) -> str | None:
+    """What a sample votes for. Should equal answers have got two verdicts, as one took too long, they are apart."""
+    return None if graded["vote"] is None else f"{graded['correct']} {graded['vote']}"
 
 
 def begin(first: tuple[Mapping[str, str], Kind, int]) -> Callable[[tuple[str, str]], Any]:

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import openai
 
 from data_pipeline.cli import RunError, StopSignal, first_line, logger
-from data_pipeline.files import cache_folder, write_json
+from data_pipeline.files import cache_folder, damage_named, write_json
 from data_pipeline.progress import Progress
 from eval.endpoint import client_of
 from eval.errors import steps_of
@@ -57,33 +57,30 @@ class Judge:
     def opinions(self, solutions: Sequence[Mapping[str, str]], max_requests: int) -> list[Opinion | None]:
         """One a solution {question, answer, text}; None of those beyond the budget, and of answers in another form.
 
-        Raises RunError where the server does not answer: what it answered before is kept.
+        Equal solutions are asked about once. Raises RunError where the server does not answer: what it answered before
+        is kept; an answer in another form is not, and is counted in a warning.
         """
         self._cache.mkdir(parents=True, exist_ok=True)
         prompts = [self._prompt(solution) for solution in solutions]
-        known = [self._file(prompt).exists() for prompt in prompts]
-        asked = list(self._within(known, max_requests))
-        logger.info("%d of %d opinions are known; %d will be asked for", sum(known), len(prompts), len(asked))
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if not self._file(prompt).exists()]
+        asked = unknown[:max_requests]
+        logger.info(
+            "%d different solutions, %d opinions are known; %d will be asked for",
+            len(set(prompts)), len(set(prompts)) - len(unknown), len(asked),
+        )  # fmt: skip
         with StopSignal(), ThreadPoolExecutor(_AT_ONCE) as pool, Progress(len(asked), "judging", "solutions") as bar:
-            futures = [pool.submit(self._ask, prompts[index], bar) for index in asked]
+            futures = [pool.submit(self._ask, prompt, bar) for prompt in asked]
             try:
-                for future in futures:
-                    future.result()
+                unusable = sum(not future.result() for future in futures)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        if unusable:
+            logger.warning("%d of %d answers named no step and type: they are not kept", unusable, len(asked))
         return [
             self._read(prompt, len(steps_of(solution["text"])))
             for prompt, solution in zip(prompts, solutions, strict=True)
         ]
-
-    @staticmethod
-    def _within(known: Sequence[bool], max_requests: int) -> Iterator[int]:
-        left = max_requests
-        for index, is_known in enumerate(known):
-            if not is_known and left > 0:
-                left -= 1
-                yield index
 
     def _prompt(self, solution: Mapping[str, str]) -> str:
         steps = "\n".join(f"{i}. {step}" for i, step in enumerate(steps_of(solution["text"][:_MAX_CHARS]), start=1))
@@ -93,7 +90,8 @@ class Judge:
         name = hashlib.sha256(f"{self._model}\n{prompt}".encode()).hexdigest()
         return self._cache / f"{name}.json"
 
-    def _ask(self, prompt: str, bar: Progress) -> None:
+    def _ask(self, prompt: str, bar: Progress) -> bool:
+        """Whether the answer has the form that was asked for; only then it is kept."""
         StopSignal.heed()
         try:
             answer = self._client.chat.completions.create(
@@ -101,18 +99,24 @@ class Judge:
             )
         except openai.OpenAIError as error:
             raise RunError(f"{self._client.base_url} does not answer: {first_line(error)}") from error
-        write_json(self._file(prompt), {"model": self._model, "text": answer.choices[0].message.content or ""})
         bar.update()
+        text = (answer.choices[0].message.content or "") if answer.choices else ""
+        if _opinion(text) is None:
+            return False
+        write_json(self._file(prompt), {"model": self._model, "text": text})
+        return True
 
     def _read(self, prompt: str, num_steps: int) -> Opinion | None:
         file = self._file(prompt)
         if not file.exists():
             return None
-        text = json.loads(file.read_text())["text"]
-        steps, types = (
-            re.findall(r"STEP:\s*\**(\d+)", text),
-            re.findall(r"TYPE:\s*\**(calculation|reasoning)", text, re.I),
-        )
-        if not steps or not types or not 1 <= int(steps[-1]) <= num_steps:
-            return None
-        return Opinion(int(steps[-1]) - 1, types[-1].lower())
+        with damage_named(file, "remove it"):
+            opinion = _opinion(json.loads(file.read_text())["text"])
+        return opinion if opinion is not None and 0 <= opinion.step < num_steps else None
+
+
+def _opinion(text: str) -> Opinion | None:
+    """What the last lines of an answer say."""
+    steps = re.findall(r"STEP:\s*\**(\d{1,4})\b", text)
+    types = re.findall(r"TYPE:\s*\**(calculation|reasoning)", text, re.IGNORECASE)
+    return Opinion(int(steps[-1]) - 1, types[-1].lower()) if steps and types else None

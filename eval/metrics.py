@@ -183,19 +183,10 @@ def compute_metrics(
         )
     pass_ks = range(1, num_samples + 1)
     maj_ks = sorted({2**i for i in range(num_samples.bit_length())} | {num_samples})
-    # One set of permutations serves all problems: the order of a problem's samples is random already.
-    orders = np.tile(np.arange(num_samples), (NUM_PERMUTATIONS, 1))
-    permutations = np.random.default_rng(seed).permuted(orders, axis=1)
-
     num_correct = right.sum(axis=1)
     pass_values = pass_at_k(num_correct, num_samples, pass_ks)
     ratio_values = pass_ratio(num_correct, num_samples)[:, None]
-    maj_values = np.stack(
-        [
-            majority_at_k(row, _class_is_correct(row, verdicts), maj_ks, permutations)
-            for row, verdicts in zip(class_of, right, strict=True)
-        ]
-    )
+    maj_values = majorities(class_of, right, maj_ks, seed)
     values = np.concatenate([pass_values, ratio_values, maj_values], axis=1)
     columns = _with_intervals(values, seed)
     metrics: dict[str, Any] = {
@@ -219,6 +210,24 @@ def compute_metrics(
         }
     metrics["complete"] = complete if complete is True else dict(complete)
     return metrics
+
+
+def majorities(
+    classes: Int[np.ndarray, "problems samples"],
+    right: Bool[np.ndarray, "problems samples"],
+    ks: Sequence[int],
+    seed: int = 0,
+) -> Float[np.ndarray, "problems ks"]:
+    """`majority_at_k` of each problem. Raises ValueError where a class is right in one sample and wrong in another."""
+    # One set of permutations serves all problems: the order of a problem's samples is random already.
+    orders = np.tile(np.arange(classes.shape[1]), (NUM_PERMUTATIONS, 1))
+    permutations = np.random.default_rng(seed).permuted(orders, axis=1)
+    return np.stack(
+        [
+            majority_at_k(row, _class_is_correct(row, verdicts), ks, permutations)
+            for row, verdicts in zip(classes, right, strict=True)
+        ]
+    )
 
 
 def _group_metrics(values: Float[np.ndarray, "problems columns"], num_samples: int, seed: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from markupsafe import Markup
 
 from data_pipeline.files import write_atomically
 from data_pipeline.tasks import TASKS
-from eval.browser import shorten, shown_problems
+from eval.browser import shown_problems
+from eval.errors import TYPES
 from eval.figures import COLOURS, Paint, error_types, files, on_the_page, pass_at_k, percent, step_law
 from eval.files import read_errors, read_metrics, read_run
 from eval.metrics import NUM_PERMUTATIONS, NUM_RESAMPLES
@@ -63,7 +64,7 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "interval": _interval, "shorten": shorten}
+    environment.filters |= {"percent": percent, "interval": _interval}
     page = environment.get_template("report.html.j2").render(
         run=run,
         metrics=metrics,
@@ -112,11 +113,8 @@ def _run_beside(folder: epath.Path, label: str) -> dict[str, Any]:
     metrics, errors = read_metrics(folder), read_errors(folder)
     ratio = metrics["pass_ratio"][str(metrics["num_samples"])]
     told = {"label": label, "metrics": metrics, "calculation": None, "reasoning": None}
-    if errors is not None and errors["program"]["num_wrong"] > errors["program"]["not_checkable"]:
-        checked = errors["program"]["num_wrong"] - errors["program"]["not_checkable"]
-        told |= {
-            name: (1 - ratio["value"]) * errors["program"][name] / checked for name in ("calculation", "reasoning")
-        }
+    if errors is not None and errors["program"]["shares"]["calculation"] is not None:
+        told |= {name: (1 - ratio["value"]) * errors["program"]["shares"][name]["value"] for name in TYPES}
     return told
 
 

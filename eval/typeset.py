@@ -36,12 +36,14 @@ _ATTRIBUTES = set(
 """.split()
 )
 
+_LENGTHS = set("linethickness width height depth lspace rspace minsize maxsize rowspacing columnspacing".split())
+_LENGTH = re.compile(r"-?\d{0,2}(?:\.\d{1,6})?\s?(?:em|ex|px|pt|mu|cm|mm|in|%)?|thin|medium|thick")
+
 
 def typeset(text: str, marked: str | None = None) -> Markup:
     """The text with its formulas as MathML; the last place where `marked` stands is in a <mark>."""
     text = _DRAWING.sub("[drawing]", text)
-    start = text.rfind(marked) if marked else -1
-    end = start + len(marked or "")
+    start, end = _place_of(marked, text)
     parts, position, search_from = [], 0, 0
     while (match := _FENCED.search(text, search_from)) is not None:
         search_from = match.start() + 1  # what is no formula may end where one begins
@@ -57,6 +59,14 @@ def typeset(text: str, marked: str | None = None) -> Markup:
         position = search_from = match.end()
     parts.append(_words(text, position, len(text), start, end))
     return Markup("").join(parts)
+
+
+def _place_of(marked: str | None, text: str) -> tuple[int, int]:
+    """Where an answer stands last, as a whole: 5 does not stand in 15, nor x in max."""
+    if not marked:
+        return -1, -1
+    found = re.compile(rf"(?<![A-Za-z0-9.]){re.escape(marked)}(?![A-Za-z0-9]|\.\d)")
+    return max((match.span() for match in found.finditer(text)), default=(-1, -1))
 
 
 def answer(text: str, kind: str) -> Markup:
@@ -99,7 +109,7 @@ def _serialised(element: Element) -> str:
     attributes = "".join(
         f' {name}="{html.escape(str(value), quote=True)}"'
         for name, value in element.attrib.items()
-        if name in _ATTRIBUTES
+        if name in _ATTRIBUTES and (name not in _LENGTHS or _LENGTH.fullmatch(str(value)))
     )
     return f"<{element.tag}{attributes}>{content}</{element.tag}>"
 

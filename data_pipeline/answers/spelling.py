@@ -84,24 +84,13 @@ def _without_end(text: str) -> str:
     return text[:-1].rstrip() if re.search(r"[A-Za-z]{2}\}?!$", text) else text
 
 
+_SIGNS = {"\\": "\\\\ ", "{": r"\{", "}": r"\}", "!": "", "%": "%", "|": "|", "&": "&", "#": "#", "_": "_"}
+
+
 def _command(match: re.Match[str]) -> str:
     name, sign = match[1], match[2]
     if name is None:
-        if sign == "\\":
-            return "\\\\ "
-        if sign in ("{", "}"):
-            return f"\\{sign}"
-        return (
-            ""
-            if sign == "!"
-            else "%"
-            if sign == "%"
-            else "|"
-            if sign == "|"
-            else sign
-            if sign in ("&", "#", "_")
-            else " "
-        )
+        return _SIGNS.get(sign, " ")
     if name in _DROPPED:
         return " "
     if name in _TEXT:

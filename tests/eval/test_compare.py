@@ -16,7 +16,7 @@ def write_graded(folder: Path, right: list[int], n: int = 4, **changes: object) 
     (folder / "grades").mkdir(parents=True)
     ids = [f"p{i}" for i in range(len(right))]
     grades = [
-        {"problem_id": pid, "sample_id": i, "answer": "1", "correct": i < count}
+        {"problem_id": pid, "sample_id": i, "answer": "1", "correct": i < count, "vote": "1" if i < count else "2"}
         for pid, count in zip(ids, right, strict=True)
         for i in range(n)
     ]
@@ -31,8 +31,10 @@ def write_graded(folder: Path, right: list[int], n: int = 4, **changes: object) 
 def test_differences_are_those_of_each_problem_with_itself(tmp_path: Path) -> None:
     a, b = write_graded(tmp_path / "a", [0, 1, 2, 4]), write_graded(tmp_path / "b", [1, 1, 4, 4])
     rows = compare([a, b], str(tmp_path / "out.json"))
-    ratio, pass_2, pass_4 = rows
-    assert [row["metric"] for row in rows] == ["PassRatio", "Pass@2", "Pass@4"]
+    ratio, pass_2, pass_4, vote = rows
+    assert [row["metric"] for row in rows] == ["PassRatio", "Pass@2", "Pass@4", "maj@4"]
+    # Of 0, 1, 2 and 4 right of 4, a tie is shared: 0, 0, 1/2, 1 against 0, 0, 1, 1.
+    assert (vote["first_value"], vote["second_value"]) == (1.5 / 4, 2 / 4)
     assert (ratio["first_value"], ratio["second_value"]) == (7 / 16, 10 / 16)
     # 1 - C(4-c, 2) / C(4, 2): 0, 1/2, 5/6, 1 against 1/2, 1/2, 1, 1.
     assert pass_2["difference"] == pytest.approx((1 / 2 + 1 / 6) / 4)
@@ -60,7 +62,15 @@ def test_numbers_of_samples_may_differ(tmp_path: Path) -> None:
     assert [(row["metric"], row["difference"]) for row in compare([a, b])] == [
         ("PassRatio", 0.0),
         ("Pass@2", pytest.approx(1 - 5 / 6)),
+        ("maj@2", pytest.approx(0, abs=0.05)),  # a half each, of the four by random subsets
     ]
+
+
+def test_a_folder_that_grew_after_it_was_graded_is_not_compared(tmp_path: Path) -> None:
+    a, b = write_graded(tmp_path / "a", [1, 2, 3]), write_graded(tmp_path / "b", [1, 2])
+    (b / "problems.jsonl").write_text((a / "problems.jsonl").read_text())
+    with pytest.raises(UsageError, match="has changed since it was graded"):
+        compare([a, b])
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The errors of a folder, by program and by a judge that is a server here; nothing is asked, or paid, twice."""
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from data_pipeline.answers import GRADER_VERSION
 from data_pipeline.cli import RunError
 from eval.diagnose import ErrorSettings, agreement, diagnose
 from eval.errors import examine
@@ -34,7 +36,7 @@ def folder(tmp_path: Path) -> epath.Path:
         for sample_id, (text, correct) in enumerate(TEXTS):
             key = {"problem_id": name, "sample_id": sample_id}
             samples.append({**key, "text": text, "num_tokens": 3, "finish_reason": "eos"})
-            grades.append({**key, "correct": correct, "answer": "4"})
+            grades.append({**key, "correct": correct, "answer": "4", "finish_reason": "eos"})
     for file, rows in (
         ("problems", problems),
         ("samples/part-00000-00001", samples),
@@ -77,28 +79,55 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
 def test_types_by_program(folder: epath.Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "mathscale")
     told = diagnose(folder, ErrorSettings())
+    # Wilson's interval of 2 of 4: (2 + z²/2 ± z sqrt(1 + z²/4)) / (4 + z²), z = 1.96.
+    half = {"value": 0.5, "ci95": [pytest.approx(0.15004, abs=1e-4), pytest.approx(0.84996, abs=1e-4)]}
     assert told == {
+        "grader_version": GRADER_VERSION,
+        "seed": 0,
+        "num_wrong_in_all": 6,
         "program": {
             "num_wrong": 6, "calculation": 2, "reasoning": 2, "not_checkable": 2, "first_false_position": 0.5,
-        }
+            "shares": {"calculation": half, "reasoning": half},
+        },
     }  # fmt: skip
     assert json.loads((folder / "errors.json").read_text()) == told
-    assert "6 wrong samples: 33 % state a false equation" in caplog.text
+    assert "6 of 6 wrong samples: 33 % state a false equation" in caplog.text
 
 
-def test_samples_are_spread_over_the_problems(folder: epath.Path) -> None:
-    for seed in range(5):
-        assert diagnose(folder, ErrorSettings(num_samples=2, seed=seed))["program"]["num_wrong"] == 2
+def test_shares_are_those_of_the_samples_however_they_lie(folder: epath.Path) -> None:
+    """One problem has one wrong sample, of calculation; the other 60, of reasoning: no problem weighs more."""
+    rows = [("p", 0, "1 + 1 = 3", False)] + [("q", i, "1 + 1 = 2\nThe answer is: 5.", False) for i in range(60)]
+    for kind in ("samples", "grades"):
+        lines = [
+            {"problem_id": name, "sample_id": i, "text": text, "correct": correct, "finish_reason": "eos"}
+            for name, i, text, correct in rows
+        ]
+        (folder / kind / "part-00000-00001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [diagnose(folder, ErrorSettings(num_samples=12, seed=seed))["program"] for seed in range(40)]
+    assert all(program["num_wrong"] == 12 for program in found)
+    assert 1 <= sum(program["calculation"] for program in found) <= 18  # of 480, 7.9 are expected
 
 
-def test_a_judge_is_asked_once_within_its_budget(folder: epath.Path, server: tuple[str, list[str]]) -> None:
+def test_equal_solutions_are_asked_about_once(folder: epath.Path, server: tuple[str, list[str]]) -> None:
+    url, asked = server
+    part = folder / "samples" / "part-00000-00001.jsonl"
+    part.write_text(re.sub(r'"text": "[^"]*"', '"text": "1 + 1 = 3\\\\nSo.\\\\nThe answer is: 9."', part.read_text()))
+    told = diagnose(folder, ErrorSettings(endpoint=url, model="m", max_requests=2))
+    assert len(asked) == 2 and told["judge"]["num_judged"] == 6  # one for each problem
+
+
+def test_a_judge_is_asked_once_within_its_budget(
+    folder: epath.Path, server: tuple[str, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
     url, asked = server
     settings = ErrorSettings(endpoint=url, model="m", max_requests=4)
     diagnose(folder, settings)
     assert len(asked) == 4 == len(set(asked))
     told = diagnose(folder, settings)
-    assert len(asked) == 6 == len(set(asked))  # the two that were left
-    assert diagnose(folder, settings) == told and len(asked) == 6
+    assert len(set(asked)) == 6  # the two that were left
+    assert not any("Who knows" not in prompt and asked.count(prompt) > 1 for prompt in asked)
+    assert diagnose(folder, settings) == told
+    assert "2 of 2 answers named no step and type: they are not kept" in caplog.text
     assert told["judge"] == {
         "model": "m", "num_judged": 4, "calculation": 4, "reasoning": 0, "first_error_position": 0.5,
     }  # fmt: skip

@@ -1,11 +1,12 @@
 """Calculation errors: by hand, none in the gold solutions of GSM8K, and those that are planted in them."""
 
+import math
 import random
 import re
 
 import pytest
 
-from eval.errors import equations, error_types, examine, steps_of
+from eval.errors import equations, error_types, examine, share, steps_of
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,14 @@ from eval.errors import equations, error_types, examine, steps_of
         ("20% * 50 = 10", [True]),
         ("50 * 20 / 100 = 10", [True]),
         ("1/4 = 25%", [True]),
+        ("5 * 20% = 100", [False]),
+        ("50 * 2% = 100", [False]),
+        ("100 - 99.5 = 1", [False]),
+        ("7 * 0.1 = 0", [False]),
+        ("24 - 4 = 20 - 4 = 16", [True, True]),  # goes on from its result
+        ("24 - 4 = 20 - 4 = 15", [True, False]),
+        ("24 - 4 = 21 - 4 = 17", [False, True]),
+        ("24 - 4 = 20 - 4", [False]),
         ("5 x 3 = 15", [True]),
         ("5 × 3 ÷ 15 = 1", [True]),
         (r"$\frac{1}{2} \cdot 10 = 5$", [True]),
@@ -100,6 +109,16 @@ def test_types_and_positions_of_wrong_solutions():
     assert [each.error for each in examined] == ["calculation", "calculation", "reasoning", None]
     told = error_types(examined)
     assert told == {
-        "num_wrong": 4, "calculation": 2, "reasoning": 1, "not_checkable": 1, "first_false_position": (2 / 4 + 0) / 2
+        "num_wrong": 4, "calculation": 2, "reasoning": 1, "not_checkable": 1, "first_false_position": (2 / 4 + 0) / 2,
+        "shares": {"calculation": share(2, 3), "reasoning": share(1, 3)},
     }  # fmt: skip
-    assert error_types([])["first_false_position"] is None
+    assert error_types([])["first_false_position"] is None and share(0, 0) is None
+
+
+def test_a_share_has_wilsons_interval():
+    """By the formula: (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n), with p = 0.3, n = 20."""
+    z, p, n = 1.959964, 0.3, 20
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    wanted = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    told = share(6, 20)
+    assert told["value"] == 0.3 and told["ci95"] == pytest.approx(wanted, abs=1e-5)

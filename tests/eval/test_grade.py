@@ -148,6 +148,82 @@ def test_what_is_odd_is_counted_and_the_rest_is_graded(tmp_path: Path, caplog: p
     assert "part-00001-00001.jsonl, line 19" in caplog.text and "5 malformed lines in all" in caplog.text
 
 
+def test_sample_ids_are_the_numbers_of_samples(tmp_path: Path) -> None:
+    write_folder(tmp_path, num_problems=2)
+    part = tmp_path / "samples" / "part-00001-00001.jsonl"
+    text = part.read_text()
+    for replaced in (-1, N, "true", 7.0):
+        part.write_text(text.replace('"sample_id": 3', f'"sample_id": {replaced}'))
+        metrics = json.loads(grade(epath.Path(tmp_path)).read_text())
+        assert metrics["complete"] == {"problems without all samples": 1, "missing samples": 1}, replaced
+        assert sum(metrics["left_out"].values()) == 1
+    extra = json.dumps({**json.loads(text.splitlines()[0]), "sample_id": N})
+    part.write_text(text + extra + "\n")
+    assert json.loads(grade(epath.Path(tmp_path)).read_text())["complete"] is True
+
+
+def test_what_json_may_hold_and_files_may_not_ends_nothing(tmp_path: Path) -> None:
+    write_folder(tmp_path, num_problems=1)
+    part = tmp_path / "samples" / "part-00000-00000.jsonl"
+    lines = part.read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), "text": "\\boxed{5\ud800}"})
+    part.write_text("\n".join([*lines, "[" * 100_000]) + "\n")
+    metrics = json.loads(grade(epath.Path(tmp_path)).read_text())
+    assert metrics["complete"] is True and metrics["left_out"] == {"malformed lines": 1}
+    before = (tmp_path / "grades" / part.name).read_bytes()
+    assert json.loads(grade(epath.Path(tmp_path)).read_text()) == metrics  # kept
+    assert (tmp_path / "grades" / part.name).read_bytes() == before
+    assert read(tmp_path, f"grades/{part.name}")[2]["answer"] == "5\ud800"
+
+
+def test_a_corrected_gold_answer_counts(tmp_path: Path) -> None:
+    write_folder(tmp_path, num_problems=2)
+    before = json.loads(grade(epath.Path(tmp_path)).read_text())["pass_ratio"][str(N)]["value"]
+    rows = read(tmp_path, "problems.jsonl")
+    write(tmp_path / "problems.jsonl", [rows[0], {**rows[1], "answer": "123"}])
+    after = json.loads(grade(epath.Path(tmp_path)).read_text())["pass_ratio"][str(N)]["value"]
+    assert 0 < after < before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"problem_id": "p0"}, "'p0' occurs twice"), ({"answer": 5}, "answer must be a text, not 5")],
+)
+def test_problems_that_are_none_are_said(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    write_folder(tmp_path, num_problems=2)
+    rows = read(tmp_path, "problems.jsonl")
+    write(tmp_path / "problems.jsonl", [rows[0], {**rows[1], **change}])
+    with pytest.raises(RunError, match=said):
+        grade(epath.Path(tmp_path))
+
+
+def test_what_a_problem_need_not_have_may_be_missing(tmp_path: Path) -> None:
+    write_folder(tmp_path, num_problems=2)
+    needed = ("problem_id", "question", "answer")
+    write(tmp_path / "problems.jsonl", [{k: row[k] for k in needed} for row in read(tmp_path, "problems.jsonl")])
+    metrics = json.loads(grade(epath.Path(tmp_path)).read_text())
+    assert metrics["num_problems"] == 2 and metrics["by_level"] == {} and metrics["step_law"] is None
+
+
+def test_the_vote_takes_equal_answers_for_one_and_does_not_look_at_the_gold_one(tmp_path: Path) -> None:
+    """Three samples say one half in three spellings and are wrong; two say 1. And a word "right" is no verdict."""
+    write_folder(tmp_path, num_problems=2)
+    problems = read(tmp_path, "problems.jsonl")
+    write(tmp_path / "problems.jsonl", [{**problems[0], "answer": "1"}, {**problems[1], "answer": r"\text{isosceles}"}])
+    run = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**run, "num_samples": 5}))
+    answers = [["1/2", r"\frac12", "0.5", "1", "1.0"], ["isosceles", *[r"\text{right}"] * 4]]
+    for index, of_problem in enumerate(answers):
+        rows = [
+            {"problem_id": f"p{index}", "sample_id": i, "text": rf"\boxed{{{text}}}", "finish_reason": "eos"}
+            for i, text in enumerate(of_problem)
+        ]
+        write(tmp_path / "samples" / f"part-{index:05d}-{index:05d}.jsonl", rows)
+    metrics = json.loads(grade(epath.Path(tmp_path)).read_text())
+    assert metrics["maj_at"]["5"]["value"] == 0.0
+    assert metrics["maj_at"]["1"]["value"] == pytest.approx(metrics["pass_at"]["1"]["value"]) == pytest.approx(0.3)
+
+
 def test_a_malformed_line_makes_its_problem_incomplete(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_folder(tmp_path, num_problems=3)
     part = tmp_path / "samples" / "part-00001-00001.jsonl"

@@ -193,23 +193,46 @@ def test_of_duplicated_keys_the_first_wins(tmp_path):
 def test_problems_go_from_hardest_to_easiest_and_can_be_filtered_by_the_keyboard(tmp_path):
     page = Page(write_report(write_eval(tmp_path, MIXED)).read_text())
     order = [a["class"].split()[1] for tag, a in page.tags if tag == "details" and "problem" in a["class"]]
-    assert order == ["never", "sometimes", "always"]
+    assert order == ["never", "often", "always"]
     radios = [attributes["id"] for tag, attributes in page.tags if tag == "input" and attributes["type"] == "radio"]
-    assert radios == ["show-all", "show-never", "show-sometimes", "show-always"]
+    assert radios == ["show-all", "show-never", "show-seldom", "show-often", "show-always"]
 
 
 def test_a_page_keeps_to_its_size_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.browser.MAX_BYTES", 200_000)
-    path = write_report(write_eval(tmp_path, [["42"]] * 150 + [["1"]] * 150))
+    path = write_report(
+        write_eval(
+            tmp_path, [["42"]] * 150 + [["1"]] * 150, text="\u05e9\u05dc\u05d5\u05dd" * 20 + " The answer is: {}"
+        )
+    )
     page = Page(path.read_text())
     shown = sum("problem" in attributes.get("class", "") for tag, attributes in page.tags if tag == "details")
     assert 50 < shown < 200 and f"{shown} of 300 problems" in page.words
-    assert len(path.read_bytes()) < 300_000
+    bare_folder = tmp_path / "bare"
+    bare_folder.mkdir()
+    bare = len(write_report(write_eval(bare_folder, [["42"]])).read_bytes())
+    assert len(path.read_bytes()) < 200_000 + bare
 
 
 def test_the_answer_is_marked_in_the_samples(tmp_path):
     text = write_report(write_eval(tmp_path, [["42", "7", "42", "7"]])).read_text()
     assert re.findall(r"The answer is: <mark>(\d+)</mark>", text) == ["42", "7"]
+
+
+def test_the_unstable_are_told_apart_and_what_was_left_out_is_said(tmp_path):
+    write_eval(tmp_path, [["42", "7", "7", "7"], ["42"] * 4, ["7"] * 4])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    told = {"unstable": ["sums/0"], "rules": {"answer_line": 11, "no answer": 1}, "killed": 3, "problems_not_asked": 2,
+            "left_out": {"malformed lines": 4}}  # fmt: skip
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | told))
+    page = Page(write_report(tmp_path).read_text())
+    assert [a["class"].split()[1] for tag, a in page.tags if tag == "details" and "problem" in a["class"]] == [
+        "never", "seldom", "always",
+    ]  # fmt: skip
+    words = plain(page.words)
+    for said in ("the 1 unstable ones", "answer line11 samples", "no answer1 sample", "3 answers, which count as",
+                 "2 problems, which count as wrong", "4 malformed lines"):  # fmt: skip
+        assert said in words, said
 
 
 def test_mathematics_is_set_without_a_script(tmp_path):
@@ -234,13 +257,22 @@ def test_the_step_law_is_drawn_and_said(tmp_path):
     assert len(ids) == len(set(ids)) and path.read_text().count("<svg") == 4
 
 
+def with_shares(program):
+    shares = {
+        name: program[name] / (program["calculation"] + program["reasoning"]) for name in ("calculation", "reasoning")
+    }
+    return program | {
+        "shares": {k: {"value": v, "ci95": [v - 0.05, v + 0.15 if v < 0.5 else v + 0.05]} for k, v in shares.items()}
+    }
+
+
 def test_runs_stand_beside_each_other_by_what_tells_them_apart(tmp_path):
     for name, answers in (("7k", MIXED), ("30k", [["42", "42", "42", "1"]] * 3)):
         folder = tmp_path / "runs" / name / "eval"
         folder.mkdir(parents=True)
         write_eval(folder, answers)
         program = {"num_wrong": 8, "calculation": 2, "reasoning": 4, "not_checkable": 2, "first_false_position": 0.5}
-        (folder / "errors.json").write_text(json.dumps({"program": program}))
+        (folder / "errors.json").write_text(json.dumps({"num_wrong_in_all": 8, "program": with_shares(program)}))
     path = write_report(tmp_path / "runs/30k/eval", beside=[tmp_path / "runs/7k/eval"])
     words = plain(Page(path.read_text()).words)
     # Half, and a quarter, of the samples are wrong; a third of those that could be checked by calculation.
@@ -251,13 +283,17 @@ def test_runs_stand_beside_each_other_by_what_tells_them_apart(tmp_path):
 def test_what_goes_wrong_is_shown(tmp_path):
     write_eval(tmp_path, MIXED)
     told = {
-        "program": {"num_wrong": 10, "calculation": 2, "reasoning": 6, "not_checkable": 2, "first_false_position": 0.5},
+        "num_wrong_in_all": 1234,
+        "program": with_shares(
+            {"num_wrong": 10, "calculation": 2, "reasoning": 6, "not_checkable": 2, "first_false_position": 0.5}
+        ),
         "judge": {"model": "<b>m", "num_judged": 4, "calculation": 1, "reasoning": 3, "first_error_position": 0.25},
         "agreement": {"num_both": 4, "same_type": 0.75, "kappa": 0.5, "same_step": None},
     }
     (tmp_path / "errors.json").write_text(json.dumps(told))
     words = plain(Page(write_report(tmp_path).read_text()).words)
-    assert "program82 not checkable 25 %75 %50 %of the steps, calculation" in words
+    assert "10 of 1,234 wrong samples were examined" in words
+    assert "program82 not checkable 25 %20.0–40.075 %70.0–80.050 %of the steps, calculation" in words
     assert "<b>m4 25 %75 %25 %of the steps" in words and "name the same type for 75 % (Cohen's kappa 0.50)" in words
 
 
