@@ -129,6 +129,8 @@ class _Comparison:
             return digits[0] == digits[1] and len(bases) == 1 and based[1] is not None
         if structure.says_words(answer) and spelled(answer) is None and re.search(r"[\d\\^]", gold):
             return False
+        if answer.count("'") != gold.count("'"):
+            return False
         if answer.count("!") != gold.count("!") and "!!" in answer + gold:
             return False
         decided = _same_amount(answer, gold)

@@ -49,7 +49,8 @@ _TALK = re.compile(r"\b(?:so|thus|hence|therefore|we|it|this|he|she|they|is|are|
 _CONNECTIVE = re.compile(r"\b(?:and|or|to)\b|[\s,;.:()*]", re.IGNORECASE)
 _PLAIN = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
 _SCALED = re.compile(
-    r"\$?\s*(-?[\d,.]*\d)\s*(?:\\\w+\s*\{\s*)?(hundred|thousand|million|billion|trillion)s?\b", re.ASCII
+    r"\$?\s*(-?[\d,.]*\d)\s*(?:\\\w+\s*\{\s*)?((?:hundred|thousand|million|billion|trillion)(?=s?\b)|(?<=\d)[kK]\b)",
+    re.ASCII,
 )
 _SCIENTIFIC = re.compile(
     r"\$?\s*(-?\d[\d,]*(?:\.\d+)?)\s*(?:[eE]|(?:[xX×*]|\\times|\\cdot)\s*10\s*\^\s*\{?\s*)([-+]?\d{1,2})(?!\d)",
@@ -252,10 +253,13 @@ def _number_of(candidate: str) -> str | None:
     if not re.match(r"[-$\s]*[\d,.]+[^=]*(?:\b[A-Za-z]\s*=|\()", said):  # "22 when x = 10" says 22
         said = said.rpartition("=")[2].strip()
     said = re.sub(r"(?<=\d)\s+\(.*$", "", said, flags=re.DOTALL)  # "72 (48 + 24)"
-    for pattern, factor in ((_SCALED, SCALES.get), (_SCIENTIFIC, lambda power: Fraction(10) ** int(power))):
+    for pattern, factor in (
+        (_SCALED, lambda name: SCALES["thousand" if name in "kK" else name]),
+        (_SCIENTIFIC, lambda power: Fraction(10) ** int(power)),
+    ):
         match = pattern.match(said)
         if match is not None and (value := parse_number(match[1])) is not None:
-            return _written(value * Fraction(factor(match[2]) or 1))
+            return _written(value * factor(match[2]))
     plain, _ = without_unit(tidy(said))
     if parse_number(plain) is not None:
         return plain.replace(" ", "").rstrip("%")

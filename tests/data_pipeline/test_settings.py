@@ -240,7 +240,7 @@ def test_help_shows_each_key_once_with_its_default_and_description():
     [
         ("sources: []", "sources=[]: name at least one dataset"),
         ("sources: [{task: demo}]\ncontext: 0", "context=0: Input should be greater than 0"),
-        ("sources: [{task: gsm9k}]", "sources.0.task='gsm9k': unknown task; allowed: gsm8k, math, demo, jsonl"),
+        ("sources: [{task: gsm9k}]", "sources.0.task='gsm9k': unknown task; allowed: gsm8k, math, svamp"),
         ("context: 5", "sources is required"),
     ],
 )
