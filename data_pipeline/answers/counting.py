@@ -28,6 +28,9 @@ _MAX_WORDS = 16
 def spelled(text: str) -> Fraction | None:
     """The number that a text is in words, from its first word to its last; None where it is anything else."""
     said = re.findall(r"[a-z]+", text.casefold())
+    if said[:1] in (["negative"], ["minus"]):
+        value = spelled(text.strip()[len(said[0]) :])
+        return None if value is None else -value
     if not 0 < len(said) <= _MAX_WORDS or re.search(r"[^A-Za-z\s,-]", text):
         return None
     if said[-1] in _PARTS:

@@ -28,6 +28,7 @@ _ELSE = set(
     except other another than if unless wrong false incorrect
     """.split()
 )
+_REALS = [{r"(-\infty,\infty)", name} for name in ("R", "allrealnumbers", "allreals", r"x\inR")]
 _BASE = re.compile(r"(-?[0-9A-Za-z.]+)\s*_\s*\{?\s*(\d+)\s*\}?")
 _CHOICE = re.compile(r"(?:\(\s*([A-Z])\s*\)|([A-Z])(?=[.:)]|$))(.*)", re.DOTALL)
 _OF_A_FUNCTION = {"y", "f(x)", "g(x)", "h(x)"}
@@ -61,6 +62,8 @@ class _Comparison:
             return bool(answer)
         if not answer or not gold or self.depth > _MAX_DEPTH:
             return False
+        if {re.sub(r"\\text|[{}]", "", squeezed(text)) for text in (answer, gold)} in _REALS:
+            return True
         if structure.says_words(gold):
             return _same_words(answer, gold)
         if answer.startswith(r"\text") and structure.unworded(answer) == answer[len(r"\text{") : -1].strip():
@@ -224,7 +227,7 @@ def _without_signs(text: str) -> str:
 def _with_base(text: str) -> str:
     """A number of some base as digits and subscript: 204_{five}, 204 (base 5)."""
     text = structure.unworded(text)
-    text = re.sub(r"\s*_?\s*\{?\s*\(?\s*base\s*\{?(\w+)\}?\s*\)?\s*\}?$", r"_{\1}", text)
+    text = re.sub(r"\s*_?\s*\{?\s*\(?\s*(?:in\s+)?base\s*\{?(\w+)\}?\s*\)?\s*\}?$", r"_{\1}", text)
     return re.sub(r"_\s*\{\s*([a-z]+)\s*\}$", lambda match: f"_{{{spelled(match[1])}}}", text)
 
 

@@ -252,6 +252,9 @@ def _number_of(candidate: str) -> str | None:
         said = concluded[1]
     if not re.match(r"[-$\s]*[\d,.]+[^=]*(?:\b[A-Za-z]\s*=|\()", said):  # "22 when x = 10" says 22
         said = said.rpartition("=")[2].strip()
+    share = re.match(r"\$?\s*(\d+(?:\.\d+)?)\s*(?:%|\\%|percent)\s+of\s+(?:the\s+)?\$?\s*([\d,]*\d(?:\.\d+)?)", said)
+    if share is not None and (of := parse_number(share[2])) is not None:  # "25% of 80"
+        return _written(Fraction(share[1]) / 100 * of)
     said = re.sub(r"(?<=\d)\s+\(.*$", "", said, flags=re.DOTALL)  # "72 (48 + 24)"
     for pattern, factor in (
         (_SCALED, lambda name: SCALES["thousand" if name in "kK" else name]),
@@ -293,7 +296,7 @@ def _is_alone(number: str, said: str) -> bool:
 def _number_in_words(text: str) -> str | None:
     """The number that the first run of number words says."""
     run = re.search(
-        rf"\b(?:an?\s+)?(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})s?\b"
+        rf"\b(?:(?:negative|minus)\s+)?(?:an?\s+)?(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})s?\b"
         rf"(?:[\s-]+(?:and\s+(?=\w))?(?:an?\s+)?(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})s?\b)*",
         text,
         re.IGNORECASE,

@@ -73,8 +73,9 @@ class Votes:
             value = value_of(tidy(answer))
         except Unreadable:
             value = None
-        if isinstance(value, Fraction):
-            return str(value)
+        if isinstance(value, Fraction):  # Python refuses to write more than 4,300 digits of it in tens
+            long = max(value.numerator.bit_length(), value.denominator.bit_length()) > 1000
+            return f"{value.numerator:#x}/{value.denominator:#x}" if long else str(value)
         for spelling in self._spelled[:_MAX_SPELLINGS]:
             if equal(answer, spelling):
                 return spelling

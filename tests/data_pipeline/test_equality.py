@@ -9,6 +9,10 @@ from data_pipeline.answers import check_gold, extract, is_equal
 from data_pipeline.tasks import read_problems
 
 RIGHT = r"""
+all real numbers                | (-\infty,\infty)
+\mathbb{R}                      | (-\infty,\infty)
+2102 in base 3                  | 2102_3
+negative one third              | -\frac13
 5!                              | 120
 5 red balls                     | 5
 5 miles per hour                | 5
