@@ -19,8 +19,9 @@ import pydantic
 from benchmarks.flags import settings_and_command
 from benchmarks.report import environment, table, write_results
 from data_pipeline.cli import logger, run_command
-from data_pipeline.loader import Batches, DataSettings, Source, iterate, load_rows
+from data_pipeline.loader import Batches, iterate
 from data_pipeline.settings import Settings
+from data_pipeline.sources import DataSettings, Source, load_rows
 from data_pipeline.templates import load_template
 from data_pipeline.tokenizer import Tokenizer
 

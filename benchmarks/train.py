@@ -26,8 +26,9 @@ from benchmarks.report import environment, row_as_json, train_table, write_resul
 from benchmarks.rounds import Contestant, Row, measure
 from benchmarks.worker import Limits
 from data_pipeline.cli import RunError, logger, run_command
-from data_pipeline.loader import Batch, Batches, DataSettings, Source, load_rows
+from data_pipeline.loader import Batch, Batches
 from data_pipeline.settings import Settings, UsageError, validated
+from data_pipeline.sources import DataSettings, Source, load_rows
 from data_pipeline.templates import load_template
 from data_pipeline.tokenizer import Tokenizer
 from mathscale_jax.config import PRESETS, ComputeSettings, ModelConfig

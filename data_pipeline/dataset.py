@@ -15,6 +15,7 @@ from etils import epath
 
 from data_pipeline.cli import RunError, make_folder
 from data_pipeline.problem import Problem
+from data_pipeline.rows import DATASET_INFO
 from data_pipeline.settings import UsageError
 
 _VERSION = "1.0.0"  # of the fields below
@@ -25,7 +26,7 @@ _CHUNK = 1024  # problems read or written at a time: one by one is 25 times slow
 
 def is_dataset(source: str) -> bool:
     """Whether `source` is a dataset's folder."""
-    return (epath.Path(source) / "dataset_info.json").exists()
+    return (epath.Path(source) / DATASET_INFO).exists()
 
 
 def write_dataset(
@@ -133,5 +134,5 @@ def _move(made: Path, destination: epath.Path) -> None:
     if destination.exists():
         destination.rmtree()
     destination.mkdir(parents=True)
-    for file in sorted(made.iterdir(), key=lambda file: file.name == "dataset_info.json"):
+    for file in sorted(made.iterdir(), key=lambda file: file.name == DATASET_INFO):
         epath.Path(file).copy(destination / file.name)

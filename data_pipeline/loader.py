@@ -1,68 +1,17 @@
-"""From settings to batches. The step determines the batch: `Batches[step]` is a pure function."""
+"""From rows to batches. The step determines the batch: `Batches[step]` is a pure function."""
 
 import functools
-import logging
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import grain
 import numpy as np
-import pydantic
 from jaxtyping import Bool, Int
 
 from data_pipeline.packing import PackPlan, pack, pad
-from data_pipeline.settings import Settings, UsageError
-from data_pipeline.tasks import TASKS, read_problems
-from data_pipeline.templates import Template
-from data_pipeline.tokenized import TokenizedRows, tokenize_cached
-from data_pipeline.tokenizer import Tokenizer
-
-logger = logging.getLogger("mathscale")
-
-
-class Source(Settings):
-    """One dataset of problems."""
-
-    task: str = pydantic.Field(description=f"one of {', '.join(TASKS)}")
-    split: str = pydantic.Field("train", description="split of the task")
-    path: str | None = pydantic.Field(None, description="file of rows; null takes the task's public source")
-
-    @pydantic.field_validator("task")
-    @classmethod
-    def _task_known(cls, task: str) -> str:
-        if task not in TASKS:
-            raise ValueError(f"unknown task; allowed: {', '.join(TASKS)}")
-        return task
-
-
-class DataSettings(Settings):
-    """What the model reads."""
-
-    sources: tuple[Source, ...] = pydantic.Field(description="list of datasets, read one after another")
-    tokenizer: str | None = pydantic.Field(
-        None, description="tokenizer.model file; null takes the one that came with init_from"
-    )
-    template: str | None = pydantic.Field(
-        None, description="chat template: default, or a YAML file; null takes the one that came with init_from"
-    )
-    context: pydantic.PositiveInt = pydantic.Field(2048, description="tokens in a row of a batch")
-    layout: Literal["packed", "padded"] = pydantic.Field(
-        "packed", description="packed: several examples share a row; padded: one example a row"
-    )
-    overlong: Literal["drop", "refuse"] = pydantic.Field(
-        "drop", description="examples longer than the context: dropped and counted, or refused"
-    )
-    cache_dir: str | None = pydantic.Field(None, description="token cache; null takes ~/.cache/mathscale_jax")
-    prefetch: pydantic.NonNegativeInt = pydantic.Field(4, description="batches made ahead of the step")
-
-    @pydantic.field_validator("sources")
-    @classmethod
-    def _not_empty(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        if not sources:
-            raise ValueError("name at least one dataset")
-        return sources
+from data_pipeline.sources import DataSettings
+from data_pipeline.tokenized import TokenizedRows
 
 
 class Batch(TypedDict):
@@ -73,32 +22,6 @@ class Batch(TypedDict):
     loss_mask: Bool[np.ndarray, "rows context"]
     segment_ids: Int[np.ndarray, "rows context"]
     positions: Int[np.ndarray, "rows context"]
-
-
-def load_rows(settings: DataSettings, tokenizer: Tokenizer, template: Template) -> TokenizedRows:
-    """Reads and tokenises every source, and drops or refuses rows longer than the context. Raises UsageError."""
-    problems = []
-    for source in settings.sources:
-        read = read_problems(source.task, source.split, source.path)
-        logger.info("read %d problems from %s", len(read), source.path or f"{source.task}/{source.split}")
-        problems += read
-    cache_dir = None if settings.cache_dir is None else Path(settings.cache_dir)
-    rows = tokenize_cached(problems, tokenizer, template, cache_dir)
-    fits = rows.input_lengths <= settings.context
-    num_overlong = int((~fits).sum())
-    if num_overlong:
-        first = int(np.argmin(fits))
-        what = (
-            f"{num_overlong} of {len(rows)} examples are longer than data.context={settings.context} "
-            f"(the first is {problems[first].id!r} with {rows.input_lengths[first]} tokens)"
-        )
-        if settings.overlong == "refuse":
-            raise UsageError(f"{what}; raise data.context, or set data.overlong=drop")
-        logger.warning("%s: dropped", what)
-        rows = rows.select(np.flatnonzero(fits))
-    if not len(rows):
-        raise UsageError(f"no example is left that fits data.context={settings.context}; raise it")
-    return rows
 
 
 class Batches:
@@ -154,6 +77,12 @@ class Batches:
         """Indices of the examples in the batch of a step, over all processes: what `TokenizedRows` they are."""
         return [int(member) for members in self._members(step, range(self._batch_size)) for member in members]
 
+    def tokens_by_source(self, step: int) -> Int[np.ndarray, " sources"]:
+        """Of the batch of a step, over all processes: positions that hold examples of each dataset."""
+        members = self.examples(step)
+        lengths = self._rows.input_lengths[members]
+        return np.bincount(self._rows.sources[members], lengths, int(self._rows.sources.max()) + 1).astype(np.int64)
+
     def _members(self, step: int, rows: Iterable[int]) -> Iterator[Int[np.ndarray, " members"]]:
         """The examples of each of these rows; none once the last epoch has ended."""
         for row in rows:
@@ -175,7 +104,7 @@ class Batches:
     def _fill(self, batch: Batch, row: int, members: Int[np.ndarray, " members"]) -> None:
         start = 0
         for segment, member in enumerate(members, 1):
-            tokens = self._rows.tokens[self._rows.offsets[member] : self._rows.offsets[member + 1]]
+            tokens = self._rows[int(member)]
             length = len(tokens) - 1
             place = slice(start, start + length)
             batch["tokens"][row, place] = tokens[:-1]

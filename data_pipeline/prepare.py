@@ -36,6 +36,8 @@ def prepare(task: str, settings: PrepareSettings) -> dict[str, int]:
     source = settings.source
     if source is not None and source.startswith(("http://", "https://")):
         source = str(download(source))
+    if source is not None and not epath.Path(source).exists():
+        raise UsageError(f"source={source} does not exist")
     about: dict[str, Any] = {"about": definition.about}
     if source is not None:
         about |= {"source": settings.source, "sha256": _checksums(epath.Path(source))}

@@ -14,6 +14,7 @@ from etils import epath
 from data_pipeline.settings import UsageError
 
 Row = dict[str, Any]
+DATASET_INFO = "dataset_info.json"  # what a dataset's folder is known by
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".xml")
 
 
@@ -35,10 +36,7 @@ def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located
     stand in a folder of its name (train/algebra/1.json); an only file is read whatever its name.
     A line that is no JSON object is yielded with its `error`. Raises UsageError where nothing can be read at all.
     """
-    path = epath.Path(source)
-    if not path.exists():
-        raise UsageError(f"{what} {source!r} does not exist")
-    files = _files_of_split(path, split, what) if path.is_dir() else [path]
+    files = files_of(source, split, what)
     start = 0
     for file in files:
         located = None
@@ -46,6 +44,18 @@ def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located
             yield located
         if located is not None and len(files) > 1:
             start = located.number
+
+
+def files_of(source: str, split: str, what: str = "source") -> list[epath.Path]:
+    """The files that the rows of a split are read from; of a dataset all of its files. Raises UsageError."""
+    path = epath.Path(source)
+    if not path.exists():
+        raise UsageError(f"{what} {source!r} does not exist")
+    if not path.is_dir():
+        return [path]
+    if (path / DATASET_INFO).exists():
+        return list(files_below(path))
+    return _files_of_split(path, split, what)
 
 
 def holds_split(source: str, split: str) -> bool:

@@ -37,7 +37,7 @@ def load_settings(settings: type[SettingsT], path: str, overrides: Sequence[str]
     """
     tree = read_yaml(path)
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return validated(settings, tree, where=path)
 
 
@@ -99,7 +99,8 @@ def nested_settings(annotation: Any) -> type[Settings] | None:
     return None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one `key.sub=value` in nested settings. Raises UsageError."""
     key, equals, text = override.partition("=")
     key = key.removeprefix("--")
     if not equals or not key:

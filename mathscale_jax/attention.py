@@ -6,8 +6,8 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from data_pipeline.loader import DataSettings
 from data_pipeline.settings import UsageError
+from data_pipeline.sources import DataSettings
 from mathscale_jax.attention_kernels import attend_cudnn, attend_pallas, attend_splash
 from mathscale_jax.attention_xla import RESIDUALS, attend_xla
 from mathscale_jax.config import AttentionBackend, ComputeSettings, ModelConfig

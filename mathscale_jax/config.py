@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import pydantic
 
-from data_pipeline.loader import DataSettings, Source
 from data_pipeline.settings import Settings, differences
+from data_pipeline.sources import DataSettings, Source
 
 AttentionBackend = Literal["auto", "xla", "splash", "cudnn", "pallas"]
 

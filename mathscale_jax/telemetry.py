@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from data_pipeline.files import write_text
+from data_pipeline.loader import Batches
 from data_pipeline.settings import UsageError
+from data_pipeline.sources import Epoch
 from mathscale_jax.chips import chip_of
 from mathscale_jax.config import ModelConfig, ProfileSettings
 from mathscale_jax.processes import is_primary
@@ -64,8 +67,10 @@ class MetricsLog:
                 file.write(self._lines[-1])
         if self._events is not None:
             for name, value in record.items():
-                if name != "step" and value is not None:
-                    self._events.add_scalar(name, value, record["step"])
+                parts = {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+                for part, number in parts.items():
+                    if part != "step" and number is not None:
+                        self._events.add_scalar(part, number, record["step"])
 
     def flush(self) -> None:
         """Makes everything written so far visible on an object store, and to TensorBoard."""
@@ -97,6 +102,27 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (json.JSONDecodeError, KeyError, TypeError):  # cut short when the run was killed, or not ours
         return math.inf
+
+
+class SourceTokens:
+    """Tokens that the steps since the last `read` took from each dataset, where there are several."""
+
+    def __init__(self, epoch: Epoch, batches: Batches):
+        self._batches = batches
+        labels = [source.label for source in epoch.sources]
+        self._labels = [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+        self._tokens = np.zeros(len(labels), np.int64)
+
+    def add(self, step: int) -> None:
+        """The step with this number, from 1, is finished."""
+        if len(self._labels) > 1:
+            self._tokens += self._batches.tokens_by_source(step - 1)
+
+    def read(self) -> dict[str, dict[str, int]]:
+        """{"source_tokens": {dataset: tokens}}; nothing of a single dataset."""
+        told = dict(zip(self._labels, self._tokens.tolist(), strict=True))
+        self._tokens[:] = 0
+        return {"source_tokens": told} if len(told) > 1 else {}
 
 
 class Throughput:

@@ -30,9 +30,10 @@ from data_pipeline.cli import (
     run_command,
 )
 from data_pipeline.files import locked, write_json, write_text
-from data_pipeline.loader import Batches, iterate, load_rows
+from data_pipeline.loader import Batches, iterate
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError, describe, load_settings, to_yaml, validated
+from data_pipeline.sources import load_epoch
 from data_pipeline.templates import load_template
 from data_pipeline.tokenized import TokenizedRows
 from data_pipeline.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ from mathscale_jax.step import (
     state_shardings,
     to_devices,
 )
-from mathscale_jax.telemetry import MetricsLog, Profile, Throughput, Watchdog
+from mathscale_jax.telemetry import MetricsLog, Profile, SourceTokens, Throughput, Watchdog
 from mathscale_jax.validation import LoopSampling, Validation
 
 
@@ -116,7 +117,9 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
         compute = with_backend(settings.compute, config, settings.data, mesh.devices.flat[0].platform)
 
         # ---- input pipeline ---------------------------------------------------------------------------------
-        rows = load_rows(settings.data, tokenizer, template)
+        epoch = load_epoch(settings.data, tokenizer, template)
+        logger.info("%s", epoch.table())
+        rows = epoch.rows
         batches = Batches(
             rows,
             settings.data,
@@ -195,6 +198,7 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     with all_or_none():
         if is_primary():
             write_text(output_dir / "config.yaml", to_yaml(settings))
+            write_json(output_dir / "data.json", [dataclasses.asdict(source) for source in epoch.sources])
         log = MetricsLog(output_dir, first_step, settings.tensorboard)
 
     # ---- loop -----------------------------------------------------------------------------------------------
@@ -223,6 +227,7 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     )
     adapter_parameters = None if settings.lora is None else lora.num_parameters(config, settings.lora)
     throughput = Throughput(config, settings.data.context, adapter_parameters)
+    source_tokens = SourceTokens(epoch, batches)
     positions = settings.batch_size * settings.data.context
     agree = Agreement(mesh)
     with (
@@ -250,9 +255,10 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
                 throughput.reset()  # its time was the compiler's
             else:
                 throughput.add(values["tokens"], positions)
+            source_tokens.add(step)
             bar.update(1, f"loss {last_loss:.3f}")
             if step % settings.log_every == 0 or step == len(batches):
-                metrics_log.write({"step": step, **values, **throughput.read()})
+                metrics_log.write({"step": step, **values, **throughput.read(), **source_tokens.read()})
                 writer.check()
             return int(jax.device_get(stop_code))
 
@@ -320,7 +326,7 @@ def _say_not_finite(
     saved = steps_in(epath.Path(settings.output_dir) / "checkpoints")
     file = epath.Path(settings.output_dir) / f"not-finite-step-{step}.json"
     if is_primary():
-        write_json(file, {"step": step, **values, "examples": [rows.ids[i] for i in batches.examples(step - 1)]})
+        write_json(file, {"step": step, **values, "examples": [rows.name(i) for i in batches.examples(step - 1)]})
     return (
         f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}; it is not saved, and the ids "
         f"of its examples are in {file}. Lower optimizer.learning_rate in another output_dir, from the beginning"

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from data_pipeline.answers import extract, is_equal
 from data_pipeline.cli import logger
 from data_pipeline.files import write_json_lines
-from data_pipeline.loader import Batches, load_rows
+from data_pipeline.loader import Batches
 from data_pipeline.settings import UsageError
+from data_pipeline.sources import load_rows
 from data_pipeline.tasks import get_task, read_problems
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer

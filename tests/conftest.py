@@ -1,9 +1,11 @@
 """Eight fake CPU devices for every test, and the fixtures that more than one file uses."""
 
 import importlib.util
+import logging
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported anywhere.
@@ -55,3 +57,15 @@ def gsm8k_test(test_data: Path) -> list[Problem]:
 def golden() -> Path:
     """Small checkpoints that transformers wrote, with its logits (see tests/golden/make.py)."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def logging_left_as_it_was() -> Iterator[None]:
+    """For commands, which set up logging: pytest's own handlers stay out of it and come back."""
+    root, absl, own = logging.getLogger(), logging.getLogger("absl"), logging.getLogger("mathscale")
+    handlers, levels = root.handlers, [(log, log.level) for log in (root, absl, own)]
+    root.handlers = []
+    yield
+    root.handlers = handlers
+    for log, level in levels:
+        log.setLevel(level)

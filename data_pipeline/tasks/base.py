@@ -1,14 +1,16 @@
 """What a task is."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.answers import Kind
 from data_pipeline.dataset import dataset_task, is_dataset, read_dataset
 from data_pipeline.problem import Problem
-from data_pipeline.rows import Located, Row, read_rows
+from data_pipeline.rows import Located, Row, files_of, read_rows
 from data_pipeline.settings import UsageError
 
 
@@ -65,6 +67,22 @@ class Task:
             except ValueError as error:
                 yield located.where, None, str(error)
 
+    def fingerprint(self, split: str, source: str | None) -> str:
+        """Identifies the problems of a split without reading them as problems: the files' bytes, and the code's.
+
+        Of a public source, which is small, it is the problems' own texts.
+        """
+        digest = hashlib.sha256(f"{self.name} {split}".encode())
+        if source is None:
+            for problem in self.problems(split, None):
+                digest.update(repr(dataclasses.astuple(problem)).encode())
+            return digest.hexdigest()
+        digest.update(_code_digest())
+        for file in files_of(source, split, f"{self.name} source"):
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return digest.hexdigest()
+
     def _rows(self, split: str, source: str | None) -> Iterator[Located]:
         if self.splits and split not in self.splits:
             raise UsageError(f"split={split!r}: {self.name} has {' and '.join(self.splits)}")
@@ -117,3 +135,11 @@ def question_id(task: str, split: str, question: str) -> str:
 def count_lines(solution: str) -> int:
     """Steps of a solution written one step a line: its non-blank lines."""
     return sum(1 for line in solution.splitlines() if line.strip())
+
+
+@functools.cache
+def _code_digest() -> bytes:
+    """Of what makes problems of rows: another version may make others of the same files."""
+    package = Path(__file__).parent.parent
+    files = [*package.glob("tasks/*.py"), *package.glob("answers/*.py"), package / "rows.py", package / "dataset.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).digest()

@@ -1,8 +1,7 @@
 """What several tests of the data pipeline share: a small tokenizer, the public rows, files of rows."""
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,6 @@ def large_tokenizer(test_data: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def gsm8k_rows(gsm8k_train: list[Problem], large_tokenizer: Tokenizer) -> TokenizedRows:
     return tokenize(gsm8k_train, large_tokenizer, Template())
-
-
-@pytest.fixture
-def logging_left_as_it_was() -> Iterator[None]:
-    """For commands, which set up logging: pytest's own handlers stay out of it and come back."""
-    root, absl, own = logging.getLogger(), logging.getLogger("absl"), logging.getLogger("mathscale")
-    handlers, levels = root.handlers, [(log, log.level) for log in (root, absl, own)]
-    root.handlers = []
-    yield
-    root.handlers = handlers
-    for log, level in levels:
-        log.setLevel(level)
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from data_pipeline.loader import Batches, DataSettings, iterate, load_rows
-from data_pipeline.settings import UsageError
-from data_pipeline.templates import Template
-from data_pipeline.tokenized import TokenizedRows, tokenize
+from data_pipeline.loader import Batches, iterate
+from data_pipeline.sources import DataSettings
+from data_pipeline.tokenized import rows_of
 
 KEYS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 # BOS 1, EOS 2. A has a prompt of three tokens, B of two, C of two and an empty-looking response of EOS alone.
@@ -19,10 +18,8 @@ C = [1, 13, 2]
 
 
 def make_rows(rows, prompt_lengths):
-    return TokenizedRows(
-        tokens=np.concatenate(rows).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum([len(row) for row in rows])]),
-        prompt_lengths=np.array(prompt_lengths, np.int32),
+    return rows_of(
+        np.concatenate(rows).astype(np.int32), np.array([len(row) for row in rows]), np.array(prompt_lengths)
     )
 
 
@@ -131,7 +128,7 @@ def test_loss_is_on_the_response_and_eos_only_and_no_target_crosses_two_examples
         for row in range(4):
             for example, mask in unpack(batch, row):
                 index = which((example, mask))
-                assert example == rows.tokens[rows.offsets[index] : rows.offsets[index + 1]].tolist()
+                assert example == rows[index].tolist()
                 prompt = rows.prompt_lengths[index]
                 # Position i predicts token i + 1: the response begins at token `prompt` and ends with EOS.
                 assert mask == [i + 1 >= prompt for i in range(len(example) - 1)]
@@ -247,86 +244,17 @@ def test_fill_is_the_share_of_positions_that_hold_an_example():
     assert batches.fill == pytest.approx(used / (len(batches) * 16))
 
 
-SHORT = {"question": "Ann?", "solution": "1", "answer": "1"}
-LONG = {"question": "Ann has 3 pens. " * 5, "solution": "3 + 1 = 4", "answer": "4", "id": "the long one"}
-
-
-@pytest.fixture
-def load(tmp_path, write_rows, small_tokenizer):
-    def load_with(*rows, **changes):
-        source = {"task": "jsonl", "path": write_rows(*rows)}
-        cache = str(tmp_path / "cache")
-        data = DataSettings(**({"sources": [source], "cache_dir": cache} | changes))
-        return load_rows(data, small_tokenizer, Template())
-
-    return load_with
-
-
-def test_overlong_examples_are_dropped_and_counted(load, caplog):
-    lengths = load(SHORT, LONG).input_lengths.tolist()
-    assert lengths[0] < lengths[1]
-    rows = load(SHORT, LONG, LONG | {"id": "another"}, SHORT, context=lengths[1] - 1)
-    assert rows.input_lengths.tolist() == [lengths[0]] * 2
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert f"2 of 4 examples are longer than data.context={lengths[1] - 1}" in warning
-    assert f"'the long one' with {lengths[1]} tokens" in warning and warning.endswith("dropped")
-
-
-def test_an_example_that_just_fits_is_kept_whole(load, caplog):
-    lengths = load(SHORT, LONG).input_lengths.tolist()
-    rows = load(SHORT, LONG, context=lengths[1], overlong="refuse")
-    assert rows.input_lengths.tolist() == lengths
-    batches = Batches(rows, settings(context=lengths[1]), batch_size=1, seed=0, num_epochs=1)
-    assert sorted(int((batch["segment_ids"] > 0).sum()) for batch in batches) == sorted(lengths)
-    assert "longer" not in caplog.text
-
-
-def test_an_overlong_example_is_refused_by_name_where_asked(load):
-    with pytest.raises(UsageError, match=r"1 of 2 .*'the long one' with \d+ tokens.*raise data\.context"):
-        load(SHORT, LONG, context=40, overlong="refuse")
-
-
-def test_no_example_left_is_a_usage_error(load):
-    with pytest.raises(UsageError, match=r"no example is left that fits data\.context=2"):
-        load(SHORT, LONG, context=2)
-
-
-def test_sources_are_read_one_after_another(tmp_path, write_rows, small_tokenizer):
-    first = write_rows(SHORT, SHORT | {"answer": "2"}, name="first.jsonl")
-    second = write_rows(LONG, name="second.jsonl")
-    data = DataSettings(
-        sources=[{"task": "jsonl", "path": second}, {"task": "demo", "path": first}],
-        cache_dir=str(tmp_path / "cache"),
-    )
-    rows = load_rows(data, small_tokenizer, Template())
-    texts = [small_tokenizer.decode(rows.tokens[rows.offsets[i] : rows.offsets[i + 1]]) for i in range(3)]
-    assert ["the answer is: 4" in t.lower() for t in texts] == [True, False, False]
-    assert [text.rstrip(".")[-1] for text in texts] == ["4", "1", "2"]
-
-
-def test_a_broken_source_is_a_usage_error_that_names_the_line(load):
-    with pytest.raises(UsageError, match="line 2: 'answer' must be a number"):
-        load(SHORT, SHORT | {"answer": "x"})
-
-
 def test_gsm8k_survives_packing_unchanged(gsm8k_rows):
     batches = Batches(gsm8k_rows, settings(context=2048), batch_size=64, seed=0, num_epochs=1)
     seen = np.zeros(len(gsm8k_rows), int)
     first_rows = {}
     for index in range(len(gsm8k_rows)):
-        row = gsm8k_rows.tokens[gsm8k_rows.offsets[index] : gsm8k_rows.offsets[index + 1]]
-        first_rows.setdefault(row.tobytes(), []).append(index)
+        row = gsm8k_rows[index]
+        first_rows.setdefault(row.astype(np.int32).tobytes(), []).append(index)
     for batch in batches:
         for row in range(64):
             for tokens, _ in unpack(batch, row):
                 seen[first_rows[np.array(tokens, np.int32).tobytes()].pop()] += 1
     assert (seen == 1).all()
     num_targets = sum(int(batch["loss_mask"].sum()) for batch in batches)
-    assert num_targets == int((np.diff(gsm8k_rows.offsets) - gsm8k_rows.prompt_lengths).sum())
-
-
-def test_the_small_and_the_cached_way_agree(load, small_tokenizer):
-    from data_pipeline.tasks import Problem
-
-    problem = Problem("p", SHORT["question"], SHORT["solution"], SHORT["answer"])
-    np.testing.assert_array_equal(load(SHORT).tokens, tokenize([problem], small_tokenizer, Template()).tokens)
+    assert num_targets == int((gsm8k_rows.lengths - gsm8k_rows.prompt_lengths).sum())

@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 import configs
-from data_pipeline.loader import DataSettings
 from data_pipeline.settings import (
     Settings,
     UsageError,
@@ -18,6 +17,7 @@ from data_pipeline.settings import (
     require_file,
     to_yaml,
 )
+from data_pipeline.sources import DataSettings
 
 
 class Schedule(Settings):
@@ -238,7 +238,7 @@ def test_help_shows_each_key_once_with_its_default_and_description():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("sources: []", "sources=[]: name at least one dataset"),
+        ("sources: []", "sources: name at least one dataset"),
         ("sources: [{task: demo}]\ncontext: 0", "context=0: Input should be greater than 0"),
         ("sources: [{task: gsm9k}]", "sources.0.task='gsm9k': unknown task; allowed: gsm8k, math, svamp"),
         ("context: 5", "sources is required"),

@@ -30,7 +30,7 @@ def test_the_prompt_of_a_training_row_is_the_prompt_of_evaluation(small_tokenize
     template = Template()
     problem = Problem("p", question, "1 + 1 = 2\n2 + 1 = 3", "3")
     rows = tokenize([Problem("first", "Who?", "9", "9"), problem], small_tokenizer, template)
-    row = rows.tokens[rows.offsets[1] : rows.offsets[2]].tolist()
+    row = rows[1].tolist()
     length = int(rows.prompt_lengths[1])
     assert row[:length] == small_tokenizer.encode_prompt(template.render_prompt(question))
     assert small_tokenizer.decode(row[length:]) == "1 + 1 = 2\n2 + 1 = 3\nThe answer is: 3."
@@ -38,9 +38,9 @@ def test_the_prompt_of_a_training_row_is_the_prompt_of_evaluation(small_tokenize
 
 def test_prompts_of_gsm8k_rows_are_those_of_evaluation(gsm8k_train, gsm8k_rows, large_tokenizer):
     for index in range(0, len(gsm8k_train), 50):
-        start, length = gsm8k_rows.offsets[index], gsm8k_rows.prompt_lengths[index]
+        length = gsm8k_rows.prompt_lengths[index]
         prompt = Template().render_prompt(gsm8k_train[index].question)
-        assert gsm8k_rows.tokens[start : start + length].tolist() == large_tokenizer.encode_prompt(prompt)
+        assert gsm8k_rows[index][:length].tolist() == large_tokenizer.encode_prompt(prompt)
 
 
 def test_a_template_file_is_used_in_its_own_words(tmp_path):

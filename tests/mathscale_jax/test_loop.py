@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from small_run import NUM_STEPS, run, write_config
+from small_run import NUM_STEPS, run, train_here, write_config
 
 from data_pipeline.cli import RunError
-from data_pipeline.loader import Batches, DataSettings, load_rows
+from data_pipeline.loader import Batches
 from data_pipeline.settings import load_settings
+from data_pipeline.sources import DataSettings, load_epoch, load_rows
 from data_pipeline.tasks import read_problems
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import Tokenizer
@@ -54,6 +55,28 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_tokens_are_counted_by_dataset_and_what_came_of_each_is_kept(tmp_path: Path) -> None:
+    config = write_config(tmp_path, num_steps=6, log_every=2, tensorboard=True)
+    files = [tmp_path / "data" / f"{name}.jsonl" for name in ("train", "test")]
+    sources = ", ".join(f"{{task: demo, path: {file}, weight: {i + 1}}}" for i, file in enumerate(files))
+    train_here(config, f"data.sources=[{sources}]", "data.sources.1.name=mine", "batch_size=8")
+    kept = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert [(source["label"], source["num_read"], source["num_examples"]) for source in kept] == [
+        (str(files[0]), 40, 10), ("mine", 20, 20),
+    ]  # fmt: skip
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    settings = load_settings(TrainSettings, str(tmp_path / "run" / "config.yaml"))
+    epoch = load_epoch(settings.data, Tokenizer.load(str(tmp_path / "data" / "tokenizer.model")), Template())
+    batches = Batches(epoch.rows, settings.data, batch_size=8, seed=settings.seed, num_steps=6)
+    of_step = [sum((batches[step]["segment_ids"][row] > 0).sum() for row in range(8)) for step in range(6)]
+    told = [row["source_tokens"] for row in rows]
+    assert [set(of_line) for of_line in told] == [{str(files[0]), "mine"}] * 3
+    assert [sum(of_line.values()) for of_line in told] == [sum(of_step[i : i + 2]) for i in (0, 2, 4)]
+    assert sum(of_line["mine"] for of_line in told) > sum(of_line[str(files[0])] for of_line in told)
+
+
+@pytest.mark.slow
 def test_the_validation_loss_is_the_mean_over_every_token_of_every_example(watched: Path) -> None:
     """Recomputed example by example in float64 from the plain logits of the saved weights."""
     checkpoint = open_checkpoint(str(watched / "run"))
@@ -64,7 +87,7 @@ def test_the_validation_loss_is_the_mean_over_every_token_of_every_example(watch
     total = count = 0.0
     plain = jax.jit(partial(model.logits, checkpoint.meta.model))
     for i in range(len(rows)):
-        tokens = rows.tokens[rows.offsets[i] : rows.offsets[i + 1]]
+        tokens = rows[i]
         alone = np.zeros((1, 256), np.int32)  # no token sees the zeros behind the example
         alone[0, : len(tokens)] = tokens
         logits = np.asarray(plain(params, alone), np.float64)[0, : len(tokens) - 1]

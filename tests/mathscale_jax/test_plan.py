@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from data_pipeline.loader import DataSettings, Source
 from data_pipeline.settings import UsageError
+from data_pipeline.sources import DataSettings, Source
 from mathscale_jax import aot, hlo, hlo_cost, plan
 from mathscale_jax.chips import GIB, chip_of, parse_topology
 from mathscale_jax.config import MeshSettings, ModelConfig, TrainSettings

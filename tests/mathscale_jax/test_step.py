@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipeline.loader import Batch, Batches, DataSettings, Source
-from data_pipeline.tokenized import TokenizedRows
+from data_pipeline.loader import Batch, Batches
+from data_pipeline.sources import DataSettings, Source
+from data_pipeline.tokenized import TokenizedRows, rows_of
 from mathscale_jax import model
 from mathscale_jax.config import ComputeSettings, MeshSettings, ModelConfig, OptimizerSettings
 from mathscale_jax.mesh import make_mesh
@@ -31,8 +32,7 @@ CONTEXT = 64
 def make_rows(count: int = 40) -> TokenizedRows:
     rng = np.random.default_rng(0)
     lengths = rng.integers(6, 30, count)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TokenizedRows(rng.integers(3, 64, offsets[-1]).astype(np.int32), offsets, rng.integers(1, 5, count))
+    return rows_of(rng.integers(3, 64, lengths.sum()).astype(np.int32), lengths, rng.integers(1, 5, count))
 
 
 def make_batches(rows: TokenizedRows, layout: str, batch_size: int, num_epochs: int = 1) -> Batches:

@@ -1,0 +1,156 @@
+"""Resampling by the length of the chain of thought: harder problems a larger share (arXiv 2403.04706, section 4.5).
+
+The paper's target distribution is unpublished; both modes here reproduce its direction, a larger share of long
+solutions. A resampled dataset is an index array: some rows come several times, some not at all.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+from jaxtyping import Float, Int
+
+from data_pipeline.settings import Settings, UsageError
+
+
+class Resample(Settings):
+    """How often a row comes, by the number of steps in its solution."""
+
+    mode: Literal["steps_power", "target"] = pydantic.Field(
+        "steps_power",
+        description="steps_power: a row's weight is steps ** power; target: the shares of `target` over steps",
+    )
+    power: float = pydantic.Field(1.0, ge=-8, le=8, description="of steps_power; 0 leaves all rows alike")
+    target: dict[int, pydantic.PositiveFloat] | None = pydantic.Field(
+        None, description="of target: steps -> share of the resampled rows, such as {2: 1, 3: 1, 4: 2}"
+    )
+    num_rows: pydantic.PositiveInt | None = pydantic.Field(None, description="rows to come out; null: as many as go in")
+    max_repeats: pydantic.PositiveInt = pydantic.Field(4, description="times that a row may come at most")
+    min_bin: pydantic.PositiveInt = pydantic.Field(
+        20, description="numbers of steps that fewer rows have are merged with the next lower one"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _target_given(self) -> "Resample":
+        if (self.mode == "target") != (self.target is not None):
+            raise ValueError("resample: mode=target and target go together")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Resampled:
+    """Indices of the rows that come out, in the order of the rows, and what that made of their steps."""
+
+    indices: Int[np.ndarray, " chosen"]
+    before: dict[int, int]
+    after: dict[int, int]
+    effective_sample_size: float
+
+    def summary(self) -> dict[str, Any]:
+        """For a file: histograms over steps, and (sum of copies)² / sum of copies² over the rows."""
+        return {
+            "before": self.before, "after": self.after, "effective_sample_size": self.effective_sample_size,
+            "different_rows": len(np.unique(self.indices)),
+        }  # fmt: skip
+
+
+def resample(num_steps: Int[np.ndarray, " rows"], settings: Resample, seed: int) -> Resampled:
+    """Draws rows by their steps; those of unknown steps (-1) count as having the fewest.
+
+    Each row comes as often as its share of `num_rows` says, rounded down or up at random so that the sum is exact
+    (systematic sampling), and at most `max_repeats` times: what is cut there goes to the others. Deterministic in
+    `seed`. Raises UsageError where the rows cannot make so many.
+    """
+    num_rows = settings.num_rows or len(num_steps)
+    if num_rows > settings.max_repeats * len(num_steps):
+        raise UsageError(
+            f"resample.num_rows={num_rows}: {len(num_steps)} rows, each at most {settings.max_repeats} times "
+            "(resample.max_repeats), do not make so many"
+        )
+    bins = merged_bins(num_steps, settings.min_bin)
+    weights = _weights(bins, settings)
+    expected = _capped(weights, num_rows, settings.max_repeats)
+    rng = np.random.Generator(np.random.Philox(key=[seed, len(num_steps)]))
+    copies = _systematic(expected, num_rows, rng)
+    indices = np.repeat(np.arange(len(num_steps)), copies)
+    return Resampled(
+        indices,
+        before=histogram(num_steps),
+        after=histogram(num_steps[indices]),
+        effective_sample_size=float(copies.sum()) ** 2 / float(np.square(copies).sum()),
+    )
+
+
+def merged_bins(num_steps: Int[np.ndarray, " rows"], min_bin: int) -> Int[np.ndarray, " rows"]:
+    """The number of steps that each row counts as: rare ones, at either end or between, as the next lower one."""
+    known = num_steps[num_steps >= 0]
+    values, counts = np.unique(known, return_counts=True)
+    if not len(values):
+        return np.zeros(len(num_steps), np.int64)
+    bins, waiting = {}, 0  # from the top: what is rare is added to the one below
+    members: list[int] = []
+    for value, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        members.append(value)
+        waiting += count
+        if waiting >= min_bin:
+            bins.update(dict.fromkeys(members, value))
+            members, waiting = [], 0
+    lowest = min(bins.values(), default=int(values[0]))
+    bins.update(dict.fromkeys(members, lowest))  # too few are left at the bottom
+    return np.array([bins.get(int(steps), lowest) for steps in values], np.int64)[
+        np.searchsorted(values, np.where(num_steps < 0, values[0], num_steps))
+    ]
+
+
+def histogram(num_steps: Int[np.ndarray, " rows"]) -> dict[int, int]:
+    """How many rows have each number of steps; -1 are unknown."""
+    values, counts = np.unique(num_steps, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _weights(bins: Int[np.ndarray, " rows"], settings: Resample) -> Float[np.ndarray, " rows"]:
+    if settings.mode == "steps_power":
+        return np.maximum(bins, 1).astype(float) ** settings.power
+    assert settings.target is not None
+    values, counts = np.unique(bins, return_counts=True)
+    nearest = {steps: int(values[np.abs(values - steps).argmin()]) for steps in settings.target}
+    shares = dict.fromkeys(values.tolist(), 0.0)
+    for steps, share in settings.target.items():
+        shares[nearest[steps]] += share
+    per_row = {value: shares[value] / count for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
+    return np.array([per_row[value] for value in values.tolist()])[np.searchsorted(values, bins)]
+
+
+def _capped(weights: Float[np.ndarray, " rows"], total: int, most: int) -> Float[np.ndarray, " rows"]:
+    """Expected copies in proportion to the weights, none over `most`: what is cut goes to those below it."""
+    expected, capped = np.zeros(len(weights)), np.zeros(len(weights), bool)
+    while True:
+        free = ~capped & (weights > 0)
+        left = total - most * capped.sum()
+        if not free.any():
+            if left > 1e-9:
+                raise UsageError(
+                    f"resample.target: rows of these steps, each at most {most} times (resample.max_repeats), make "
+                    f"{int(most * capped.sum())} of {total} rows; raise max_repeats, lower num_rows, or name more steps"
+                )
+            break
+        expected[free] = weights[free] * (left / weights[free].sum())
+        over = free & (expected > most)
+        if not over.any():
+            break
+        capped |= over
+    expected[capped] = most
+    return expected
+
+
+def _systematic(expected: Float[np.ndarray, " rows"], total: int, rng: np.random.Generator) -> Int[np.ndarray, " rows"]:
+    """Copies of each row: its expectation rounded down or up, `total` in all."""
+    order = rng.permutation(len(expected))
+    ends = np.cumsum(expected[order])
+    ends *= total / ends[-1]
+    marks = np.floor(ends + rng.random() - 1e-9).astype(np.int64)
+    marks[-1] = total
+    copies = np.zeros(len(expected), np.int64)
+    copies[order] = np.diff(np.minimum(marks, total), prepend=0)
+    return copies

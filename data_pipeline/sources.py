@@ -1,0 +1,220 @@
+"""The datasets of a run: read, tokenised, counted, resampled and mixed into the rows of an epoch."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+from jaxtyping import Int
+
+from data_pipeline.mixture import mixed_counts, nested_subset, repeated
+from data_pipeline.problem import Problem
+from data_pipeline.resample import Resample, resample
+from data_pipeline.settings import Settings, UsageError
+from data_pipeline.tasks import TASKS, unique
+from data_pipeline.templates import Template
+from data_pipeline.tokenized import TokenizedRows, tokenize_cached
+from data_pipeline.tokenizer import Tokenizer
+
+logger = logging.getLogger("mathscale")
+
+
+class Source(Settings):
+    """One dataset of problems."""
+
+    task: str = pydantic.Field(description=f"one of {', '.join(TASKS)}")
+    split: str = pydantic.Field("train", description="split of the task")
+    path: str | None = pydantic.Field(
+        None, description="dataset, or file or folder of rows; null takes the task's public source"
+    )
+    name: str | None = pydantic.Field(None, description="what logs call it; null: its path, or task and split")
+    count: pydantic.PositiveInt | None = pydantic.Field(
+        None, description="only so many of its rows, drawn by data.seed: smaller counts lie within larger ones"
+    )
+    resample: Resample | None = pydantic.Field(None, description="draw its rows by their number of steps")
+    weight: pydantic.PositiveFloat | None = pydantic.Field(
+        None, description="its share of an epoch, beside the other datasets' weights; null: each of its rows once"
+    )
+    allow_evaluation_only: bool = pydantic.Field(
+        False, description="train on data that is published for evaluation: see its licence"
+    )
+
+    @pydantic.field_validator("task")
+    @classmethod
+    def _task_known(cls, task: str) -> str:
+        if task not in TASKS:
+            raise ValueError(f"unknown task; allowed: {', '.join(TASKS)}")
+        return task
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.name or self.path or f"{self.task}/{self.split}"
+
+
+class DataSettings(Settings):
+    """What the model reads."""
+
+    sources: tuple[Source, ...] = pydantic.Field(description="list of datasets, which make up an epoch together")
+    num_examples: pydantic.PositiveInt | None = pydantic.Field(
+        None, description="of an epoch of weighted datasets; null: as many as need no row twice"
+    )
+    seed: pydantic.NonNegativeInt = pydantic.Field(0, description="of counts, resampling and mixing")
+    tokenizer: str | None = pydantic.Field(
+        None, description="tokenizer.model file; null takes the one that came with init_from"
+    )
+    template: str | None = pydantic.Field(
+        None, description="chat template: default, or a YAML file; null takes the one that came with init_from"
+    )
+    context: pydantic.PositiveInt = pydantic.Field(2048, description="tokens in a row of a batch")
+    layout: Literal["packed", "padded"] = pydantic.Field(
+        "packed", description="packed: several examples share a row; padded: one example a row"
+    )
+    overlong: Literal["drop", "refuse"] = pydantic.Field(
+        "drop", description="examples longer than the context: dropped and counted, or refused"
+    )
+    cache_dir: str | None = pydantic.Field(None, description="token cache; null takes ~/.cache/mathscale_jax")
+    prefetch: pydantic.NonNegativeInt = pydantic.Field(4, description="batches made ahead of the step")
+
+    @pydantic.model_validator(mode="after")
+    def _sources_fit(self) -> "DataSettings":
+        if not self.sources:
+            raise ValueError("sources: name at least one dataset")
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(f"sources.{weighted.index(False)}.weight is missing: give every dataset a weight, or none")
+        if self.num_examples is not None and not any(weighted):
+            raise ValueError("num_examples is that of weighted datasets: give every one of sources a weight")
+        for index, source in enumerate(self.sources):
+            if TASKS[source.task].evaluation_only and not source.allow_evaluation_only:
+                raise ValueError(
+                    f"sources.{index}.task={source.task!r} is for evaluation: {TASKS[source.task].about}. If you may "
+                    f"train on it, set sources.{index}.allow_evaluation_only=true"
+                )
+        names = [source.name for source in self.sources if source.name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources: the name {max(names, key=names.count)!r} is given twice")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceReport:
+    """What became of a dataset: problems read, too long, of an epoch; its tokens; its steps before and after."""
+
+    label: str
+    num_read: int
+    num_overlong: int
+    num_examples: int
+    num_tokens: int
+    resampled: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The rows of an epoch, some perhaps several times, and a report on each dataset."""
+
+    rows: TokenizedRows
+    sources: list[SourceReport]
+
+    def table(self) -> str:
+        """The reports as lines."""
+        lines = []
+        for report in self.sources:
+            notes = f", {report.num_overlong} too long" if report.num_overlong else ""
+            if report.resampled is not None:
+                notes += f", resampled: {report.resampled['different_rows']} different rows"
+            share = 100 * report.num_tokens / max(1, int(self.rows.lengths.sum()))
+            lines.append(
+                f"{report.label}: {report.num_read:,} problems read{notes}; {report.num_examples:,} examples and "
+                f"{report.num_tokens:,} tokens ({share:.1f} %) of an epoch"
+            )
+        return "\n".join(lines)
+
+
+def load_rows(settings: DataSettings, tokenizer: Tokenizer, template: Template) -> TokenizedRows:
+    """The rows of an epoch; see `load_epoch`."""
+    epoch = load_epoch(settings, tokenizer, template)
+    logger.info("%s", epoch.table())
+    return epoch.rows
+
+
+def load_epoch(settings: DataSettings, tokenizer: Tokenizer, template: Template) -> Epoch:
+    """Reads and tokenises every dataset, drops or refuses what is too long, and draws counts, resampling and mixture.
+
+    Deterministic in the data and `settings.seed`. Raises UsageError.
+    """
+    parts, reports = [], []
+    for source in settings.sources:
+        rows = _tokenized(source, settings, tokenizer, template)
+        fits = np.flatnonzero(rows.input_lengths <= settings.context)
+        if len(fits) < len(rows):
+            _say_overlong(rows, source, settings)
+        if not len(fits):
+            raise UsageError(f"{source.label}: no example is left that fits data.context={settings.context}; raise it")
+        if source.count is not None:
+            if source.count > len(fits):
+                raise UsageError(f"{source.label}: count={source.count}, and there are {len(fits)} rows that fit")
+            fits = fits[nested_subset(len(fits), source.count, settings.seed)]
+        drawn = None
+        if source.resample is not None:
+            drawn = resample(rows.num_steps[fits], source.resample, settings.seed)
+            fits = fits[drawn.indices]
+        parts.append(rows.select(fits))
+        reports.append((source, len(rows), len(rows) - int((rows.input_lengths <= settings.context).sum()), drawn))
+    joined = TokenizedRows.join(parts)
+    if settings.sources[0].weight is not None:
+        joined = joined.select(_mixed(joined, settings))
+    epoch = [
+        SourceReport(
+            source.label,
+            num_read,
+            num_overlong,
+            num_examples=int((joined.sources == index).sum()),
+            num_tokens=int(joined.lengths[joined.sources == index].sum()),
+            resampled=None if drawn is None else drawn.summary(),
+        )
+        for index, (source, num_read, num_overlong, drawn) in enumerate(reports)
+    ]
+    return Epoch(joined, epoch)
+
+
+def _mixed(rows: TokenizedRows, settings: DataSettings) -> Int[np.ndarray, " chosen"]:
+    of_source = [np.flatnonzero(rows.sources == index) for index in range(len(settings.sources))]
+    weights = [source.weight or 0.0 for source in settings.sources]
+    counts = mixed_counts([len(of) for of in of_source], weights, settings.num_examples)
+    for source, of, count in zip(settings.sources, of_source, counts, strict=True):
+        if count > len(of):
+            logger.warning("%s: %d rows make %d examples of an epoch, so they repeat", source.label, len(of), count)
+    return np.concatenate([repeated(of, count, settings.seed) for of, count in zip(of_source, counts, strict=True)])
+
+
+def _tokenized(source: Source, settings: DataSettings, tokenizer: Tokenizer, template: Template) -> TokenizedRows:
+    task = TASKS[source.task]
+
+    def problems() -> Iterator[Problem]:
+        for problem in unique(task.problems(source.split, source.path), source.label):
+            if not problem.solution:
+                raise UsageError(f"{source.label}: {problem.id!r} has no worked solution to learn from")
+            yield problem
+
+    cache_dir = None if settings.cache_dir is None else Path(settings.cache_dir)
+    rows = tokenize_cached(problems, task.fingerprint(source.split, source.path), tokenizer, template, cache_dir)
+    if not len(rows):
+        raise UsageError(f"{source.label}: the dataset is empty, no problem was read")
+    return rows
+
+
+def _say_overlong(rows: TokenizedRows, source: Source, settings: DataSettings) -> None:
+    """Raises UsageError, or warns, as the settings say."""
+    too_long = np.flatnonzero(rows.input_lengths > settings.context)
+    first = int(too_long[0])
+    what = (
+        f"{source.label}: {len(too_long)} of {len(rows)} examples are longer than data.context={settings.context} "
+        f"(the first is {rows.name(first)!r} with {rows.input_lengths[first]} tokens)"
+    )
+    if settings.overlong == "refuse":
+        raise UsageError(f"{what}; raise data.context, or set data.overlong=drop")
+    logger.warning("%s: dropped", what)
