@@ -47,6 +47,29 @@ def _check(parser: ArgumentParser) -> cli.Action:
     return act
 
 
+def _clean(parser: ArgumentParser) -> cli.Action:
+    from data_pipeline.clean.job import CleanSettings, clean
+
+    cli.add_flags(parser, CleanSettings)
+
+    def act(arguments: Namespace) -> None:
+        clean(cli.from_flags(CleanSettings, arguments))
+
+    return act
+
+
+def _inspect(parser: ArgumentParser) -> cli.Action:
+    from data_pipeline.inspecting import InspectSettings, inspect
+
+    cli.add_flags(parser, InspectSettings)
+    parser.add_argument("overrides", metavar="data.key=value", nargs="*", help="settings that differ from the config's")
+
+    def act(arguments: Namespace) -> None:
+        inspect(cli.from_flags(InspectSettings, arguments), arguments.overrides)
+
+    return act
+
+
 def _from_samples(parser: ArgumentParser) -> cli.Action:
     from data_pipeline.from_samples import FromSamples, rows_from_samples
 
@@ -62,6 +85,8 @@ def _from_samples(parser: ArgumentParser) -> cli.Action:
 COMMANDS = {
     "prepare": cli.Command("make or fetch a dataset", _prepare),
     "check": cli.Command("grade every training text against its own gold answer", _check),
+    "clean": cli.Command("leave out what is malformed, wrong, duplicated, or in a test set", _clean),
+    "inspect": cli.Command("show what a model will see of the data of a training config", _inspect),
     "from-samples": cli.Command("the right answers in a graded eval folder, as rows to train on", _from_samples),
 }
 

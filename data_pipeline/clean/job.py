@@ -1,0 +1,258 @@
+"""`clean`: a dataset without what is malformed, wrong by itself, in a test set, or there already; with a report."""
+
+import dataclasses
+import itertools
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pydantic
+from etils import epath
+
+from data_pipeline.clean.duplicates import exact_duplicates, near_duplicates
+from data_pipeline.clean.examine import Examined, Rules, begin
+from data_pipeline.clean.report import Pair, write_report
+from data_pipeline.clean.shingles import Shingles
+from data_pipeline.cli import logger
+from data_pipeline.dataset import write_dataset
+from data_pipeline.files import write_json
+from data_pipeline.problem import Problem
+from data_pipeline.progress import Progress
+from data_pipeline.settings import Settings, UsageError
+from data_pipeline.tasks import TASKS, Task, get_task, read_problems
+from data_pipeline.workers import in_processes
+
+_CHUNK = 1000
+_ROWS_A_PROCESS = 10_000  # fewer are not worth processes
+_EXAMPLES = 20  # of each reason in the report
+
+Row = Problem | str  # or what is wrong with it
+
+
+class CleanSettings(Settings):
+    """`clean`: what is left is a dataset; what is removed lies beside it in removed.jsonl, with the reason."""
+
+    source: str = pydantic.Field(description="file or folder of rows, or dataset")
+    out: str = pydantic.Field(description="folder of the clean dataset, with removed.jsonl and report.html")
+    task: str = pydantic.Field("jsonl", description=f"task of the rows: one of {', '.join(TASKS)}")
+    split: str = pydantic.Field("train", description="split of the source")
+    against: str | None = pydantic.Field(
+        None, description="test sets that nothing may be taken from, as TASK:SPLIT=SOURCE, several by commas"
+    )
+    contamination: float = pydantic.Field(
+        0.4, gt=0, le=1, description="share of a test question's n-grams of words in a row that is taken from it"
+    )
+    similarity: float = pydantic.Field(
+        0.8, gt=0, le=1, description="Jaccard similarity of n-grams of words from which two rows are one; 1: exact only"
+    )
+    duplicates: Literal["example", "question"] = pydantic.Field(
+        "example", description="what makes rows alike: question and solution, or the question alone"
+    )
+    min_chars: pydantic.PositiveInt = pydantic.Field(
+        4, description="characters of a question, and a solution, at least"
+    )
+    max_chars: pydantic.PositiveInt = pydantic.Field(20_000, description="and at most")
+
+
+class Removed(NamedTuple):
+    """Why a row was left out; the row, or test question, that it repeats; and what was found."""
+
+    reason: str
+    like: int | None  # a row's number, or a test question's
+    detail: str
+
+
+def clean(settings: CleanSettings) -> dict[str, Any]:
+    """Reads the source twice: to decide, and to write. Returns the report. Raises UsageError.
+
+    Of rows that repeat each other the first is kept. The result is the same for any number of processes.
+    """
+    task = get_task(settings.task)
+    tests = [problem for spec in _tests(settings.against) for problem in read_problems(*spec)]
+    rules = Rules(
+        task.graded_as, settings.min_chars, settings.max_chars, [problem.question for problem in tests],
+        settings.contamination, whole=settings.duplicates == "example",
+    )  # fmt: skip
+    removed, num_rows = _decide(_rows(task, settings), rules, settings)
+    if len(removed) == num_rows:
+        raise UsageError(f"source={settings.source}: nothing is left of {num_rows} rows; they were {_said(removed)}")
+    report = _write(task, settings, removed, num_rows, tests)
+    logger.info(
+        "%s of %s rows are left; removed: %s", f"{report['num_kept']:,}", f"{num_rows:,}", _said(removed) or "none"
+    )
+    logger.info("wrote %s and report.html, removed.jsonl in it", settings.out)
+    return report
+
+
+def _decide(rows: Iterator[Row], rules: Rules, settings: CleanSettings) -> tuple[dict[int, Removed], int]:
+    """What is removed, by the row's number; and how many rows there are."""
+    removed: dict[int, Removed] = {}
+    ids: dict[str, int] = {}
+    counted = 0
+
+    def chunks() -> Iterator[list[Row]]:
+        nonlocal counted
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            for row in chunk:
+                if isinstance(row, Problem) and ids.setdefault(row.id, counted) != counted:
+                    removed[counted] = Removed("id there already", ids[row.id], row.id)
+                counted += 1
+            yield chunk
+
+    parts: list[Examined] = []
+    first = 0
+    with Progress(None, "examining", "rows") as bar:
+        for part in _examined(chunks(), rules):
+            for place, (reason, detail) in part.reasons.items():
+                removed.setdefault(first + place, Removed(reason, None, detail))
+            for match in part.matches:
+                found = Removed("in a test set", match.problem, f"{100 * match.share:.0f} % of its n-grams")
+                removed.setdefault(first + match.row, found)
+            parts.append(part)
+            first += len(part.digests)
+            bar.update(len(part.digests))
+    if not counted:
+        raise UsageError(f"source={settings.source}: there are no rows")
+    left = np.array([number for number in range(counted) if number not in removed], np.int64)
+    digests = np.concatenate([part.digests for part in parts])[left]
+    for row, like in exact_duplicates(digests).items():
+        removed[int(left[row])] = Removed("there already", int(left[like]), "exactly")
+    left = np.array([number for number in left.tolist() if number not in removed], np.int64)
+    if settings.similarity < 1:
+        every = _join([part.shingles for part in parts])
+        for row, like in near_duplicates(_select(every, left), settings.similarity).items():
+            removed[int(left[row])] = Removed("nearly there already", int(left[like]), "")
+    return removed, counted
+
+
+def _examined(chunks: Iterator[list[Row]], rules: Rules) -> Iterator[Examined]:
+    ahead = list(itertools.islice(chunks, _ROWS_A_PROCESS // _CHUNK))
+    every = itertools.chain(ahead, chunks)
+    processes = len(os.sched_getaffinity(0))
+    if processes > 1 and len(ahead) * _CHUNK >= _ROWS_A_PROCESS:
+        yield from in_processes("data_pipeline.clean.examine", rules, every, processes)
+    else:
+        yield from map(begin(rules), every)
+
+
+def _write(
+    task: Task, settings: CleanSettings, removed: dict[int, Removed], num_rows: int, tests: Sequence[Problem]
+) -> dict[str, Any]:
+    """The dataset of what is left, then removed.jsonl, report.json and report.html in its folder."""
+    shown = _examples(removed)
+    needed: dict[int, Row] = dict.fromkeys(shown, "")  # rows that the report shows, by number
+    for found in (removed[number] for number in shown):
+        if found.like is not None and _like_a_row(found):
+            needed[found.like] = ""
+
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        (Path(scratch) / "removed.jsonl").open("w", encoding="utf-8") as apart,
+    ):
+
+        def kept() -> Iterator[Problem]:
+            for number, row in enumerate(_rows(task, settings)):
+                if number in needed:
+                    needed[number] = row
+                found = removed.get(number)
+                if found is None:
+                    assert isinstance(row, Problem)
+                    yield row
+                else:
+                    apart.write(json.dumps(_told(number, row, found, tests)) + "\n")
+
+        report = {
+            "source": settings.source,
+            "num_rows": num_rows,
+            "num_kept": num_rows - len(removed),
+            "removed": dict(Counter(found.reason for found in removed.values()).most_common()),
+            "settings": settings.model_dump(),
+        }
+        write_dataset(settings.out, settings.task, {settings.split: kept()}, {"cleaned": report})
+        apart.flush()
+        folder = epath.Path(settings.out)
+        epath.Path(apart.name).copy(folder / "removed.jsonl", overwrite=True)
+        write_json(folder / "report.json", report)
+        pairs = [
+            Pair(removed[number].reason, removed[number].detail, *_texts(number, needed, removed[number], tests))
+            for number in shown
+        ]
+        write_report(folder / "report.html", report, pairs)
+    return report
+
+
+def _texts(number: int, rows: dict[int, Row], found: Removed, tests: Sequence[Problem]) -> tuple[str, str]:
+    """The row that was removed, and what it repeats."""
+    like: Row = ""
+    if found.like is not None:
+        like = rows[found.like] if _like_a_row(found) else tests[found.like]
+    return _shown(rows[number]), _shown(like)
+
+
+def _shown(row: Row) -> str:
+    return f"{row.question}\n\n{row.solution}".strip() if isinstance(row, Problem) else row
+
+
+def _told(number: int, row: Row, found: Removed, tests: Sequence[Problem]) -> dict[str, Any]:
+    """A line of removed.jsonl: the row, counted from 1, why it went, and the row or test problem that it repeats."""
+    like: int | str | None = None
+    if found.like is not None:
+        like = found.like + 1 if _like_a_row(found) else tests[found.like].id
+    told = {"row": number + 1, "reason": found.reason, "detail": found.detail, "like": like}
+    return told | (dataclasses.asdict(row) if isinstance(row, Problem) else {})
+
+
+def _like_a_row(found: Removed) -> bool:
+    return found.like is not None and found.reason != "in a test set"
+
+
+def _examples(removed: dict[int, Removed]) -> list[int]:
+    """The first few rows of each reason."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for number in sorted(removed):
+        taken[removed[number].reason] += 1
+        if taken[removed[number].reason] <= _EXAMPLES:
+            chosen.append(number)
+    return sorted(chosen, key=lambda number: removed[number].reason)
+
+
+def _rows(task: Task, settings: CleanSettings) -> Iterator[Row]:
+    """Every row of the source as a problem, or what is wrong with it."""
+    for where, problem, error in task.examined(settings.split, settings.source):
+        if problem is not None:
+            yield problem
+        else:
+            yield f"{where}: {error or 'of no use'}"
+
+
+def _tests(against: str | None) -> Iterator[tuple[str, str, str]]:
+    """Task, split and source of each test set that is named."""
+    for spec in against.split(",") if against else []:
+        where, equals, source = spec.partition("=")
+        task, colon, split = where.strip().partition(":")
+        if not (equals and colon and source.strip()):
+            raise UsageError(f"against={spec!r} must look like gsm8k:test=FILE (TASK:SPLIT=SOURCE, several by commas)")
+        yield task, split, source.strip()
+
+
+def _said(removed: dict[int, Removed]) -> str:
+    counts = Counter(found.reason for found in removed.values())
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+
+
+def _join(parts: Iterable[Shingles]) -> Shingles:
+    every = list(parts)
+    sizes = np.concatenate([np.diff(part.offsets) for part in every])
+    return Shingles(np.concatenate([part.hashes for part in every]), np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def _select(texts: Shingles, chosen: np.ndarray) -> Shingles:
+    sizes = np.diff(texts.offsets)[chosen]
+    starts = np.repeat(texts.offsets[chosen] - (np.cumsum(sizes) - sizes), sizes)
+    return Shingles(texts.hashes[starts + np.arange(int(sizes.sum()))], np.concatenate([[0], np.cumsum(sizes)]))

@@ -1,0 +1,153 @@
+"""`inspect`: what the model will see, on a terminal or as a page: trained spans, lengths, fill, steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pydantic
+import rich.console
+import rich.table
+import rich.text
+from etils import epath
+from jaxtyping import Int
+
+from data_pipeline.cli import logger
+from data_pipeline.files import write_text
+from data_pipeline.loader import Batch, Batches
+from data_pipeline.resample import histogram
+from data_pipeline.settings import Settings, UsageError, apply_override, read_yaml, validated
+from data_pipeline.sources import DataSettings, Epoch, load_epoch
+from data_pipeline.templates import load_template
+from data_pipeline.tokenizer import Tokenizer
+
+_BAR = 40  # characters of the longest bar
+_NUM_BINS = 12
+
+
+class InspectSettings(Settings):
+    """`inspect --config CONFIG [data.key=value ...]`: the data of a training config as the model sees it."""
+
+    config: str = pydantic.Field(description="YAML file of training settings, of which `data` and `seed` are read")
+    rows: pydantic.NonNegativeInt = pydantic.Field(2, description="rows of the first epoch that are shown")
+    html: str | None = pydantic.Field(None, description="write what is shown to this file, as a page")
+
+
+def inspect(settings: InspectSettings, overrides: Sequence[str] = ()) -> Epoch:
+    """Prints the datasets, histograms and first rows of an epoch. Raises UsageError."""
+    data, seed, init_from = _data_of(settings.config, overrides)
+    tokenizer = Tokenizer.load(data.tokenizer or _tokenizer_of(init_from))
+    epoch = load_epoch(data, tokenizer, load_template(data.template))
+    batches = Batches(epoch.rows, data, batch_size=1, seed=seed, num_epochs=1)
+    console = rich.console.Console(record=settings.html is not None, highlight=False)
+    console.print(_sources(epoch))
+    console.print(
+        f"{len(epoch.rows):,} examples in {len(batches):,} rows of {data.context} tokens, {100 * batches.fill:.1f} % "
+        "filled\n"
+    )
+    console.print(_lengths(epoch.rows.input_lengths, data.context))
+    console.print(_steps(epoch))
+    for index in range(min(settings.rows, len(batches))):
+        console.rule(f"row {index + 1} of {len(batches):,}")
+        for text in examples_of(batches[index], 0, tokenizer):
+            console.print(text, soft_wrap=True)
+    console.print("[dim]dim: given to the model[/dim], [green]green: what the loss is taken on[/green]")
+    if settings.html is not None:
+        write_text(epath.Path(settings.html), console.export_html(inline_styles=True))
+        logger.info("wrote %s", settings.html)
+    return epoch
+
+
+def examples_of(batch: Batch, row: int, tokenizer: Tokenizer) -> list[rich.text.Text]:
+    """The examples of a row as text: what is given dim, what the loss is taken on green, special tokens in brackets."""
+    segments, mask = batch["segment_ids"][row], batch["loss_mask"][row]
+    shown = []
+    for segment in range(1, int(segments.max()) + 1):
+        place = np.flatnonzero(segments == segment)
+        tokens = [*batch["tokens"][row][place].tolist(), int(batch["targets"][row][place[-1]])]
+        trained = [False, *mask[place].tolist()]  # a token is trained on where it is a target
+        text = rich.text.Text()
+        start = 0
+        for end in range(1, len(tokens) + 1):
+            if end == len(tokens) or trained[end] != trained[start]:
+                text.append(_decoded(tokens[start:end], tokenizer), style="green" if trained[start] else "dim")
+                start = end
+        shown.append(text)
+    return shown
+
+
+def _decoded(tokens: list[int], tokenizer: Tokenizer) -> str:
+    begins = f"[{tokenizer.piece(tokenizer.bos_id)}]" if tokens[0] == tokenizer.bos_id else ""
+    ends = f"[{tokenizer.piece(tokenizer.eos_id)}]" if tokens[-1] == tokenizer.eos_id else ""
+    return f"{begins}{tokenizer.decode(tokens)}{ends}"
+
+
+def _sources(epoch: Epoch) -> rich.table.Table:
+    table = rich.table.Table(title="Datasets", title_justify="left")
+    table.add_column("dataset", overflow="fold")
+    for heading in ("problems", "too long", "examples", "tokens", "share"):
+        table.add_column(heading, justify="right")
+    total = max(1, sum(report.num_tokens for report in epoch.sources))
+    for report in epoch.sources:
+        numbers = (report.num_read, report.num_overlong, report.num_examples, report.num_tokens)
+        table.add_row(report.label, *(f"{n:,}" for n in numbers), f"{100 * report.num_tokens / total:.1f} %")
+    return table
+
+
+def _lengths(lengths: Int[np.ndarray, " rows"], context: int) -> rich.table.Table:
+    ends = np.unique(np.ceil(np.linspace(0, max(int(lengths.max()), 1), _NUM_BINS + 1)).astype(int))
+    counts, _ = np.histogram(lengths, bins=[*ends[:-1], ends[-1] + 1])
+    labels = [f"{low}–{high - 1}" for low, high in zip(ends[:-1], [*ends[1:-1], ends[-1] + 1], strict=True)]
+    title = f"Tokens of an example: median {np.median(lengths):.0f}, longest {lengths.max()}, context {context}"
+    return _histogram(title, "tokens", {"examples": dict(zip(labels, counts.tolist(), strict=True))})
+
+
+def _steps(epoch: Epoch) -> rich.table.Table:
+    columns: dict[str, dict[Any, int]] = {}
+    before = [report.resampled["before"] for report in epoch.sources if report.resampled is not None]
+    if before:
+        columns["before"] = {key: sum(of.get(key, 0) for of in before) for key in sorted(set().union(*before))}
+    columns["examples"] = histogram(epoch.rows.num_steps)
+    sizes = ", ".join(
+        f"{report.label} {report.resampled['effective_sample_size']:,.0f}"
+        for report in epoch.sources
+        if report.resampled is not None
+    )
+    return _histogram("Steps of a solution" + (f"; effective sample size {sizes}" if sizes else ""), "steps", columns)
+
+
+def _histogram(title: str, what: str, columns: dict[str, dict[Any, int]]) -> rich.table.Table:
+    table = rich.table.Table(title=title, title_justify="left")
+    table.add_column(what, justify="right")
+    for name in columns:
+        table.add_column(name, justify="right")
+    table.add_column("share")
+    shown = columns["examples"]
+    largest, total = max(shown.values(), default=1), max(1, sum(shown.values()))
+    for key in dict.fromkeys(key for column in columns.values() for key in column):
+        bar = "█" * round(_BAR * shown.get(key, 0) / largest)
+        counts = (f"{column.get(key, 0):,}" for column in columns.values())
+        table.add_row("unknown" if key == -1 else str(key), *counts, f"{bar} {100 * shown.get(key, 0) / total:.1f} %")
+    return table
+
+
+def _data_of(path: str, overrides: Sequence[str]) -> tuple[DataSettings, int, str | None]:
+    """`data`, `seed` and `init_from` of a training config."""
+    tree = read_yaml(path)
+    for override in overrides:
+        if not override.removeprefix("--").startswith(("data.", "data=", "seed=", "init_from=")):
+            raise UsageError(f"override {override!r}: inspect reads data.KEY, seed and init_from")
+        apply_override(tree, override)
+    if not isinstance(tree.get("data"), dict):
+        raise UsageError(f"{path} has no group `data`: name a training config")
+    seed = tree.get("seed", 0)
+    return validated(DataSettings, tree["data"], where=f"{path}: data"), seed, tree.get("init_from")
+
+
+def _tokenizer_of(init_from: str | None) -> str:
+    """The tokenizer.model in a published folder, or beside the checkpoints of a run."""
+    if init_from is not None:
+        folder = epath.Path(init_from.partition("@")[0])
+        for place in (folder, folder / "checkpoints"):
+            if (place / "tokenizer.model").exists():
+                return str(place / "tokenizer.model")
+    raise UsageError("the config names no tokenizer file: add data.tokenizer=FILE")

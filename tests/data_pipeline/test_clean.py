@@ -1,0 +1,221 @@
+"""Cleaning: what is planted is found, what is kept is untouched, each row that goes is told with its reason."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+import data_pipeline.clean.job
+from data_pipeline.__main__ import main
+from data_pipeline.clean.contamination import TestSets
+from data_pipeline.clean.duplicates import exact_duplicates, near_duplicates
+from data_pipeline.clean.job import CleanSettings, clean
+from data_pipeline.clean.shingles import NAME, jaccard, shingles, words
+from data_pipeline.dataset import read_dataset
+from data_pipeline.settings import UsageError
+
+pytestmark = pytest.mark.usefixtures("logging_left_as_it_was")
+
+QUESTION = "Ann has 12 red pens and buys 3 boxes of 5 pens each. How many pens does Ann have in the end?"
+
+
+def test_words_are_small_numbers_are_masked_and_names_if_asked():
+    text = "Mary's café sold 1,200 buns to Tom and twenty-five to Mary. Then Tom left."
+    assert words(text) == "mary cafe sold 0 buns to tom and 0 0 to mary then tom left".split()
+    assert words(text, names=True) == [NAME, *f"cafe sold 0 buns to {NAME} and 0 0 to {NAME} then {NAME} left".split()]
+
+
+def test_shingles_are_the_sets_of_n_grams():
+    """Against a set of tuples, for texts longer and shorter than n, with repeats."""
+    rng = random.Random(0)
+    texts = [[rng.choice("abcde") for _ in range(rng.randint(0, 12))] for _ in range(200)]
+    for n in (1, 3, 5):
+        found = shingles(texts, n)
+        grams = [
+            {tuple(text[i : i + n]) for i in range(max(1, len(text) - n + 1))} if text else set() for text in texts
+        ]
+        assert [len(found[i]) for i in range(200)] == [len(of) for of in grams]
+        for a, b in ((rng.randrange(200), rng.randrange(200)) for _ in range(300)):
+            union = len(grams[a] | grams[b])
+            assert jaccard(found[a], found[b]) == pytest.approx(len(grams[a] & grams[b]) / union if union else 0)
+
+
+def test_near_duplicates_are_all_found_and_nothing_else():
+    """Against every pair compared: 300 texts of which 60 are others with a few words changed."""
+    rng = random.Random(1)
+    base = [[rng.choice("abcdefghijklmnopqrst") for _ in range(60)] for _ in range(240)]
+    changed = []
+    for text in base[:60]:
+        copy = list(text)
+        for _ in range(rng.randint(1, 5)):
+            copy[rng.randrange(60)] = "z"
+        changed.append(copy)
+    texts = shingles(base + changed, 3)
+    wanted = {
+        row: next(other for other in range(row) if jaccard(texts[row], texts[other]) >= 0.7)
+        for row in range(1, 300)
+        if any(jaccard(texts[row], texts[other]) >= 0.7 for other in range(row))
+    }
+    found = near_duplicates(texts, 0.7)
+    assert set(found) <= set(wanted) and all(wanted[row] == like for row, like in found.items())
+    assert len(wanted) > 30 and len(found) >= len(wanted) - 1  # of a hundred pairs as similar one may be missed
+
+
+def test_exact_duplicates_name_the_first():
+    digests = np.array([[1, 1], [2, 2], [1, 1], [1, 2], [2, 2], [1, 1]], np.uint64)
+    assert exact_duplicates(digests) == {2: 0, 4: 1, 5: 0}
+
+
+def renumbered(text):
+    return re.sub(r"\d+", lambda match: str(int(match[0]) + 7), text)
+
+
+@pytest.mark.parametrize(
+    ("row", "caught"),
+    [
+        (QUESTION, True),
+        (QUESTION.upper(), True),
+        (renumbered(QUESTION), True),
+        (QUESTION.replace("Ann", "Roberta"), True),
+        (QUESTION.replace("12", "twelve").replace("3", "three"), True),
+        ("Here is a riddle for you.\n" + QUESTION + "\nThink step by step.", True),
+        (QUESTION.replace("in the end", "after that").replace("red", "blue"), True),
+        ("Ann has 12 red pens. She gives 5 of them to Tom. How many pens does Ann have left?", False),
+        ("A train goes 60 miles in 2 hours. How far does it go in 5 hours?", False),
+        ("", False),
+    ],
+)
+def test_a_row_that_holds_a_test_question_is_caught(row, caught):
+    tests = TestSets([QUESTION, "How many legs do 5 cows and 7 hens have together on the farm of Bob?"])
+    matches = tests.matches(tests.shingles([row]), 0.4)
+    assert [match.problem for match in matches] == ([0] if caught else [])
+
+
+def test_boilerplate_makes_nothing_contaminated():
+    """Twenty test questions end alike; a row that only ends so is no copy of any of them."""
+    ending = "How much money does he have left after he has paid for everything he bought?"
+    questions = [
+        f"{word} cost {i} dollars and {word}s were on sale. {ending}" for i, word in enumerate("abcdefghijklmnopqrst")
+    ]
+    tests = TestSets(questions)
+    assert tests.matches(tests.shingles([f"Hats are dear. {ending}"]), 0.4) == []
+    assert [match.problem for match in tests.matches(tests.shingles([questions[3]]), 0.4)] == [3]
+
+
+def row(i, **changes):
+    question = f"Eva reads {i} pages of book {i}. Pages now, please?"
+    return {"id": f"r{i}", "question": question, "solution": f"{i} + 1 = {i + 1}", "answer": str(i + 1)} | changes
+
+
+@pytest.fixture
+def dirty(write_rows):
+    """A file with one row of each fault, and what is to be kept of it."""
+    test = write_rows({"question": QUESTION, "answer": "so\n#### 27"}, name="test.jsonl")
+    good = [row(i, question=" ".join(f"w{i}{j}" for j in range(12)) + "?") for i in range(6)]
+    near = good[2]["question"].replace("w23 ", "w23 very ")
+    rows = [
+        *good[:3],
+        "{broken",
+        row(0, id="r0", question="another text with the id of the first one"),
+        row(7, question=renumbered(QUESTION)),
+        row(8, question=good[1]["question"].upper(), solution=good[1]["solution"], answer=good[1]["answer"]),
+        row(9, question=near, solution=good[2]["solution"], answer=good[2]["answer"]),
+        row(10, question="Hm?"),
+        row(11, solution="The answer is: 5.\n" * 3000),
+        good[3],
+        row(12, question=""),
+        *good[4:],
+    ]
+    return write_rows(*rows), f"gsm8k:test={test}", [each["id"] for each in good]
+
+
+def test_each_fault_is_removed_with_its_reason_and_the_rest_is_kept(dirty, tmp_path, capsys):
+    source, against, good = dirty
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as caught:
+        main(["clean", "--source", source, "--against", against, "--out", str(out), "--similarity", "0.7"])
+    assert caught.value.code == 0 and "6 of 14 rows are left" in capsys.readouterr().err
+    assert [problem.id for problem in read_dataset(str(out), "train")] == good
+    removed = {line["row"]: line for line in map(json.loads, (out / "removed.jsonl").read_text().splitlines())}
+    reasons = {number: (line["reason"], line["like"]) for number, line in removed.items()}
+    assert reasons == {
+        4: ("malformed", None),
+        5: ("id there already", 1),
+        6: ("in a test set", removed[6]["like"]),
+        7: ("there already", 2),
+        8: ("nearly there already", 3),
+        9: ("question too short", None),
+        10: ("solution too long", None),
+        12: ("malformed", None),
+    }
+    assert removed[6]["like"].startswith("gsm8k/test/") and removed[6]["question"] == renumbered(QUESTION)
+    assert "not valid JSON" in removed[4]["detail"] and removed[5]["id"] == "r0"
+    report = json.loads((out / "report.json").read_text())
+    assert report["num_kept"] == 6 and report["removed"]["malformed"] == 2
+    page = (out / "report.html").read_text()
+    assert "6 of 14 rows are left" in page and "the test problem" in page and QUESTION in page
+
+
+def test_processes_decide_as_one_does(dirty, tmp_path, monkeypatch):
+    source, against, _ = dirty
+    one = clean(CleanSettings(source=source, against=against, out=str(tmp_path / "one")))
+    monkeypatch.setattr(data_pipeline.clean.job, "_CHUNK", 3)
+    monkeypatch.setattr(data_pipeline.clean.job, "_ROWS_A_PROCESS", 3)
+    two = clean(CleanSettings(source=source, against=against, out=str(tmp_path / "two")))
+    assert {**one, "settings": 0} == {**two, "settings": 0}
+    for name in ("removed.jsonl",):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_rows_that_differ_in_their_solution_are_two_unless_asked_otherwise(write_rows, tmp_path):
+    source = write_rows(
+        row(1), row(1, id="b", solution="One more than 1 is 2, as we count on from 1 by one.", answer="2")
+    )
+    assert clean(CleanSettings(source=source, out=str(tmp_path / "a")))["num_kept"] == 2
+    assert clean(CleanSettings(source=source, out=str(tmp_path / "b"), duplicates="question"))["num_kept"] == 1
+
+
+@pytest.mark.slow
+def test_gsm8k_planted_in_itself_is_found(gsm8k_train, gsm8k_test, tmp_path, write_rows):
+    """A hundred test questions with other numbers and names among 2,000 training rows."""
+    rng = random.Random(3)
+    rows = [
+        {"id": p.id, "question": p.question, "solution": p.solution, "answer": p.answer} for p in gsm8k_train[:2000]
+    ]
+    for index, problem in enumerate(rng.sample(gsm8k_test, 100)):
+        text = re.sub(r"\b\d+\b", lambda match: str(int(match[0]) + 3), problem.question)
+        text = re.sub(r"\b(?:Mary|John|James|Tom|Janet|Sarah|Kim|Carl|Jill|Mike)\b", "Quentin", text)
+        rows.append(
+            {"id": f"planted{index}", "question": text, "solution": "so\n" + problem.solution, "answer": problem.answer}
+        )
+    rng.shuffle(rows)
+    test = write_rows(*[{"question": p.question, "answer": f"#### {p.answer}"} for p in gsm8k_test], name="test.jsonl")
+    clean(CleanSettings(source=write_rows(*rows), against=f"gsm8k:test={test}", out=str(tmp_path / "out")))
+    removed = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
+    caught = [line["id"].startswith("planted") for line in removed if line["reason"] == "in a test set"]
+    assert sum(caught) >= 98 and len(caught) - sum(caught) <= 60  # of 2,000: GSM8K itself has some
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"against": "gsm8k"}, "must look like gsm8k:test=FILE"),
+        ({"against": "gsm9k:test=x"}, "task='gsm9k' is unknown"),
+        ({"against": "gsm8k:test=nowhere"}, "'nowhere' does not exist"),
+        ({"source": "nowhere"}, "'nowhere' does not exist"),
+        ({"task": "hungarian"}, "graded by people"),
+    ],
+)
+def test_what_cannot_be_cleaned_is_one_message(write_rows, tmp_path, changes, said):
+    with pytest.raises(UsageError) as caught:
+        clean(CleanSettings(**({"source": write_rows(row(1)), "out": str(tmp_path / "out")} | changes)))
+    assert said in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_nothing_left_and_nothing_there_are_said(write_rows, tmp_path):
+    with pytest.raises(UsageError, match=r"nothing is left of 2 rows; they were 2 malformed"):
+        clean(CleanSettings(source=write_rows("{", "["), out=str(tmp_path / "out")))
+    with pytest.raises(UsageError, match="there are no rows"):
+        clean(CleanSettings(source=write_rows(""), out=str(tmp_path / "out")))
