@@ -21,6 +21,7 @@ from data_pipeline.settings import UsageError
 
 
 def _run(parser: ArgumentParser) -> cli.Action:
+    from data_pipeline.tasks import get_task
     from eval.grade import grade
     from eval.report import write_report
     from eval.sample import SampleSettings, sample
@@ -28,7 +29,9 @@ def _run(parser: ArgumentParser) -> cli.Action:
     cli.add_flags(parser, SampleSettings)
 
     def act(arguments: Namespace) -> None:
-        folder = sample(cli.from_flags(SampleSettings, arguments))
+        settings = cli.from_flags(SampleSettings, arguments)
+        _ = get_task(settings.task).graded_as  # what people grade is refused before anything is drawn
+        folder = sample(settings)
         grade(folder)
         cli.logger.info("the report: %s", write_report(folder))
 
@@ -76,6 +79,17 @@ def _report(parser: ArgumentParser) -> cli.Action:
     return act
 
 
+def _sheet(parser: ArgumentParser) -> cli.Action:
+    from eval.sheet import write_sheet
+
+    parser.add_argument("folder", metavar="DIR", help="eval folder")
+
+    def act(arguments: Namespace) -> None:
+        cli.logger.info("the answer sheet: %s, and sheet.csv", write_sheet(epath.Path(arguments.folder)))
+
+    return act
+
+
 def _errors(parser: ArgumentParser) -> cli.Action:
     from eval.diagnose import ErrorSettings, diagnose
 
@@ -118,6 +132,7 @@ COMMANDS = {
     "sample": cli.Command("draw samples from a checkpoint, a Hugging Face folder or a server", _sample),
     "grade": cli.Command("grade the samples of an eval folder and write metrics.json", _grade),
     "report": cli.Command("write report.html from metrics.json and the samples", _report),
+    "sheet": cli.Command("write sheet.html and sheet.csv, for people to grade the answers", _sheet),
     "errors": cli.Command("say what goes wrong in the wrong samples of a graded eval folder, in errors.json", _errors),
     "compare": cli.Command("compare graded eval folders of the same problems with the first of them", _compare),
     "leakage": cli.Command("compare the loss on the test set with that on new and on training questions", _leakage),

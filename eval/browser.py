@@ -14,7 +14,7 @@ from eval.typeset import answer, typeset
 MAX_BYTES = 15_000_000  # of all problems on the page; of more, those at even steps from hardest to easiest are shown
 MAX_PER_VERDICT = 2  # right, and wrong, samples shown for a problem
 HEAD_CHARS, TAIL_CHARS = 2000, 600  # kept of a long text; the tail too, because the answer stands there
-_GROWTH = 6.0  # of mathematical text when it is typeset
+_MEASURED = 200  # problems that are typeset to see how many find room
 _MARKUP_OF_A_PROBLEM = 1500  # bytes of the page around its texts
 
 Sample = dict[str, Any]
@@ -38,17 +38,14 @@ def shown_problems(folder: epath.Path, kind: Kind) -> tuple[list[dict[str, Any]]
     samples = _chosen_samples(folder, grades, known)
     for problem in problems:
         problem["samples"] = samples.get(problem["problem_id"], [])
-    growth = _GROWTH if kind == "latex" else 1.2
-    sizes = np.array([_MARKUP_OF_A_PROBLEM + growth * _size(problem) for problem in problems])
-    room = len(problems)
-    while room > 1 and sizes[_spread(len(sizes), room)].sum() > MAX_BYTES:
-        room = int(0.9 * room)
-    while True:
-        shown = [_typeset(problems[index], kind) for index in _spread(len(sizes), room)]
-        size = sum(_MARKUP_OF_A_PROBLEM + _typeset_size(problem) for problem in shown)
-        if size <= MAX_BYTES or room <= 1:
-            return shown, len(problems)
-        room = min(room - 1, int(0.97 * room * MAX_BYTES / size))
+    return [_typeset(problems[index], kind) for index in _spread(len(problems), _room(problems, kind))], len(problems)
+
+
+def _room(problems: Sequence[dict[str, Any]], kind: Kind) -> int:
+    """How many problems the page has room for: by the sizes of a sample of them, typeset, and a margin."""
+    some = _spread(len(problems), min(len(problems), _MEASURED))
+    sizes = [_MARKUP_OF_A_PROBLEM + _typeset_size(_typeset(problems[index], kind)) for index in some]
+    return min(len(problems), max(1, int(MAX_BYTES / (1.1 * float(np.mean(sizes)))))) if sizes else 0
 
 
 def _solved(right: int, total: int) -> str:
@@ -86,11 +83,6 @@ def _typeset(problem: dict[str, Any], kind: Kind) -> dict[str, Any]:
             for sample in problem["samples"]
         ],
     }
-
-
-def _size(problem: dict[str, Any]) -> int:
-    texts = [problem["question"], problem.get("solution") or "", *(sample["text"] for sample in problem["samples"])]
-    return sum(len(shorten(text).encode(errors="replace")) for text in texts)
 
 
 def _typeset_size(problem: dict[str, Any]) -> int:

@@ -80,7 +80,8 @@ class _Run:
         metrics = read_metrics(folder)
         if metrics["complete"] is not True:
             raise UsageError(
-                f"{folder} is not complete ({json.dumps(metrics['complete'])}): sample it to the end first"
+                f"{folder} is not complete ({json.dumps(metrics['complete'])}): sample it to the end; part files that "
+                "`eval grade` finds damaged are removed and sampled again"
             )
         self.version, self.num_samples = metrics["grader_version"], metrics["num_samples"]
         self.problems = {row["problem_id"]: (row["question"], row["answer"]) for row in read_problems(folder)}

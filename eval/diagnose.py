@@ -12,8 +12,8 @@ from data_pipeline.answers import GRADER_VERSION
 from data_pipeline.cli import RunError, logger
 from data_pipeline.files import write_json
 from data_pipeline.settings import Settings
-from eval.errors import Examined, error_types, examine
-from eval.files import parts, read_grades, read_problems, read_run, read_samples
+from eval.errors import TYPES, Examined, error_types, examine
+from eval.files import metrics_digest, parts, read_grades, read_problems, read_run, read_samples
 from eval.judge import Judge, Opinion
 
 
@@ -49,6 +49,7 @@ def diagnose(folder: epath.Path, settings: ErrorSettings) -> dict[str, Any]:
     examined = [examine(sample["text"]) for sample in wrong]
     told: dict[str, Any] = {
         "grader_version": GRADER_VERSION,
+        "metrics_sha256": metrics_digest(folder),
         "seed": settings.seed,
         "num_wrong_in_all": num_in_all,
         "program": error_types(examined),
@@ -66,12 +67,16 @@ def diagnose(folder: epath.Path, settings: ErrorSettings) -> dict[str, Any]:
 def summary(told: dict[str, Any]) -> str:
     """The result in a line or two."""
     program = told["program"]
-    shares = [100 * program[name] / program["num_wrong"] for name in ("calculation", "reasoning", "not_checkable")]
+    checkable = program["num_wrong"] - program["not_checkable"]
     lines = [
-        f"{program['num_wrong']} of {told['num_wrong_in_all']} wrong samples: "
-        f"{shares[0]:.0f} % state a false equation (calculation), {shares[1]:.0f} % only true ones (reasoning), "
-        f"{shares[2]:.0f} % state none that can be checked"
+        f"{program['num_wrong']} of {told['num_wrong_in_all']} wrong samples; {checkable} state equations to check"
     ]
+    if checkable:
+        shares = {name: 100 * program["shares"][name]["value"] for name in TYPES}
+        lines[0] += (
+            f", of which {shares['calculation']:.0f} % state a false one (calculation), "
+            f"{shares['reasoning']:.0f} % only true ones (reasoning)"
+        )
     if "judge" in told and told["judge"]["num_judged"]:
         judge, both = told["judge"], told["agreement"]
         share = 100 * judge["calculation"] / judge["num_judged"]

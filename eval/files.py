@@ -7,6 +7,7 @@ grades/part-00000-00007.jsonl   their grades
 metrics.json, errors.json, report.html
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Container, Iterator
@@ -18,6 +19,7 @@ from data_pipeline.cli import logger
 from data_pipeline.files import damage_named, read_json_lines
 from data_pipeline.settings import UsageError
 
+_NEEDED = ("task", "split", "checkpoint", "num_problems", "num_samples", "temperature", "max_tokens")  # of run.json
 Oddities = Counter[str]  # what was left out of the files, and how often
 _NAMED = 3  # lines of a file that are named for each kind of oddity; the others are counted
 
@@ -45,7 +47,11 @@ def read_run(folder: epath.Path) -> dict[str, Any]:
     if not file.exists():
         raise UsageError(f"{folder} is not an eval folder (it has no run.json): `python -m eval sample` makes one")
     with damage_named(file, "sample into another folder"):
-        return json.loads(file.read_text())
+        run = json.loads(file.read_text())
+        missing = [key for key in _NEEDED if key not in run]
+        if missing:
+            raise ValueError(f"it does not say {', '.join(missing)}")
+        return run
 
 
 def read_problems(folder: epath.Path) -> list[dict[str, Any]]:
@@ -74,12 +80,22 @@ def read_metrics(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_errors(folder: epath.Path) -> dict[str, Any] | None:
-    """errors.json, if `eval errors` was run. Raises RunError where it is damaged."""
+    """errors.json, if `eval errors` was run on what is graded now. Raises RunError where it is damaged."""
     file = folder / "errors.json"
     if not file.exists():
         return None
     with damage_named(file, "run `python -m eval errors` again"):
-        return json.loads(file.read_text())
+        errors = json.loads(file.read_text())
+        if errors["metrics_sha256"] != metrics_digest(folder):
+            logger.warning("%s is of other grades: run `python -m eval errors %s` again", file, folder)
+            return None
+        return errors
+
+
+def metrics_digest(folder: epath.Path) -> str:
+    """Of metrics.json, by which errors.json knows the grades that it was made of; "" without one."""
+    file = folder / "metrics.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
 
 def read_grades(folder: epath.Path) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -37,7 +38,7 @@ def grade_part(
     """
     rows, oddities = read_samples(samples, golds, num_samples)
     graded = None
-    if grades.exists() and grades.stat().mtime >= samples.stat().mtime:
+    if grades.exists() and _changed_at(grades) >= _changed_at(samples):
         graded = _graded_before(grades, rows)
     if graded is None:
         graded = _grades(rows, golds, kind)
@@ -49,6 +50,11 @@ def grade_part(
         )
         for row in graded
     ], oddities
+
+
+def _changed_at(file: epath.Path) -> float:
+    """When a file was written; to the nanosecond where it is a local one."""
+    return file.stat().mtime if "://" in str(file) else Path(file).stat().st_mtime_ns
 
 
 def _grades(rows: Sequence[Row], golds: Mapping[str, str], kind: Kind) -> list[Row]:

@@ -20,9 +20,10 @@ from jaxtyping import Array, Float
 
 from data_pipeline.cli import logger
 from data_pipeline.files import write_json
-from data_pipeline.loader import Batches, DataSettings, Source, load_rows
+from data_pipeline.loader import Batches
 from data_pipeline.progress import progress
 from data_pipeline.settings import Settings, UsageError
+from data_pipeline.sources import DataSettings, Source, load_rows
 from data_pipeline.tasks import TASKS
 from eval.metrics import NUM_RESAMPLES, resamples
 from mathscale_jax import model
@@ -65,7 +66,9 @@ def leakage(settings: LeakageSettings) -> dict[str, Any]:
     rows_at_once = settings.batch_size * jax.device_count()
     data = {
         name: DataSettings(
-            sources=(Source(task=settings.task, split="test", path=file),), context=config.max_context, layout="padded"
+            sources=(Source(task=settings.task, split="test", path=file, allow_evaluation_only=True),),
+            context=config.max_context,
+            layout="padded",
         )
         for name, file in files.items()
     }

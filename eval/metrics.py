@@ -247,9 +247,10 @@ def _class_is_correct(
 ) -> Bool[np.ndarray, "classes"]:
     verdicts = np.zeros(classes.max() + 1, dtype=bool)
     verdicts[classes[right]] = True
-    mixed = (classes != NO_ANSWER) & (verdicts[classes] != right)
+    voting = classes != NO_ANSWER
+    mixed = verdicts[classes[voting]] != right[voting]
     if mixed.any():
-        raise ValueError(f"the answer class {classes[mixed][0]} is right in some samples and wrong in others")
+        raise ValueError(f"the answer class {classes[voting][mixed][0]} is right in some samples and wrong in others")
     return verdicts
 
 

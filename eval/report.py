@@ -5,14 +5,16 @@ template escapes every value, and a content security policy forbids the browser 
 """
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
 from markupsafe import Markup
 
 from data_pipeline.files import write_atomically
+from data_pipeline.pages import write_page
+from data_pipeline.settings import UsageError
 from data_pipeline.tasks import TASKS
 from eval.browser import shown_problems
 from eval.errors import TYPES
@@ -32,8 +34,6 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
         UsageError: where there are no metrics yet.
         RunError: where a file is damaged.
     """
-    import jinja2
-
     folder = epath.Path(eval_dir)
     run, metrics, errors = read_run(folder), read_metrics(folder), read_errors(folder)
     kind = TASKS[run["task"]].graded_as if run["task"] in TASKS else "number"
@@ -48,7 +48,7 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
         drawn["pass_at_k"] = pass_at_k(metrics, names), f"problems answered right{unfinished}"
     if metrics.get("step_law"):
         drawn["step_law"] = step_law(metrics["step_law"]), f"samples answered right, by steps{unfinished}"
-    runs = [_run_beside(epath.Path(path), label) for path, label in _labelled([*beside, folder])] if beside else []
+    runs = [_run_beside(epath.Path(path), label, run) for path, label in _labelled([*beside, folder])] if beside else []
     diagnosed = [run for run in runs if run["calculation"] is not None]
     if len(diagnosed) > 1:
         drawn["error_types"] = error_types(diagnosed), "samples that go wrong by"
@@ -57,15 +57,10 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
         for suffix, content in files(paint, title).items():
             write_atomically(folder / f"{name}.{suffix}", functools.partial(_write, content))
         figures[name] = on_the_page(paint, title, name)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(epath.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "interval": _interval}
-    page = environment.get_template("report.html.j2").render(
+    write_page(
+        folder / "report.html",
+        Path(__file__).with_name("report.html.j2"),
+        {"percent": percent, "interval": _interval},
         run=run,
         metrics=metrics,
         complete=complete,
@@ -82,11 +77,6 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
         num_resamples=NUM_RESAMPLES,
         colours=COLOURS,
     )
-    # A model can write what HTML and UTF-8 forbid (C0 controls, lone surrogates), and marks that turn letters
-    # around, so that one reads what does not stand there (U+202A..202E, U+2066..2069).
-    page = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", "\ufffd", page)
-    content = page.encode("utf-8", errors="replace")
-    write_atomically(folder / "report.html", functools.partial(_write, content))
     return folder / "report.html"
 
 
@@ -108,8 +98,14 @@ def _labelled(folders: Sequence[epath.PathLike]) -> list[tuple[epath.PathLike, s
     ]
 
 
-def _run_beside(folder: epath.Path, label: str) -> dict[str, Any]:
-    """What the page says of another run: shares of samples that are right, and that go wrong in either way."""
+def _run_beside(folder: epath.Path, label: str, run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page says of another run: shares of samples that are right, and that go wrong in either way.
+
+    Raises UsageError where it is of another task or split than `run`.
+    """
+    other = read_run(folder)
+    if (other["task"], other["split"]) != (run["task"], run["split"]):
+        raise UsageError(f"{folder} is of {other['task']}/{other['split']}, not of {run['task']}/{run['split']}")
     metrics, errors = read_metrics(folder), read_errors(folder)
     ratio = metrics["pass_ratio"][str(metrics["num_samples"])]
     told = {"label": label, "metrics": metrics, "calculation": None, "reasoning": None}

@@ -64,7 +64,8 @@ class SampleSettings(PromptSettings, SamplingSettings):
     @pydantic.model_validator(mode="after")
     def _one_model(self) -> "SampleSettings":
         if (self.checkpoint is None) == (self.endpoint is None):
-            raise ValueError("give --checkpoint, or --endpoint with its --model")
+            given = "" if self.checkpoint is None else ": both are given"
+            raise ValueError(f"give --checkpoint, or --endpoint with its --model{given}")
         if (self.endpoint is None) != (self.model is None):
             raise ValueError("--endpoint and --model go together")
         if self.endpoint is not None and (self.dtype != "bfloat16" or self.kv_cache is not None):

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 MAX_FORMULA = 600  # characters; a longer one stays text
 _FENCED = re.compile(
-    r"\$\$(?P<display>[^$]+?)\$\$|(?<![\\$])\$(?P<inline>(?:[^$\\]|\\.)+?)\$|\\\[(?P<brackets>.+?)\\\]|\\\((?P<parens>.+?)\\\)"
+    r"\$\$(?P<display>[^$]+?)\$\$|(?<![\\$])\$(?P<inline>(?!\d)(?:[^$\\]|\\.)+?|\d(?:(?:[^$\\]|\\.)*?(?<!\s))?)\$(?!\d)|\\\[(?P<brackets>.+?)\\\]|\\\((?P<parens>.+?)\\\)"
     r"|(?P<environment>\\begin\{(?P<name>(?:align|eqnarray|gather|equation)\*?)\}.+?\\end\{(?P=name)\})",
     re.DOTALL,
 )

@@ -43,7 +43,8 @@ def folder(tmp_path: Path) -> epath.Path:
         ("grades/part-00000-00001", grades),
     ):
         (out / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "run.json").write_text("{}")
+    needed = ("task", "split", "checkpoint", "num_problems", "num_samples", "temperature", "max_tokens")
+    (out / "run.json").write_text(json.dumps(dict.fromkeys(needed, 1)))
     return epath.Path(out)
 
 
@@ -83,6 +84,7 @@ def test_types_by_program(folder: epath.Path, caplog: pytest.LogCaptureFixture) 
     half = {"value": 0.5, "ci95": [pytest.approx(0.15004, abs=1e-4), pytest.approx(0.84996, abs=1e-4)]}
     assert told == {
         "grader_version": GRADER_VERSION,
+        "metrics_sha256": "",
         "seed": 0,
         "num_wrong_in_all": 6,
         "program": {
@@ -91,7 +93,9 @@ def test_types_by_program(folder: epath.Path, caplog: pytest.LogCaptureFixture) 
         },
     }  # fmt: skip
     assert json.loads((folder / "errors.json").read_text()) == told
-    assert "6 of 6 wrong samples: 33 % state a false equation" in caplog.text
+    assert (
+        "6 of 6 wrong samples; 4 state equations to check, of which 50 % state a false one (calculation)" in caplog.text
+    )
 
 
 def test_shares_are_those_of_the_samples_however_they_lie(folder: epath.Path) -> None:

@@ -150,6 +150,13 @@ def test_a_sample_count_that_is_no_power_of_two_gets_its_own_majority_entry():
     assert list(metrics["maj_at"]) == ["1", "2", "4", "6"]
 
 
+def test_samples_without_answers_have_no_vote():
+    metrics = compute_metrics(
+        correct=[[False] * 2] * 3, classes=[[-1, -1]] * 3, finish_reasons=[["eos"] * 2] * 3, groups={}
+    )
+    assert metrics["maj_at"]["2"]["value"] == 0.0
+
+
 def test_a_vote_of_one_is_a_sample():
     rng = np.random.default_rng(5)
     classes = rng.integers(0, 4, (30, 8))

@@ -1,5 +1,6 @@
 """The page must say what is true in plain words, stand alone, and keep whatever a model wrote inert."""
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -257,6 +258,10 @@ def test_the_step_law_is_drawn_and_said(tmp_path):
     assert len(ids) == len(set(ids)) and path.read_text().count("<svg") == 4
 
 
+def digest_of(folder):
+    return hashlib.sha256((folder / "metrics.json").read_bytes()).hexdigest()
+
+
 def with_shares(program):
     shares = {
         name: program[name] / (program["calculation"] + program["reasoning"]) for name in ("calculation", "reasoning")
@@ -272,7 +277,9 @@ def test_runs_stand_beside_each_other_by_what_tells_them_apart(tmp_path):
         folder.mkdir(parents=True)
         write_eval(folder, answers)
         program = {"num_wrong": 8, "calculation": 2, "reasoning": 4, "not_checkable": 2, "first_false_position": 0.5}
-        (folder / "errors.json").write_text(json.dumps({"num_wrong_in_all": 8, "program": with_shares(program)}))
+        (folder / "errors.json").write_text(
+            json.dumps({"num_wrong_in_all": 8, "metrics_sha256": digest_of(folder), "program": with_shares(program)})
+        )
     path = write_report(tmp_path / "runs/30k/eval", beside=[tmp_path / "runs/7k/eval"])
     words = plain(Page(path.read_text()).words)
     # Half, and a quarter, of the samples are wrong; a third of those that could be checked by calculation.
@@ -280,10 +287,11 @@ def test_runs_stand_beside_each_other_by_what_tells_them_apart(tmp_path):
     assert (path.parent / "error_types.svg").exists() and path.read_text().count("<svg") == 4
 
 
-def test_what_goes_wrong_is_shown(tmp_path):
+def test_what_goes_wrong_is_shown(tmp_path, caplog):
     write_eval(tmp_path, MIXED)
     told = {
         "num_wrong_in_all": 1234,
+        "metrics_sha256": digest_of(tmp_path),
         "program": with_shares(
             {"num_wrong": 10, "calculation": 2, "reasoning": 6, "not_checkable": 2, "first_false_position": 0.5}
         ),
@@ -292,6 +300,9 @@ def test_what_goes_wrong_is_shown(tmp_path):
     }
     (tmp_path / "errors.json").write_text(json.dumps(told))
     words = plain(Page(write_report(tmp_path).read_text()).words)
+    (tmp_path / "errors.json").write_text(json.dumps(told | {"metrics_sha256": "of other grades"}))
+    assert "wrong samples were examined" not in Page(write_report(tmp_path).read_text()).words
+    assert "run `python -m eval errors" in caplog.text
     assert "10 of 1,234 wrong samples were examined" in words
     assert "program82 not checkable 25 %20.0–40.075 %70.0–80.050 %of the steps, calculation" in words
     assert "<b>m4 25 %75 %25 %of the steps" in words and "name the same type for 75 % (Cohen's kappa 0.50)" in words
