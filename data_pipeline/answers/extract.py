@@ -59,7 +59,7 @@ _SCIENTIFIC = re.compile(
 # What denies the number that follows, or says that it is none of the answer.
 _DENIED = re.compile(r"\W*(?:not|isn't|less than|fewer than|more than|greater than|between)\b", re.IGNORECASE)
 _OPERATION = re.compile(
-    r"\s*(?:(?:plus|minus|times|over|divided by|multiplied by|choose|mod)\b"
+    r"\s*(?:(?:plus|minus|times|over|divided by|multiplied by|choose|mod)\s+(?:[$\d]|[A-Za-z]\b)"
     r"|(?:\\times|\\cdot|\\div|[*^])\s*[\d{(]|[%:]\d)"
 )
 _CONCLUDED = re.compile(
@@ -287,10 +287,17 @@ def _is_alone(number: str, said: str) -> bool:
     if _OPERATION.match(rest):
         return False
     other = _ALTERNATIVE.match(rest)
-    if other is None:
+    if other is None or re.search(r"\bnot\b", other[0]):  # "18, not 20"
         return True
-    following = find_numbers(rest[other.end() :])
-    return bool(following) and parse_number(following[0]) == parse_number(number)
+    behind = rest[other.end() :]
+    following = find_numbers(behind)
+    if following and parse_number(following[0]) == parse_number(number):
+        return True
+    # "90 minutes, or 1.5 hours" says one thing twice; "2 hours and 30 minutes" does not.
+    units = [re.search(pattern, text) for pattern, text in ((r"^\s*([A-Za-z]+)", rest), (r"\d\s*([A-Za-z]+)", behind))]
+    connective = re.search(r"\b(?:or|and|to)\b|[,;–—-]", other[0])
+    said_twice = connective is not None and connective[0] in ("or", ",")
+    return said_twice and None not in units and len({unit[1] for unit in units if unit}) == 2
 
 
 def _number_in_words(text: str) -> str | None:
