@@ -1,9 +1,10 @@
 """From rows to batches. The step determines the batch: `Batches[step]` is a pure function."""
 
 import functools
+import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import grain
 import numpy as np
@@ -46,6 +47,7 @@ class Batches:
         """Give `num_steps` or `num_epochs`; a run in epochs ends when the last one does."""
         self._rows, self._settings, self._seed, self._batch_size = rows, settings, seed, batch_size
         self._mine = range(batch_size) if rows_of_process is None else rows_of_process
+        self._num_sources = int(rows.sources.max()) + 1
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
         self.bins_per_epoch = len(self._plan(0))
         self._num_bins = None if num_epochs is None else num_epochs * self.bins_per_epoch
@@ -61,17 +63,7 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.num_steps:  # also what ends `for batch in batches`
             raise IndexError(f"step {step} of {self.num_steps}")
-        shape = (len(self._mine), self._settings.context)
-        batch = Batch(
-            tokens=np.zeros(shape, np.int32),
-            targets=np.zeros(shape, np.int32),
-            loss_mask=np.zeros(shape, bool),
-            segment_ids=np.zeros(shape, np.int32),
-            positions=np.zeros(shape, np.int32),
-        )
-        for local_row, members in enumerate(self._members(step, self._mine)):
-            self._fill(batch, local_row, members)
-        return batch
+        return self._filled(list(self._members(step, self._mine)))
 
     def examples(self, step: int) -> list[int]:
         """Indices of the examples in the batch of a step, over all processes: what `TokenizedRows` they are."""
@@ -80,8 +72,8 @@ class Batches:
     def tokens_by_source(self, step: int) -> Int[np.ndarray, " sources"]:
         """Of the batch of a step, over all processes: positions that hold examples of each dataset."""
         members = self.examples(step)
-        lengths = self._rows.input_lengths[members]
-        return np.bincount(self._rows.sources[members], lengths, int(self._rows.sources.max()) + 1).astype(np.int64)
+        lengths = self._rows.lengths[members] - 1
+        return np.bincount(self._rows.sources[members], lengths, self._num_sources).astype(np.int64)
 
     def _members(self, step: int, rows: Iterable[int]) -> Iterator[Int[np.ndarray, " members"]]:
         """The examples of each of these rows; none once the last epoch has ended."""
@@ -101,19 +93,39 @@ class Batches:
             return pad(len(self._rows), self._seed, epoch)
         return pack(self._rows.input_lengths, self._settings.context, self._seed, epoch)
 
-    def _fill(self, batch: Batch, row: int, members: Int[np.ndarray, " members"]) -> None:
-        start = 0
-        for segment, member in enumerate(members, 1):
-            tokens = self._rows[int(member)]
-            length = len(tokens) - 1
-            place = slice(start, start + length)
-            batch["tokens"][row, place] = tokens[:-1]
+    def _filled(self, members: Sequence[Int[np.ndarray, " members"]]) -> Batch:
+        """The batch whose row r holds the examples `members[r]`; rows beyond them are empty.
+
+        The examples are laid behind one another first, by few operations on long arrays; then each row of the batch is
+        one slice of them.
+        """
+        every, rows = self._rows, np.concatenate([np.zeros(0, np.int64), *members])
+        starts, lengths = every.starts[rows], every.lengths[rows] - 1
+        ends = np.cumsum(lengths, dtype=np.int32)
+        positions = np.arange(lengths.sum(), dtype=np.int32) - np.repeat(ends - lengths, lengths)
+        sizes = np.array([len(of_row) for of_row in members], np.int32)
+        firsts = np.cumsum(sizes, dtype=np.int32) - sizes
+        segments = np.arange(1, len(rows) + 1, dtype=np.int32) - np.repeat(firsts, sizes)
+        bounds = [0, *ends[firsts + sizes - 1].tolist()]
+
+        def tokens(shift: int) -> Int[np.ndarray, " positions"]:
+            places = zip((starts + shift).tolist(), (starts + lengths + shift).tolist(), strict=True)
+            return np.concatenate([every.tokens[:0], *(every.tokens[start:end] for start, end in places)])
+
+        def in_rows(flat: np.ndarray, dtype: Any = np.int32) -> np.ndarray:
+            filled = np.zeros((len(self._mine), self._settings.context), dtype)
+            for row, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                filled[row, : end - begin] = flat[begin:end]
+            return filled
+
+        return Batch(
+            tokens=in_rows(tokens(0)),
             # Shifted here, before packing: the last position of one example never predicts the next one's first.
-            batch["targets"][row, place] = tokens[1:]
-            batch["loss_mask"][row, start + self._rows.prompt_lengths[member] - 1 : start + length] = True
-            batch["segment_ids"][row, place] = segment
-            batch["positions"][row, place] = np.arange(length)
-            start += length
+            targets=in_rows(tokens(1)),
+            loss_mask=in_rows(positions >= np.repeat(every.prompt_lengths[rows] - 1, lengths), bool),
+            segment_ids=in_rows(np.repeat(segments, lengths)),
+            positions=in_rows(positions),
+        )
 
 
 def iterate(batches: Batches, start_step: int, prefetch: int) -> Generator[Batch, None, None]:

@@ -42,8 +42,7 @@ def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located
         located = None
         for located in _rows_of(file, start):
             yield located
-        if located is not None and len(files) > 1:
-            start = located.number
+        start = start if located is None else located.number
 
 
 def files_of(source: str, split: str, what: str = "source") -> list[epath.Path]:
@@ -108,7 +107,7 @@ def _rows_of(file: epath.Path, start: int) -> Iterator[Located]:
         return
     text = "".join(_lines(file))
     if name.endswith(".csv"):
-        rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+        rows = _csv(file, text)
     elif name.endswith(".xml"):
         rows = _xml(file, text)
     else:
@@ -176,6 +175,13 @@ def _json(file: epath.Path, text: str) -> list[Any]:
     if isinstance(content, list):
         return content
     raise UsageError(f"{file} must hold a list of objects, not {type(content).__name__}")
+
+
+def _csv(file: epath.Path, text: str) -> list[Any]:
+    try:
+        return list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise UsageError(f"{file} is not valid CSV: {error}") from error
 
 
 def _xml(file: epath.Path, text: str) -> list[Row]:

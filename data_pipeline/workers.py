@@ -33,8 +33,8 @@ class WorkerProcess:
         self._send(message)
         try:
             error, answer = pickle.load(self._process.stdout)
-        except EOFError as eof:
-            raise RunError(f"a process of {self._module} has ended (exit code {self._process.wait()})") from eof
+        except (EOFError, pickle.UnpicklingError) as cut:  # it ended before, or in the middle of, its answer
+            raise RunError(f"a process of {self._module} has ended (exit code {self._process.wait()})") from cut
         if error is not None:
             raise error
         return answer

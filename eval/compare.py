@@ -14,7 +14,6 @@ from eval.files import read_grades, read_metrics, read_problems
 from eval.grading import vote_of
 from eval.metrics import answer_classes, bootstrap_ci95, majorities, pass_at_k, pass_ratio
 
-Row = dict[str, Any]
 _SEED = 0
 
 
@@ -85,16 +84,16 @@ class _Run:
             )
         self.version, self.num_samples = metrics["grader_version"], metrics["num_samples"]
         self.problems = {row["problem_id"]: (row["question"], row["answer"]) for row in read_problems(folder)}
-        graded: dict[str, dict[int, Row]] = {problem_id: {} for problem_id in self.problems}
+        graded: dict[str, dict[int, tuple[bool, str | None]]] = {problem_id: {} for problem_id in self.problems}
         for row in read_grades(folder):
             if row["problem_id"] in graded:  # others are left out, as `eval grade` has said
-                graded[row["problem_id"]].setdefault(row["sample_id"], row)
+                graded[row["problem_id"]].setdefault(row["sample_id"], (row["correct"], vote_of(row)))
         if any(len(of_problem) != self.num_samples for of_problem in graded.values()):
             raise UsageError(f"{folder} has changed since it was graded: run `python -m eval grade {folder}` again")
-        rows = [[row for _, row in sorted(graded[key].items())] for key in sorted(graded)]
-        self._right = np.array([[row["correct"] for row in of] for of in rows])
-        self._classes = np.array([answer_classes([vote_of(row) for row in of]) for of in rows])
-        self.correct: Int[np.ndarray, problems] = self._right.sum(axis=1)
+        rows = [[verdict for _, verdict in sorted(graded[key].items())] for key in sorted(graded)]
+        self._right = np.array([[correct for correct, _ in of] for of in rows])
+        self._classes = np.array([answer_classes([vote for _, vote in of]) for of in rows])
+        self.correct: Int[np.ndarray, " problems"] = self._right.sum(axis=1)
 
     def pass_at(self, ks: Sequence[int]) -> Float[np.ndarray, "problems ks"]:
         """Pass@k of each problem."""

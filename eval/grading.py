@@ -1,6 +1,7 @@
 """The grades of one part file after another, here or in processes of their own, which `python -m eval.grading` is."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def _changed_at(file: epath.Path) -> float:
 
 def _grades(rows: Sequence[Row], golds: Mapping[str, str], kind: Kind) -> list[Row]:
     verdicts: dict[tuple[str, str | None], bool | None] = {}  # None: killed
-    votes = {problem_id: Votes(kind) for problem_id in golds}
+    votes: defaultdict[str, Votes] = defaultdict(lambda: Votes(kind))
     result = []
     for sample in rows:
         started = time.perf_counter()

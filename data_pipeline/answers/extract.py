@@ -62,6 +62,11 @@ _OPERATION = re.compile(
     r"\s*(?:(?:plus|minus|times|over|divided by|multiplied by|choose|mod)\s+(?:[$\d]|[A-Za-z]\b)"
     r"|(?:\\times|\\cdot|\\div|[*^])\s*[\d{(]|[%:]\d)"
 )
+_NUMBER_WORD = rf"(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})s?\b"
+_IN_WORDS = re.compile(
+    rf"\b(?:(?:negative|minus)\s+)?(?:an?\s+)?{_NUMBER_WORD}(?:[\s-]+(?:and\s+(?=\w))?(?:an?\s+)?{_NUMBER_WORD})*",
+    re.IGNORECASE,
+)
 _CONCLUDED = re.compile(
     r"\bwhich (?:is|equals|makes|gives)\s+(?![-$\d.,]+\s+(?:more|less|fewer|times|higher|lower|percent)\b)(.+)"
 )
@@ -302,12 +307,7 @@ def _is_alone(number: str, said: str) -> bool:
 
 def _number_in_words(text: str) -> str | None:
     """The number that the first run of number words says."""
-    run = re.search(
-        rf"\b(?:(?:negative|minus)\s+)?(?:an?\s+)?(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})s?\b"
-        rf"(?:[\s-]+(?:and\s+(?=\w))?(?:an?\s+)?(?:{'|'.join(sorted(NUMBER_WORDS, key=len, reverse=True))})s?\b)*",
-        text,
-        re.IGNORECASE,
-    )
+    run = _IN_WORDS.search(text)
     value = None if run is None else spelled(run[0])
     return None if value is None else _written(value)
 

@@ -40,7 +40,6 @@ class TestSets:
         self._offsets = np.concatenate([[0], np.cumsum(counts[counts <= max_problems])])
         # Of how many n-grams a problem consists: what is boilerplate does not count.
         self._sizes = np.maximum(1, np.bincount(problem_of[telling], minlength=len(questions)))
-        self.num_unseen = int((np.bincount(problem_of[telling], minlength=len(questions)) == 0).sum())
 
     def shingles(self, texts: Iterable[str]) -> Shingles:
         """The n-grams of rows, as `matches` compares them."""

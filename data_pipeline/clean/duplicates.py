@@ -1,7 +1,5 @@
 """Rows that say the same as an earlier one: exactly, or nearly (Jaccard similarity of their n-grams of words)."""
 
-from collections import Counter
-
 import numpy as np
 from jaxtyping import Int
 
@@ -47,8 +45,3 @@ def exact_duplicates(digests: Int[np.ndarray, "rows 2"]) -> dict[int, int]:
     firsts = first[inverse.reshape(-1)]
     rows = np.arange(len(digests))
     return dict(zip(rows[firsts != rows].tolist(), firsts[firsts != rows].tolist(), strict=True))
-
-
-def most_repeated(repeats: dict[int, int], count: int) -> list[tuple[int, int]]:
-    """The rows that most others repeat, and how many do."""
-    return Counter(repeats.values()).most_common(count)

@@ -121,6 +121,7 @@ def test_a_line_that_is_no_row_does_not_hide_the_next(tmp_path):
         ("rows.json", b"{", "is not valid JSON"),
         ("rows.json", b"7", "must hold a list of objects, not int"),
         ("rows.xml", b"<a><b></a>", "is not valid XML"),
+        ("rows.csv", b"a\n" + b"x" * 200_000, "is not valid CSV"),
         ("rows.jsonl", b'{"a": "caf\xe9"}', "is not UTF-8 text (byte 10)"),
         ("rows.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}', "is not UTF-8 text (byte 19)"),
     ],
