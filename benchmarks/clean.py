@@ -13,10 +13,8 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +24,8 @@ import pydantic
 
 from benchmarks.flags import settings_and_command
 from benchmarks.report import environment, table, write_results
-from data_pipeline.cli import RunError, logger, run_command
+from benchmarks.worker import run_watched
+from data_pipeline.cli import logger, run_command
 from data_pipeline.settings import Settings
 from data_pipeline.tasks import Problem, read_problems
 
@@ -103,34 +102,8 @@ def _write(file: Any, name: str, question: str, solution: str, answer: str) -> N
 def clean_all(source: Path, test: str, out: Path) -> tuple[float, float]:
     """Seconds that the command takes, and the anonymous memory of its processes together at its highest, in GB."""
     command = [sys.executable, "-m", "data_pipeline", "clean", "--source", str(source), "--out", str(out)]
-    started = time.perf_counter()
-    process = subprocess.Popen([*command, "--against", f"gsm8k:test={test}"], stderr=subprocess.PIPE, text=True)
-    highest = 0.0
-    while process.poll() is None:
-        highest = max(highest, sum(map(_anonymous_gb, _family(process.pid))))
-        time.sleep(0.2)
-    seconds = time.perf_counter() - started
-    if process.returncode != 0:
-        assert process.stderr is not None
-        raise RunError(f"cleaning failed: {process.stderr.read()[-2000:]}")
-    return seconds, highest
-
-
-def _family(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [pid, *(member for child in children for member in _family(int(child)))]
-
-
-def _anonymous_gb(pid: int) -> float:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0.0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) / 1e6 if found is not None else 0.0
+    _, seconds, memory = run_watched([*command, "--against", f"gsm8k:test={test}"])
+    return seconds, memory / 1e9
 
 
 def benchmark(settings: CleanBenchmark, command: str) -> None:

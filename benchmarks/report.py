@@ -34,10 +34,10 @@ class Environment:
         return _slug(self.device.split("@")[0] + cores)
 
 
-def environment(device: str, load_before: float) -> Environment:
-    """What is so now. `device` as jax calls it; a CPU's own name is found here."""
+def environment(device: str, load_before: float, peers: Sequence[str] = ()) -> Environment:
+    """What is so now. `device` as jax calls it; a CPU's own name is found here. `peers`: further packages' names."""
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *peers):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -3,10 +3,15 @@
 import dataclasses
 import multiprocessing
 import os
+import subprocess
+import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.cli import RunError
 
 START_SECONDS = 120.0  # what a process may take at least to start: it imports jax or torch
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OutOfMemoryError", "out of memory")
@@ -105,6 +110,35 @@ def anonymous_memory(process: int | str = "self") -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def family_memory(pid: int) -> int:
+    """`anonymous_memory` of a process and of all that it has started, together."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return 0
+    return anonymous_memory(pid) + sum(family_memory(int(child)) for child in children)
+
+
+def run_watched(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[str, float, int]:
+    """What `command` prints, the seconds that it takes, and the most memory that its processes have together, bytes.
+
+    Raises RunError, with the end of what it said, where it fails.
+    """
+    peak = 0
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as printed:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, stdout=printed, stderr=said, env={**os.environ, **(environment or {})})
+        while process.poll() is None:
+            peak = max(peak, family_memory(process.pid))
+            time.sleep(0.05)
+        seconds = time.perf_counter() - started
+        said.seek(0)
+        printed.seek(0)
+        if process.returncode != 0:
+            raise RunError(f"{command[:4]} failed: {said.read()[-2000:]}")
+        return printed.read(), seconds, peak
 
 
 def busy_cpu_seconds() -> float | None:
