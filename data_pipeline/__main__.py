@@ -1,12 +1,14 @@
 """python -m data_pipeline: makes datasets.
 
     python -m data_pipeline prepare demo --out runs/demo/data
+    python -m data_pipeline synthesize --config configs/synthesis/gsm8k_brand_new.yaml --dry-run
     python -m data_pipeline from-samples runs/gsm8k/eval --out right.jsonl
 
-The first writes train.jsonl, test.jsonl and tokenizer.model; the second right answers that a model drew.
+The first writes train.jsonl, test.jsonl and tokenizer.model; the second says what new problems of GSM8K's would cost;
+the third writes right answers that a model drew.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from data_pipeline import cli
@@ -70,6 +72,38 @@ def _inspect(parser: ArgumentParser) -> cli.Action:
     return act
 
 
+def _synthesize(parser: ArgumentParser) -> cli.Action:
+    from data_pipeline.settings import describe, load_settings
+    from data_pipeline.synthesis.run import synthesize
+    from data_pipeline.synthesis.settings import SynthesisSettings
+    from data_pipeline.synthesis.strategies import strategies
+
+    parser.formatter_class = RawDescriptionHelpFormatter
+    named = [f"  {name}\n      {strategy.about}" for name, strategy in strategies().items()]
+    parser.epilog = "\n".join(["strategies:", *named, "", "settings:", *describe(SynthesisSettings)])
+    parser.add_argument("--config", required=True, metavar="CONFIG", help="YAML file of settings")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be asked and what it may cost; send nothing"
+    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that differ from the config's")
+
+    def act(arguments: Namespace) -> None:
+        synthesize(load_settings(SynthesisSettings, arguments.config, arguments.overrides), arguments.dry_run)
+
+    return act
+
+
+def _teacher(parser: ArgumentParser) -> cli.Action:
+    from data_pipeline.synthesis.rules import RuleTeacher, serve
+
+    cli.add_flags(parser, RuleTeacher)
+
+    def act(arguments: Namespace) -> None:
+        serve(cli.from_flags(RuleTeacher, arguments))
+
+    return act
+
+
 def _from_samples(parser: ArgumentParser) -> cli.Action:
     from data_pipeline.from_samples import FromSamples, rows_from_samples
 
@@ -87,6 +121,8 @@ COMMANDS = {
     "check": cli.Command("grade every training text against its own gold answer", _check),
     "clean": cli.Command("leave out what is malformed, wrong, duplicated, or in a test set", _clean),
     "inspect": cli.Command("show what a model will see of the data of a training config", _inspect),
+    "synthesize": cli.Command("new questions and answers from a teacher behind an OpenAI-compatible API", _synthesize),
+    "teacher": cli.Command("a rule-based teacher on this machine, to try synthesize with", _teacher),
     "from-samples": cli.Command("the right answers in a graded eval folder, as rows to train on", _from_samples),
 }
 

@@ -80,10 +80,11 @@ def write_json(path: Path | epath.Path, value: Any) -> None:
 
 def write_json_lines(path: Path | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes one JSON object a line, atomically; whatever a reader takes for the end of a line, it is one a row."""
-    write_text(path, "".join(_json_line(row) + "\n" for row in rows))
+    write_text(path, "".join(json_line(row) + "\n" for row in rows))
 
 
-def _json_line(row: dict[str, Any]) -> str:
+def json_line(row: dict[str, Any]) -> str:
+    """One JSON object as a line, without its end."""
     line = json.dumps(row, ensure_ascii=False).translate(_LINE_ENDS)
     try:
         line.encode()

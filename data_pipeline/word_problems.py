@@ -1,6 +1,7 @@
 """Multi-step word problems with worked steps, generated: data for the demo, for tests and for studies."""
 
 import random
+import re
 from collections.abc import Iterator
 
 from data_pipeline.problem import Problem
@@ -53,3 +54,33 @@ def _generate(rng: random.Random, num_steps: int, index: int) -> Problem:
         answer=str(value),
         num_steps=num_steps,
     )
+
+
+def solve(question: str) -> Problem | None:
+    """The generated problem whose question this is, with its solution; None where it is none of ours."""
+    sentences = re.findall(r"[^.?]+[.?]", question.strip())
+    if len(sentences) < 2 or "".join(sentences) != question.strip():
+        return None
+    begins = re.fullmatch(r"(\w+) has (\d+) (\w+)\.", sentences[0].strip())
+    if begins is None or sentences[-1].strip() != f"How many {begins[3]} does {begins[1]} have now?":
+        return None
+    name, value, steps = begins[1], int(begins[2]), []
+    for sentence in sentences[1:-1]:
+        event = sentence.strip().removeprefix(f"{name} ").removesuffix(".")
+        number = re.search(r"\d+", event)
+        n = 2 if number is None else int(number[0])
+        if event == f"doubles the {begins[3]}":
+            sign, result = "*", value * 2
+        elif any(re.fullmatch(_pattern(phrase, n), event) for phrase in GAINS):
+            sign, result = "+", value + n
+        elif any(re.fullmatch(_pattern(phrase, n), event) for phrase in LOSSES):
+            sign, result = "-", value - n
+        else:
+            return None
+        steps.append(f"{value} {sign} {n} = {result}")
+        value = result
+    return Problem("", question.strip(), "\n".join(steps), str(value), num_steps=len(steps))
+
+
+def _pattern(phrase: str, n: int) -> str:
+    return phrase.format(n=n, friend=r"\w+")

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pydantic
 from etils import epath
+from jaxtyping import Int
 
 from data_pipeline.clean.duplicates import exact_duplicates, near_duplicates
 from data_pipeline.clean.examine import Examined, Rules, begin
@@ -44,6 +45,9 @@ class CleanSettings(Settings):
     against: str | None = pydantic.Field(
         None, description="test sets that nothing may be taken from, as TASK:SPLIT=SOURCE, several by commas"
     )
+    beside: str | None = pydantic.Field(
+        None, description="rows that are there already, likewise as TASK:SPLIT=SOURCE: what repeats one goes"
+    )
     contamination: float = pydantic.Field(
         0.4, gt=0, le=1, description="share of a test question's n-grams of words in a row that is taken from it"
     )
@@ -60,11 +64,19 @@ class CleanSettings(Settings):
 
 
 class Removed(NamedTuple):
-    """Why a row was left out; the row, or test question, that it repeats; and what was found."""
+    """Why a row was left out; the number of what it repeats, if anything, and among what; and what was found."""
 
     reason: str
-    like: int | None  # a row's number, or a test question's
+    like: int | None
     detail: str
+    among: Literal["rows", "tests", "beside"] = "rows"
+
+
+class Others(NamedTuple):
+    """Problems that rows may repeat: those of test sets, and those that are there already."""
+
+    tests: list[Problem]
+    beside: list[Problem]
 
 
 def clean(settings: CleanSettings) -> dict[str, Any]:
@@ -73,15 +85,22 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     Of rows that repeat each other the first is kept. The result is the same for any number of processes.
     """
     task = get_task(settings.task)
-    tests = [problem for spec in _tests(settings.against) for problem in read_problems(*spec)]
+    others = Others(
+        *(
+            [problem for spec in _named(name, getattr(settings, name)) for problem in read_problems(*spec)]
+            for name in ("against", "beside")
+        )
+    )
     rules = Rules(
-        task.graded_as, settings.min_chars, settings.max_chars, [problem.question for problem in tests],
+        task.graded_as, settings.min_chars, settings.max_chars, [problem.question for problem in others.tests],
         settings.contamination, whole=settings.duplicates == "example",
     )  # fmt: skip
-    removed, num_rows = _decide(_rows(task, settings), rules, settings)
+    removed, num_rows = _decide(_rows(task, settings), others.beside, rules, settings.similarity)
+    if not num_rows:
+        raise UsageError(f"source={settings.source}: there are no rows")
     if len(removed) == num_rows:
         raise UsageError(f"source={settings.source}: nothing is left of {num_rows} rows; they were {_said(removed)}")
-    report = _write(task, settings, removed, num_rows, tests)
+    report = _write(task, settings, removed, num_rows, others)
     logger.info(
         "%s of %s rows are left; removed: %s", f"{report['num_kept']:,}", f"{num_rows:,}", _said(removed) or "none"
     )
@@ -89,7 +108,9 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     return report
 
 
-def _decide(rows: Iterator[Row], rules: Rules, settings: CleanSettings) -> tuple[dict[int, Removed], int]:
+def _decide(
+    rows: Iterator[Row], beside: Sequence[Problem], rules: Rules, similarity: float
+) -> tuple[dict[int, Removed], int]:
     """What is removed, by the row's number; and how many rows there are."""
     removed: dict[int, Removed] = {}
     ids: dict[str, int] = {}
@@ -111,22 +132,33 @@ def _decide(rows: Iterator[Row], rules: Rules, settings: CleanSettings) -> tuple
             for place, (reason, detail) in part.reasons.items():
                 removed.setdefault(first + place, Removed(reason, None, detail))
             for match in part.matches:
-                found = Removed("in a test set", match.problem, f"{100 * match.share:.0f} % of its n-grams")
+                found = Removed("in a test set", match.problem, f"{100 * match.share:.0f} % of its n-grams", "tests")
                 removed.setdefault(first + match.row, found)
             parts.append(part)
             first += len(part.digests)
             bar.update(len(part.digests))
-    if not counted:
-        raise UsageError(f"source={settings.source}: there are no rows")
-    left = np.array([number for number in range(counted) if number not in removed], np.int64)
-    digests = np.concatenate([part.digests for part in parts])[left]
-    for row, like in exact_duplicates(digests).items():
-        removed[int(left[row])] = Removed("there already", int(left[like]), "exactly")
-    left = np.array([number for number in left.tolist() if number not in removed], np.int64)
-    if settings.similarity < 1:
-        every = _join([part.shingles for part in parts])
-        for row, like in near_duplicates(_select(every, left), settings.similarity).items():
-            removed[int(left[row])] = Removed("nearly there already", int(left[like]), "")
+    # What is there already comes first, so that a row repeats it and never the other way round.
+    chunks_beside: Iterator[list[Row]] = (list(beside[at : at + _CHUNK]) for at in range(0, len(beside), _CHUNK))
+    parts = [*_examined(chunks_beside, rules._replace(questions=[])), *parts]
+
+    def left() -> Int[np.ndarray, " left"]:
+        return np.array([n for n in range(len(beside) + counted) if n - len(beside) not in removed], np.int64)
+
+    def remove(repeats: dict[int, int], numbers: Int[np.ndarray, " left"], nearly: str, detail: str) -> None:
+        for place, like in repeats.items():
+            row, other = int(numbers[place]) - len(beside), int(numbers[like])
+            if row >= 0 and other < len(beside):
+                removed[row] = Removed(f"{nearly}there beside it", other, detail, "beside")
+            elif row >= 0:
+                removed[row] = Removed(f"{nearly}there already", other - len(beside), detail)
+
+    numbers = left()
+    digests = np.concatenate([np.zeros((0, 2), np.uint64), *(part.digests for part in parts)])
+    remove(exact_duplicates(digests[numbers]), numbers, "", "exactly")
+    if similarity < 1 and parts:
+        numbers = left()
+        every = _select(_join([part.shingles for part in parts]), numbers)
+        remove(near_duplicates(every, similarity), numbers, "nearly ", "")
     return removed, counted
 
 
@@ -141,13 +173,13 @@ def _examined(chunks: Iterator[list[Row]], rules: Rules) -> Iterator[Examined]:
 
 
 def _write(
-    task: Task, settings: CleanSettings, removed: dict[int, Removed], num_rows: int, tests: Sequence[Problem]
+    task: Task, settings: CleanSettings, removed: dict[int, Removed], num_rows: int, others: Others
 ) -> dict[str, Any]:
     """The dataset of what is left, then removed.jsonl, report.json and report.html in its folder."""
     shown = _examples(removed)
     needed: dict[int, Row] = dict.fromkeys(shown, "")  # rows that the report shows, by number
     for found in (removed[number] for number in shown):
-        if found.like is not None and _like_a_row(found):
+        if found.like is not None and found.among == "rows":
             needed[found.like] = ""
 
     with (
@@ -164,7 +196,7 @@ def _write(
                     assert isinstance(row, Problem)
                     yield row
                 else:
-                    apart.write(json.dumps(_told(number, row, found, tests)) + "\n")
+                    apart.write(json.dumps(_told(number, row, found, others)) + "\n")
 
         report = {
             "source": settings.source,
@@ -179,18 +211,18 @@ def _write(
         epath.Path(apart.name).copy(folder / "removed.jsonl", overwrite=True)
         write_json(folder / "report.json", report)
         pairs = [
-            Pair(removed[number].reason, removed[number].detail, *_texts(number, needed, removed[number], tests))
+            Pair(removed[number].reason, removed[number].detail, *_texts(number, needed, removed[number], others))
             for number in shown
         ]
         write_report(folder / "report.html", report, pairs)
     return report
 
 
-def _texts(number: int, rows: dict[int, Row], found: Removed, tests: Sequence[Problem]) -> tuple[str, str]:
+def _texts(number: int, rows: dict[int, Row], found: Removed, others: Others) -> tuple[str, str]:
     """The row that was removed, and what it repeats."""
     like: Row = ""
     if found.like is not None:
-        like = rows[found.like] if _like_a_row(found) else tests[found.like]
+        like = rows[found.like] if found.among == "rows" else getattr(others, found.among)[found.like]
     return _shown(rows[number]), _shown(like)
 
 
@@ -198,17 +230,13 @@ def _shown(row: Row) -> str:
     return f"{row.question}\n\n{row.solution}".strip() if isinstance(row, Problem) else row
 
 
-def _told(number: int, row: Row, found: Removed, tests: Sequence[Problem]) -> dict[str, Any]:
-    """A line of removed.jsonl: the row, counted from 1, why it went, and the row or test problem that it repeats."""
+def _told(number: int, row: Row, found: Removed, others: Others) -> dict[str, Any]:
+    """A line of removed.jsonl: the row, counted from 1, why it went, and the row or problem that it repeats."""
     like: int | str | None = None
     if found.like is not None:
-        like = found.like + 1 if _like_a_row(found) else tests[found.like].id
+        like = found.like + 1 if found.among == "rows" else getattr(others, found.among)[found.like].id
     told = {"row": number + 1, "reason": found.reason, "detail": found.detail, "like": like}
     return told | (dataclasses.asdict(row) if isinstance(row, Problem) else {})
-
-
-def _like_a_row(found: Removed) -> bool:
-    return found.like is not None and found.reason != "in a test set"
 
 
 def _examples(removed: dict[int, Removed]) -> list[int]:
@@ -231,13 +259,13 @@ def _rows(task: Task, settings: CleanSettings) -> Iterator[Row]:
             yield f"{where}: {error or 'of no use'}"
 
 
-def _tests(against: str | None) -> Iterator[tuple[str, str, str]]:
-    """Task, split and source of each test set that is named."""
-    for spec in against.split(",") if against else []:
+def _named(name: str, value: str | None) -> Iterator[tuple[str, str, str]]:
+    """Task, split and source of each data set that a setting names."""
+    for spec in value.split(",") if value else []:
         where, equals, source = spec.partition("=")
         task, colon, split = where.strip().partition(":")
         if not (equals and colon and source.strip()):
-            raise UsageError(f"against={spec!r} must look like gsm8k:test=FILE (TASK:SPLIT=SOURCE, several by commas)")
+            raise UsageError(f"{name}={spec!r} must look like gsm8k:test=FILE (TASK:SPLIT=SOURCE, several by commas)")
         yield task, split, source.strip()
 
 

@@ -1,8 +1,12 @@
 """Question-answer rows: the user's own, and those that `data_pipeline` makes.
 
-A row is {"question": …, "solution": …, "answer": …} and may carry "id", "level", "subject" and "num_steps". The
-solution is the worked text without the answer line. A step is a non-blank line of it, where the row does not say.
+A row is {"question": …, "solution": …, "answer": …} and may carry "id", "level", "subject", "num_steps" and
+"lineage". The solution is the worked text without the answer line. A step is a non-blank line of it, where the row does
+not say.
 """
+
+import json
+from typing import Any
 
 from data_pipeline.answers import Kind, check_gold, parse_number
 from data_pipeline.rows import Row
@@ -27,7 +31,12 @@ def _parse(row: Row, kind: Kind) -> Problem:
         num_steps=count_lines(solution) if steps is None else steps,
         level=optional_field(row, "level"),
         subject=optional_field(row, "subject"),
+        lineage=_lineage(row.get("lineage")),
     )
+
+
+def _lineage(said: Any) -> str:
+    return "" if said is None else said if isinstance(said, str) else json.dumps(said)
 
 
 def _parse_number(row: Row) -> Problem:

@@ -1,0 +1,257 @@
+"""OpenAI's Batch API under the same ledger: requests in files, replies within a day, at half the price.
+
+A batch is written to the ledger, with all that is held for it, before it is made on the server, where it bears the
+name that it has in the ledger: so a run that died in between finds it there, or knows that it was never made.
+"""
+
+import io
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import openai
+
+from data_pipeline.cli import RunError, StopSignal, first_line, logger
+from data_pipeline.synthesis.direct import OUT_OF_QUOTA
+from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent
+from data_pipeline.synthesis.requests import Request, cost_of, read_reply, usage_of
+from data_pipeline.synthesis.settings import BATCH_SHARE, BatchLimits, Price, Teacher
+
+_PATH: Final = "/v1/chat/completions"
+_NAME = "mathscale_batch"  # under which the name stands in a batch's metadata
+_RETRIES = 6  # of what costs nothing: looks, uploads, downloads
+_MOST_FAILURES = 3  # of one request in one run
+_ENDED = ("completed", "expired", "cancelled", "failed")
+_TOO_MUCH = ("token_limit_exceeded", "request_limit_exceeded")  # of what may wait on the server at once
+
+
+class BatchTeacher:
+    """Submits requests and collects replies."""
+
+    def __init__(self, teacher: Teacher, limits: BatchLimits, ledger: Ledger, budget: int, stop: StopSignal):
+        """`budget`: billionths of a dollar for everything in the ledger."""
+        whole = teacher.prices()
+        self.price = Price(input=whole.input * BATCH_SHARE, output=whole.output * BATCH_SHARE)
+        self._limits, self._ledger, self._budget, self._stop = limits, ledger, budget, stop
+        self._where = teacher.base_url
+        self._client = openai.OpenAI(base_url=teacher.base_url, api_key=teacher.key(), max_retries=_RETRIES)
+        self._requests: dict[bytes, Request] = {}  # those under way, as far as this process has met them
+        self._failures: Counter[bytes] = Counter()
+        self._max_requests, self._max_open = limits.max_requests, limits.max_open
+        self._wait_until = 0.0  # the server has as much as it takes
+        self._open = {number: remote for number, _, remote, _ in ledger.batches("open") if remote is not None}
+        self._waiting = {sent.key for number in self._open for sent in ledger.of_batch(number)}
+        self.budget_reached = False
+
+    @property
+    def num_open(self) -> int:
+        """Batches under way."""
+        return len(self._open)
+
+    @property
+    def num_failed(self) -> int:
+        """Requests that failed as often as they may."""
+        return sum(failures >= _MOST_FAILURES for failures in self._failures.values())
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the server takes no more just now."""
+        return time.monotonic() < self._wait_until
+
+    def is_asked(self, request: Request) -> bool:
+        """Whether a request is under way, or failed as often as it may. Remembers it, to read its reply by."""
+        if request.key in self._waiting:
+            self._requests.setdefault(request.key, request)
+            return True
+        return self._failures[request.key] >= _MOST_FAILURES
+
+    def has_room(self) -> bool:
+        """Whether another batch may be submitted now."""
+        return len(self._open) < self._max_open and not self.is_waiting and not self.budget_reached
+
+    def adopt(self) -> None:
+        """Batches that a run made, or was about to make, when it died: found on the server, or void."""
+        lost = self._ledger.batches("new")
+        if not lost:
+            return
+        there = {
+            (batch.metadata or {}).get(_NAME): batch.id
+            for batch in self._told(lambda: list(self._client.batches.list(limit=100)))
+        }
+        for number, name, _, _ in lost:
+            if name in there:
+                logger.info("batch %s was found on the server", there[name])
+                self._opened(number, there[name])
+            else:
+                self._settle_rest(number, "was never made")
+                self._ledger.set_batch(number, "void")
+
+    def submit(self, requests: Iterable[Request]) -> int:
+        """Makes batches of `requests` while there is room; returns how many requests are on their way."""
+        submitted = 0
+        for chunk, file in self._chunks(requests):
+            if not self.has_room() or self._stop.exit_code is not None:
+                break
+            submitted += self._submit(chunk, file)
+        return submitted
+
+    def collect(self) -> int:
+        """Looks at the batches under way, and takes what has ended; returns how many requests have an outcome."""
+        collected = 0
+        for number, remote in list(self._open.items()):
+            batch = self._told(lambda remote=remote: self._client.batches.retrieve(remote))
+            if batch.status in _ENDED:
+                collected += self._collect(number, batch)
+        return collected
+
+    def _chunks(self, requests: Iterable[Request]) -> Iterator[tuple[list[Request], bytes]]:
+        """Requests that fit a batch and its file."""
+        chunk: list[Request] = []
+        file = io.BytesIO()
+        for request in requests:
+            line = json.dumps({"custom_id": request.key.hex(), "method": "POST", "url": _PATH, "body": request.body})
+            data = line.encode() + b"\n"
+            if chunk and (
+                len(chunk) >= self._max_requests or file.tell() + len(data) > self._limits.max_megabytes * 1e6
+            ):
+                yield chunk, file.getvalue()
+                chunk, file = [], io.BytesIO()
+            chunk.append(request)
+            file.write(data)
+        if chunk:
+            yield chunk, file.getvalue()
+
+    def _submit(self, chunk: list[Request], file: bytes) -> int:
+        bounds = [request.bound(self.price) for request in chunk]
+        room = self._budget - self._ledger.account.total
+        if sum(bounds) > room:  # as many as the budget holds
+            fitting = 0
+            while fitting < len(chunk) and sum(bounds[: fitting + 1]) <= room:
+                fitting += 1
+            if not fitting:
+                self.budget_reached = not self._open  # others may turn out cheaper than what is held for them
+                return 0
+            (chunk, file), *_ = self._chunks(chunk[:fitting])
+            bounds = bounds[:fitting]
+        name = uuid.uuid4().hex
+        upload = self._told(lambda: self._client.files.create(file=(f"{name}.jsonl", file), purpose="batch"))
+        number = self._ledger.add_batch(name)
+        try:
+            _, done = self._ledger.send(chunk, bounds, self._budget, batch=number)
+        except BudgetReached:  # cannot be: nobody else holds anything
+            self.budget_reached = True
+            return 0
+        done.result()
+        try:
+            batch = self._client.with_options(max_retries=0).batches.create(
+                input_file_id=upload.id, endpoint=_PATH, completion_window="24h", metadata={_NAME: name}
+            )
+        except openai.APIConnectionError:  # it may be there all the same
+            logger.warning("%s: the connection was lost while a batch was made: looking for it", self._where)
+            self.adopt()
+            return 0
+        except openai.APIStatusError as error:
+            self._settle_rest(number, first_line(error))
+            self._ledger.set_batch(number, "void")
+            if error.status_code == 429 and str(error.code) not in OUT_OF_QUOTA:
+                self._wait_until = time.monotonic() + self._limits.poll_seconds
+                return 0
+            raise RunError(f"{self._where} refuses a batch: {first_line(error)}") from error
+        for request in chunk:
+            self._requests[request.key] = request
+        self._opened(number, batch.id)
+        logger.info("batch %s: %s requests", batch.id, f"{len(chunk):,}")
+        return len(chunk)
+
+    def _opened(self, number: int, remote: str) -> None:
+        self._ledger.set_batch(number, "open", remote)
+        self._open[number] = remote
+        self._waiting |= {sent.key for sent in self._ledger.of_batch(number)}
+
+    def _collect(self, number: int, batch: Any) -> int:
+        """Takes the lines of a batch that has ended; what has none was not done, and not paid."""
+        if batch.status == "failed":
+            codes = [error.code or "" for error in (batch.errors.data or [] if batch.errors else [])]
+            said = "; ".join(
+                filter(None, (error.message for error in (batch.errors.data or [] if batch.errors else [])))
+            )
+            self._settle_rest(number, said or "failed")
+            self._closed(number)
+            if not any(code in _TOO_MUCH for code in codes):
+                raise RunError(f"{self._where}: batch {batch.id} failed: {said or 'it does not say why'}")
+            self._make_smaller(said)
+            return 0
+        there = {sent.key: sent for sent in self._ledger.of_batch(number)}
+        collected = 0
+        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
+            content = self._told(lambda file=file: self._client.files.content(file).content)
+            for line in content.splitlines():
+                collected += self._take(line, there)
+        if batch.status != "completed":
+            logger.warning("batch %s is %s: %d of its requests are asked again", batch.id, batch.status, len(there))
+        self._settle_rest(number, batch.status)
+        self._closed(number)
+        return collected
+
+    def _take(self, line: bytes, there: dict[bytes, Sent]) -> int:
+        """One line of a file: lines come in any order, and may be damaged."""
+        try:
+            row = json.loads(line)
+            sent = there.get(bytes.fromhex(row["custom_id"]))
+            response = row.get("response") or {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return 0
+        request = None if sent is None else self._requests.get(sent.key)
+        if sent is None or request is None:
+            return 0
+        del there[sent.key]
+        if response.get("status_code") == 200:
+            body = response.get("body")
+            reply = read_reply(body, request, self.price)
+            if reply is not None:
+                self._ledger.settle(sent, "reply", reply).result()
+            else:
+                tokens = usage_of(body, request)
+                self._ledger.settle(
+                    sent, "unreadable", cost=cost_of(*tokens, self.price), tokens=tokens, detail="no choice with a text"
+                ).result()
+        else:
+            error = row.get("error") or (response.get("body") or {}).get("error") or {}
+            self._failures[sent.key] += 1
+            self._ledger.settle(sent, "unpaid", detail=str(error.get("message") or error)).result()
+        self._forget(sent.key)
+        return 1
+
+    def _settle_rest(self, number: int, why: str) -> None:
+        for sent in self._ledger.of_batch(number):
+            self._ledger.settle(sent, "unpaid", detail=why).result()
+            self._forget(sent.key)
+
+    def _forget(self, key: bytes) -> None:
+        self._waiting.discard(key)
+        self._requests.pop(key, None)
+
+    def _closed(self, number: int) -> None:
+        self._ledger.set_batch(number, "done")
+        del self._open[number]
+
+    def _make_smaller(self, said: str) -> None:
+        """The server has more waiting than it takes: wait for what it has, or send less at once."""
+        logger.warning("%s takes no more at once (%s): waiting", self._where, said)
+        if self._open:
+            self._max_open = len(self._open)
+        else:
+            self._max_requests = max(1, self._max_requests // 2)
+        self._wait_until = time.monotonic() + self._limits.poll_seconds
+
+    def _told(self, call: Any) -> Any:
+        """What `call` returns. Raises RunError where the server does not do it."""
+        try:
+            return call()
+        except openai.APIStatusError as error:
+            raise RunError(f"{self._where} answers {error.status_code}: {first_line(error)}") from error
+        except openai.OpenAIError as error:
+            raise RunError(f"{self._where} does not answer: {first_line(error)}") from error

@@ -1,0 +1,281 @@
+"""Requests one by one, many at once: the pace that a server allows, and what is done about its errors."""
+
+import asyncio
+import email.utils
+import json
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import openai
+
+from data_pipeline.cli import RunError, StopSignal, first_line
+from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent, on_disk
+from data_pipeline.synthesis.requests import Request, cost_of, read_reply, usage_of
+from data_pipeline.synthesis.settings import Limits, Teacher
+
+_FIRST_WAIT = 1.0  # seconds after the first error; doubled from one to the next
+OUT_OF_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated")
+_MOST_REFUSED = 20  # requests that are refused as malformed, one after another, before all is given up
+
+
+class _Ended(Exception):
+    """No more requests: asked to stop, out of budget, or something that no request can survive."""
+
+
+class Rate:
+    """So many units a minute, evenly."""
+
+    def __init__(self, per_minute: float | None):
+        self._seconds = 0.0 if per_minute is None else 60 / per_minute
+        self._next = 0.0
+
+    def delay(self, units: float) -> float:
+        """Takes so many units, and says after how many seconds they may be used."""
+        now = time.monotonic()
+        start = max(now, self._next)
+        self._next = start + units * self._seconds
+        return start - now
+
+
+class DirectTeacher:
+    """Asks; replies are in the ledger when `ask` returns."""
+
+    def __init__(self, teacher: Teacher, limits: Limits, ledger: Ledger, budget: int, stop: StopSignal):
+        """`budget`: billionths of a dollar for everything in the ledger."""
+        self._price, self._limits, self._ledger = teacher.prices(), limits, ledger
+        self._budget, self._stop, self._where = budget, stop, teacher.base_url
+        self._client = _client(teacher, limits)
+        self._requests, self._tokens = Rate(limits.requests_per_minute), Rate(limits.tokens_per_minute)
+        self._resume_at = 0.0  # nothing is sent before, since the server said that it is too much
+        self._under_way: dict[bytes, asyncio.Future[bool]] = {}
+        self._num_open = 0
+        self._refused = 0
+        self._down_since: float | None = None
+        self.ended: Exception | None = None  # why no more requests are sent
+        self.num_failed = 0
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.close()
+
+    async def ask(self, request: Request) -> bool:
+        """Whether the ledger has a reply now. Who asks the same at the same time waits for the same.
+
+        False: the server failed, for this request, as often as it may. Raises _Ended, of which `ended` has the reason.
+        """
+        same = self._under_way.get(request.key)
+        if same is not None:
+            return await same
+        future = asyncio.get_running_loop().create_future()
+        self._under_way[request.key] = future
+        try:
+            answered = await self._ask(request)
+        except BaseException as error:
+            future.set_exception(error)
+            future.exception()  # seen, if by nobody else
+            raise
+        else:
+            future.set_result(answered)
+            return answered
+        finally:
+            del self._under_way[request.key]
+
+    async def _ask(self, request: Request) -> bool:
+        bound = request.bound(self._price)
+        for attempt in range(self._limits.retries + 1):
+            await self._wait_turn(request)
+            sent = await self._sent(request, bound)
+            started = time.monotonic()
+            try:
+                wait = await self._once(request, sent, started)
+            except asyncio.CancelledError:
+                raise
+            finally:
+                self._num_open -= 1
+            if wait is None:
+                return True
+            if wait < 0:
+                break
+            if attempt < self._limits.retries:
+                backoff = random.uniform(0.5, 1) * _FIRST_WAIT * 2**attempt
+                await self._sleep(min(self._limits.longest_wait, max(wait, backoff)))
+        self.num_failed += 1
+        return False
+
+    async def _once(self, request: Request, sent: Sent, started: float) -> float | None:
+        """None where there is a reply; else seconds to wait before the next try, less than 0 where there is none."""
+        try:
+            response = await self._client.chat.completions.with_raw_response.create(**request.body)
+            content = _parsed(response.http_response.content)
+        except openai.APIStatusError as error:
+            return await self._answered_with_error(error, sent, time.monotonic() - started)
+        except openai.APIConnectionError as error:  # a time-out is one
+            seconds = time.monotonic() - started
+            never_sent = _was_never_sent(error)
+            await on_disk(
+                self._ledger.settle(
+                    sent, "unpaid" if never_sent else "unknown", cost=0 if never_sent else sent.bound, seconds=seconds,
+                    detail=_told(error),
+                )
+            )  # fmt: skip
+            self._check_down(error)
+            return 0.0
+        seconds = time.monotonic() - started
+        self._down_since = None
+        reply = read_reply(content, request, self._price)
+        if reply is None:
+            tokens = usage_of(content, request)
+            cost = cost_of(*tokens, self._price)
+            said = "no JSON" if content is None else "no choice with a text"
+            await on_disk(
+                self._ledger.settle(sent, "unreadable", cost=cost, tokens=tokens, seconds=seconds, detail=said)
+            )
+            return -1.0
+        self._refused = 0
+        await on_disk(self._ledger.settle(sent, "reply", reply, seconds=seconds))
+        return None
+
+    async def _answered_with_error(self, error: openai.APIStatusError, sent: Sent, seconds: float) -> float:
+        await on_disk(self._ledger.settle(sent, "unpaid", seconds=seconds, detail=_told(error)))
+        code, status = str(error.code or ""), error.status_code
+        if code in OUT_OF_QUOTA or status == 402:
+            self._end(RunError(f"{self._where} says that the account is out of quota: {first_line(error)}"))
+        if status in (401, 403):
+            self._end(RunError(f"{self._where} refuses the key (HTTP {status}): {first_line(error)}"))
+        if status == 404:
+            self._end(
+                RunError(
+                    f"{self._where} answers 404: {first_line(error)}: does teacher.base_url end with /v1, and has it a "
+                    "model of this name?"
+                )
+            )
+        if status == 429 or status == 503:
+            wait = retry_after(error)
+            pause = min(self._limits.longest_wait, wait if wait is not None else _FIRST_WAIT)
+            if status == 429:  # too much for all of us, not for this request
+                self._resume_at = max(self._resume_at, time.monotonic() + pause)
+            return pause
+        if status in (408, 409) or status >= 500:
+            self._check_down(error)
+            return 0.0
+        self._refused += 1
+        if self._refused >= _MOST_REFUSED:
+            self._end(RunError(f"{self._where} refuses one request after another: {first_line(error)}"))
+        return -1.0
+
+    def _check_down(self, error: Exception) -> None:
+        """Gives up where nothing at all was answered for as long as a request is tried."""
+        now = time.monotonic()
+        self._down_since = self._down_since or now
+        patience = max(60.0, 2 * self._limits.longest_wait) if self._limits.retries else 0.0
+        if now - self._down_since > patience:
+            self._end(RunError(f"{self._where} does not answer: {_told(error)}"))
+
+    async def _sent(self, request: Request, bound: int) -> Sent:
+        """Holds what the request may cost, and has it on the disk."""
+        while True:
+            try:
+                (sent,), done = self._ledger.send([request], [bound], self._budget)
+                break
+            except BudgetReached:
+                if not self._num_open:
+                    self._end(BudgetReached())
+                await self._sleep(0.05)  # others under way may turn out cheaper than what is held for them
+        self._num_open += 1
+        try:
+            await on_disk(done)
+        except BaseException:
+            self._num_open -= 1
+            raise
+        return sent
+
+    async def _wait_turn(self, request: Request) -> None:
+        tokens = request.expected_prompt_tokens + request.max_tokens
+        await self._sleep(max(self._requests.delay(1), self._tokens.delay(tokens)))
+        while (left := self._resume_at - time.monotonic()) > 0:
+            await self._sleep(left + random.uniform(0, 0.25 * left))
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleeps, and wakes where all is over."""
+        until = time.monotonic() + seconds
+        while True:
+            if self.ended is not None or self._stop.exit_code is not None:
+                raise _Ended
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            await asyncio.sleep(min(left, 0.25))
+
+    def _end(self, error: Exception) -> None:
+        self.ended = self.ended or error
+        raise _Ended
+
+
+async def each(
+    next_item: Callable[[], Any], work: Callable[[Any], Awaitable[None]], count: int, is_over: Callable[[], bool]
+) -> None:
+    """`count` tasks that take items until there are none, or `is_over`. An error of one ends all."""
+
+    async def run() -> None:
+        while not is_over():
+            item = next_item()
+            if item is None:
+                return
+            try:
+                await work(item)
+            except _Ended:
+                return
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(count):
+            group.create_task(run())
+
+
+def retry_after(error: openai.APIStatusError) -> float | None:
+    """Seconds that a server asks to wait: Retry-After in seconds or as a date, or OpenAI's in milliseconds."""
+    headers = error.response.headers
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        said = headers.get(name)
+        if said is None:
+            continue
+        try:
+            return max(0.0, float(said) / unit)
+        except ValueError:
+            try:
+                return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+            except ValueError:
+                continue
+    return None
+
+
+def _client(teacher: Teacher, limits: Limits) -> openai.AsyncOpenAI:
+    import httpx2
+
+    pool = httpx2.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency)
+    return openai.AsyncOpenAI(
+        base_url=teacher.base_url,
+        api_key=teacher.key(),
+        max_retries=0,  # every try is held, counted and recorded here
+        timeout=limits.timeout,
+        http_client=openai.DefaultAsyncHttpxClient(limits=pool, timeout=limits.timeout),
+    )
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _was_never_sent(error: openai.APIConnectionError) -> bool:
+    """Whether a connection was not even made, so that nothing can have been paid."""
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+
+
+def _told(error: BaseException) -> str:
+    """An error with its cause: the client's own words are "Connection error."."""
+    cause = error.__cause__
+    return first_line(error) if cause is None else f"{first_line(error)} ({type(cause).__name__}: {first_line(cause)})"

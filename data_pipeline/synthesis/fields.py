@@ -1,0 +1,109 @@
+"""The labelled fields of a reply, found whatever dress they come in: Markdown, other case, numbering, JSON."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
+# What may stand before a label at the beginning of a line, and around it: heading marks, bullets, numbers, emphasis.
+_BEFORE = r"^[ \t>]*(?:#{1,6}[ \t]*)?(?:[-*+][ \t]+)?(?:\(?\d{1,2}[.)][ \t]*)?[*_`\[<]*"
+_AFTER = r"[*_`\]>]*[ \t]*[:：][ \t]*[*_`]*[ \t]*"
+# A question that is left as it is, in the words of who was to write it again.
+_UNCHANGED = re.compile(
+    r"\W*(?:(?:the )?same(?: as)?(?: (?:above|before|the created question|created question))?"
+    r"|unchanged|no (?:change|modification)s?(?: (?:is|are))?(?: (?:needed|required|necessary))?"
+    r"|as above|see above|none|n/?a)\W*",
+    re.IGNORECASE,
+)
+
+
+def find_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
+    """The content of each of `labels` that is there and not empty, in the order of `labels`.
+
+    A label is one at the beginning of a line with a colon behind it; labels come in their order, and of one that is
+    written twice the last counts where it is the last label, else the first: what lies between belongs to a field.
+    A JSON object with these keys (spaces or underscores) is read as such.
+    """
+    from_json = _json_fields(text, labels)
+    if from_json is not None:
+        return from_json
+    found: list[tuple[str, int, int]] = []  # label, where it begins, where its content begins
+    start = 0
+    for label in labels:
+        words = r"[ \t_-]+".join(map(re.escape, label.split()))
+        places = list(re.compile(_BEFORE + words + _AFTER, re.IGNORECASE | re.MULTILINE).finditer(text, start))
+        if places:
+            place = places[-1] if label == labels[-1] else places[0]
+            found.append((label, place.start(), place.end()))
+            start = place.end()
+    fields = {}
+    for index, (label, _, begin) in enumerate(found):
+        end = found[index + 1][1] if index + 1 < len(found) else len(text)
+        content = _tidied(text[begin:end])
+        if content:
+            fields[label] = content
+    return fields
+
+
+def last_question(fields: dict[str, str], labels: Sequence[str]) -> str | None:
+    """The question that a reply ends with: the last field, or the first where that is missing or says "the same"."""
+    last = fields.get(labels[-1])
+    if last is not None and not _UNCHANGED.fullmatch(last):
+        return last
+    first = fields.get(labels[0])
+    return None if first is None or _UNCHANGED.fullmatch(first) else first
+
+
+def schema(labels: Sequence[str]) -> dict[str, Any]:
+    """What `response_format` of a request says, to have the fields as JSON."""
+    names = [label.replace(" ", "_") for label in labels]
+    return {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "reply",
+            "strict": True,
+            "schema": {
+                "type": "object",
+                "properties": {name: {"type": "string"} for name in names},
+                "required": names,
+                "additionalProperties": False,
+            },
+        },
+    }
+
+
+def _json_fields(text: str, labels: Sequence[str]) -> dict[str, str] | None:
+    fenced = _FENCE.match(text)
+    body = (fenced[1] if fenced is not None else text).strip()
+    if not body.startswith("{"):
+        return None
+    try:
+        content = json.loads(body, strict=False)  # line ends within texts are met
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    said = {str(key).lower().replace("_", " ").strip(): value for key, value in content.items()}
+    fields = {label: _tidied(str(said[label])) for label in labels if isinstance(said.get(label), str | int | float)}
+    fields = {label: content for label, content in fields.items() if content}
+    return fields or None
+
+
+def _tidied(text: str) -> str:
+    """Without emphasis and fences around the whole, and lines that only separate."""
+    text = re.sub(r"\n[ \t]*(?:[-*_=]{3,}|#{1,6}|\*{2})[ \t]*$", "", text.strip()).strip()
+    fenced = re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL)
+    if fenced is not None:
+        text = fenced[1].strip()
+    for mark in ("**", "__", "*", "_", "`"):
+        if (
+            len(text) > 2 * len(mark)
+            and text.startswith(mark)
+            and text.endswith(mark)
+            and mark not in text[1:-1].strip("*_`")
+        ):
+            text = text[len(mark) : -len(mark)].strip()
+    if len(text) > 2 and text[0] == "<" and text[-1] == ">" and "<" not in text[1:]:  # as the form shows it
+        text = text[1:-1].strip()
+    return text

@@ -1,0 +1,267 @@
+"""The ledger: what was asked, answered and paid. Append-only, and on the disk before anything follows from it.
+
+A request is `sent` with the most that it may cost; its one `outcome` says what it did cost. What was sent and has no
+outcome, since the process or the connection died, counts with the most for ever: nobody can know.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Literal
+
+from data_pipeline.cli import RunError
+from data_pipeline.synthesis.requests import Reply, Request
+
+FORMAT_VERSION = 1
+# reply: with a text; it is asked no more. unreadable: paid, without a text. unpaid: an error of the server, which
+# takes no money for it. unknown: it may have been paid, and nobody knows.
+Status = Literal["reply", "unreadable", "unpaid", "unknown"]
+_TABLES = f"""
+CREATE TABLE IF NOT EXISTS sent (
+  id INTEGER PRIMARY KEY, key BLOB NOT NULL, stage TEXT NOT NULL, bound INTEGER NOT NULL, at REAL NOT NULL,
+  batch INTEGER);
+CREATE INDEX IF NOT EXISTS sent_in_batch ON sent (batch) WHERE batch IS NOT NULL;
+CREATE TABLE IF NOT EXISTS outcomes (
+  sent INTEGER PRIMARY KEY, key BLOB NOT NULL, status TEXT NOT NULL, finish_reason TEXT, text TEXT, model TEXT,
+  prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost INTEGER NOT NULL, seconds REAL NOT NULL,
+  at REAL NOT NULL, detail TEXT);
+CREATE UNIQUE INDEX IF NOT EXISTS reply_of ON outcomes (key) WHERE status = 'reply';
+CREATE INDEX IF NOT EXISTS unreadable_of ON outcomes (key) WHERE status = 'unreadable';
+CREATE TABLE IF NOT EXISTS batches (
+  id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, remote TEXT, state TEXT NOT NULL, at REAL NOT NULL);
+PRAGMA user_version = {FORMAT_VERSION};
+"""
+_SENT = "INSERT INTO sent (id, key, stage, bound, at, batch) VALUES (?, ?, ?, ?, ?, ?)"
+_OUTCOME = "INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+
+
+class BudgetReached(Exception):
+    """A request might pass the budget."""
+
+
+@dataclasses.dataclass
+class Account:
+    """Billionths of a dollar: spent, and held for what was sent and has no outcome."""
+
+    spent: int = 0
+    held: int = 0
+
+    @property
+    def total(self) -> int:
+        """What cannot be spent any more."""
+        return self.spent + self.held
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """A request that was sent: its number, and what is held for it."""
+
+    id: int
+    key: bytes
+    bound: int
+
+
+class Ledger:
+    """One file; one process at a time. Writes are gathered by a thread of its own, so that many share a flush."""
+
+    def __init__(self, path: Path):
+        """Opens or makes the ledger. Raises RunError where it is damaged or of another version."""
+        self.path = path
+        self._jobs: queue.SimpleQueue[tuple[list[tuple[str, tuple[Any, ...]]], Future[None]] | None]
+        self._jobs = queue.SimpleQueue()
+        with self._explained():
+            self._reader = self._connect()
+            version = self._reader.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, FORMAT_VERSION):
+                raise RunError(f"{path} is a ledger of version {version}; this program writes {FORMAT_VERSION}")
+            self._reader.executescript(_TABLES)
+            self.account = Account(
+                *self._reader.execute(
+                    "SELECT (SELECT coalesce(sum(cost), 0) FROM outcomes), (SELECT coalesce(sum(bound), 0) FROM sent "
+                    "WHERE NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.sent = sent.id))"
+                ).fetchone()
+            )
+            self._next = self._reader.execute("SELECT coalesce(max(id), 0) + 1 FROM sent").fetchone()[0]
+        self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Writes what is waiting, and closes the file."""
+        self._jobs.put(None)
+        self._thread.join()
+        self._reader.close()
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Reading
+
+    def reply(self, request: Request) -> Reply | None:
+        """The reply to a request, where it was asked before."""
+        row = self._one(
+            "SELECT text, finish_reason, model, prompt_tokens, completion_tokens, cost FROM outcomes "
+            "WHERE key = ? AND status = 'reply'",
+            request.key,
+        )
+        return None if row is None else Reply(*row)
+
+    def unreadable(self, request: Request) -> int:
+        """How often a request was answered with nothing that is a reply."""
+        row = self._one("SELECT count(*) FROM outcomes WHERE key = ? AND status = 'unreadable'", request.key)
+        return row[0]
+
+    def left_open(self) -> tuple[int, int]:
+        """Requests that were sent one by one and have no outcome, and what is held for them."""
+        return self._one(
+            "SELECT count(*), coalesce(sum(bound), 0) FROM sent WHERE batch IS NULL AND NOT EXISTS "
+            "(SELECT 1 FROM outcomes WHERE outcomes.sent = sent.id)"
+        )
+
+    def of_batch(self, batch: int) -> list[Sent]:
+        """Requests of a batch that have no outcome."""
+        return [
+            Sent(*row)
+            for row in self._all(
+                "SELECT id, key, bound FROM sent WHERE batch = ? AND NOT EXISTS "
+                "(SELECT 1 FROM outcomes WHERE outcomes.sent = sent.id)",
+                batch,
+            )
+        ]
+
+    def batches(self, *states: str) -> list[tuple[int, str, str | None, str]]:
+        """Number, name, name on the server and state of the batches in these states."""
+        marks = ", ".join("?" * len(states))
+        return self._all(f"SELECT id, name, remote, state FROM batches WHERE state IN ({marks}) ORDER BY id", *states)
+
+    def totals(self) -> list[dict[str, Any]]:
+        """By stage and status: number of outcomes, tokens, cost, mean seconds."""
+        names = ("stage", "status", "finish_reason", "count", "prompt_tokens", "completion_tokens", "cost", "seconds")
+        rows = self._all(
+            "SELECT stage, status, finish_reason, count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost), "
+            "avg(seconds) FROM outcomes JOIN sent ON sent.id = outcomes.sent GROUP BY 1, 2, 3 ORDER BY 1, 2, 3"
+        )
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    # Writing
+
+    def send(self, requests: Sequence[Request], bounds: Sequence[int], budget: int, batch: int | None = None) -> Any:
+        """Holds `bounds` for these requests. What is returned is waited for before anything is sent.
+
+        It is a pair: what was sent, and a future of its being on the disk. Raises BudgetReached, with nothing held.
+        """
+        if self.account.total + sum(bounds) > budget:
+            raise BudgetReached
+        self.account.held += sum(bounds)
+        first, self._next = self._next, self._next + len(requests)
+        now = time.time()
+        sent = [
+            Sent(first + place, request.key, bound)
+            for place, (request, bound) in enumerate(zip(requests, bounds, strict=True))
+        ]
+        rows = [
+            (_SENT, (one.id, one.key, request.stage, one.bound, now, batch))
+            for one, request in zip(sent, requests, strict=True)
+        ]
+        return sent, self._submit(rows)
+
+    def settle(
+        self, sent: Sent, status: Status, reply: Reply | None = None, cost: int = 0, tokens: tuple[int, int] = (0, 0),
+        seconds: float = 0.0, detail: str = "",
+    ) -> "Future[None]":  # fmt: skip
+        """The outcome of a request; the future is done when it is on the disk. What was held for it is free."""
+        if reply is not None:
+            cost, tokens = reply.cost, (reply.prompt_tokens, reply.completion_tokens)
+        self.account.held -= sent.bound
+        self.account.spent += cost
+        said = (None, None, None) if reply is None else (reply.finish_reason, reply.text, reply.model)
+        row = (sent.id, sent.key, status, *said, *tokens, cost, seconds, time.time(), detail[:500])
+        return self._submit([(_OUTCOME, row)])
+
+    def add_batch(self, name: str) -> int:
+        """A batch that is being made; its number."""
+        number = self._one("SELECT coalesce(max(id), 0) + 1 FROM batches")[0]
+        self.write("INSERT INTO batches (id, name, state, at) VALUES (?, ?, 'new', ?)", number, name, time.time())
+        return number
+
+    def set_batch(self, number: int, state: str, remote: str | None = None) -> None:
+        """What has become of a batch."""
+        self.write("UPDATE batches SET state = ?, remote = coalesce(?, remote) WHERE id = ?", state, remote, number)
+
+    def write(self, statement: str, *values: Any) -> None:
+        """Writes, and waits until it is on the disk."""
+        self._submit([(statement, values)]).result()
+
+    def _submit(self, rows: list[tuple[str, tuple[Any, ...]]]) -> "Future[None]":
+        done: Future[None] = Future()
+        self._jobs.put((rows, done))
+        return done
+
+    def _write(self) -> None:
+        """The thread: all that waits is one transaction."""
+        connection = self._connect()
+        while True:
+            jobs = [self._jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    jobs.append(self._jobs.get_nowait())
+            work = [job for job in jobs if job is not None]
+            try:
+                with self._explained(), connection:
+                    connection.execute("BEGIN")
+                    for rows, _ in work:
+                        for statement, values in rows:
+                            connection.execute(statement, values)
+            except Exception as error:
+                for _, done in work:
+                    done.set_exception(error)
+            else:
+                for _, done in work:
+                    done.set_result(None)
+            if None in jobs:
+                connection.close()
+                return
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
+        return connection
+
+    def _one(self, statement: str, *values: Any) -> Any:
+        with self._explained():
+            return self._reader.execute(statement, values).fetchone()
+
+    def _all(self, statement: str, *values: Any) -> list[Any]:
+        with self._explained():
+            return self._reader.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of SQLite as errors of ours: a full disk as such, a damaged file by its name."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorname", "") or ""
+            if code == "SQLITE_FULL":
+                raise OSError(errno.ENOSPC, f"No space left on device for the ledger {self.path}") from error
+            if code.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
+                raise OSError(errno.EIO, f"the ledger {self.path} cannot be written ({error})") from error
+            if code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+                raise RunError(f"the ledger {self.path} is damaged ({error}): restore a copy of it") from error
+            raise
+
+
+async def on_disk(done: "Future[None]") -> None:
+    """Waits for a write."""
+    await asyncio.wrap_future(done)

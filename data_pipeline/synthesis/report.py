@@ -1,0 +1,72 @@
+"""report.html of a synthesis: what came of the items, what it cost, and rows beside their seeds."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from data_pipeline.pages import write_page
+
+_MAX_CHARS = 1500  # of a text that is shown
+
+
+class Sample(NamedTuple):
+    """A seed's question, and what was made of it: a question with its solution, or the text that was lost."""
+
+    seed: str
+    text: str
+    solution: str = ""
+
+
+def write_report(
+    path: Path,
+    report: Mapping[str, Any],
+    samples: Sequence[Sample],
+    lost: Mapping[tuple[str, str], Sequence[Sample]],
+    steps: Mapping[str, Mapping[int, int]],
+) -> None:
+    """One self-contained page, in which every text is escaped. `steps`: histograms of the seeds and of the rows."""
+    write_page(
+        epath.Path(path),
+        Path(__file__).with_name("report.html.j2"),
+        report=report,
+        stages=_stages(report),
+        samples=samples,
+        lost=[(f"{stage} {reason}", texts) for (stage, reason), texts in lost.items()],
+        steps=_step_rows(steps),
+        max_chars=_MAX_CHARS,
+    )
+
+
+def _stages(report: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """How many items are left after each stage."""
+    lost = Counter[str]()
+    for row in report["lost"]:
+        lost[row["stage"]] += row["count"]
+    done = report["num_items"] - report["num_open"]
+    removed = Counter(report["removed"])
+    repeated = sum(count for reason, count in removed.items() if "there" in reason)
+    asked = done - lost["seed"]
+    distinct = report["num_rows"] - repeated
+    return [
+        ("items that were asked", asked),
+        ("with a question", asked - lost["question"]),
+        ("with an answer", report["num_rows"]),
+        ("not there already", distinct),
+        ("right by themselves, and in no test set", report["num_kept"]),
+    ]
+
+
+def _step_rows(steps: Mapping[str, Mapping[int, int]]) -> list[tuple[str, list[tuple[int, float]]]]:
+    """By number of steps: of each histogram the count and its share in percent."""
+    totals = {name: max(1, sum(of.values())) for name, of in steps.items()}
+    numbers = sorted(set().union(*steps.values())) if steps else []
+    return [
+        (
+            "unknown" if n == -1 else str(n),
+            [(of.get(n, 0), 100 * of.get(n, 0) / totals[name]) for name, of in steps.items()],
+        )
+        for n in numbers
+    ]

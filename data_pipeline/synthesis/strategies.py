@@ -1,0 +1,137 @@
+"""Strategies: how a seed becomes a new problem. Each is one YAML file in strategies/, or the user's own."""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from data_pipeline.problem import Problem
+from data_pipeline.settings import Settings, UsageError, read_yaml, validated
+
+_FOLDER = Path(__file__).parent
+_PLACE = re.compile(r"\{(create|rules|reference|question|answer|masked)\}")
+_NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w])")
+Kind = Literal["number", "latex"]
+ANSWER_FIELDS = ("solution", "final answer")
+
+
+class Strategy(Settings):
+    """One way to make a question of a seed; then it is answered. Give `create`, `question` or `given`.
+
+    Texts may use {question} and {answer} of the seed, and {masked}, its question with a number replaced by x.
+    """
+
+    about: str = pydantic.Field(description="one line for people")
+    create: str | None = pydantic.Field(
+        None, description="what the teacher is to create, in the paper's call that creates, verifies and modifies"
+    )
+    verify: bool = pydantic.Field(True, description="of create: verify and modify, too")
+    question: str | None = pydantic.Field(None, description="or: the whole prompt of the call that makes the question")
+    fields: tuple[str, ...] = pydantic.Field((), description="labels of that call's reply; the last is the question")
+    given: str | None = pydantic.Field(None, description="or: the question, made without a call")
+    mask: bool = pydantic.Field(False, description="a number of the seed is replaced by x")
+    expects: Literal["seed", "masked"] | None = pydantic.Field(
+        None, description="the answer that is known: rows with another one are left out"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _is_one_way(self) -> "Strategy":
+        if sum(text is not None for text in (self.create, self.question, self.given)) != 1:
+            raise ValueError("give one of create, question and given")
+        if (self.question is not None) != bool(self.fields):
+            raise ValueError("question and fields go together")
+        texts = f"{self.create or ''}{self.question or ''}{self.given or ''}"
+        if self.mask != ("{masked}" in texts) or (self.expects == "masked" and not self.mask):
+            raise ValueError("mask=true goes with {masked} in the text, and expects=masked with mask=true")
+        return self
+
+    @property
+    def asks(self) -> bool:
+        """Whether the question takes a call."""
+        return self.given is None
+
+    @property
+    def question_fields(self) -> tuple[str, ...]:
+        """The labels of the question call's reply; the last is the question."""
+        if self.create is None:
+            return self.fields
+        verified = ("created question", "verification and modification", "final created question")
+        return verified if self.verify else verified[:1]
+
+    @property
+    def keeps_question(self) -> bool:
+        """Whether the question is the seed's own, so that rows differ in their solutions only."""
+        return self.given is not None and not self.mask
+
+    def question_prompt(self, seed: Problem, masked: "Masked | None", kind: Kind) -> str:
+        """The prompt of the question call; without a call, the question itself."""
+        values = {"question": seed.question, "reference": seed.question, "answer": seed.answer}
+        if masked is not None:
+            values["masked"] = masked.question
+        if self.create is None:
+            return filled(self.question or self.given or "", values)
+        layout = _prompt("question_verified" if self.verify else "question_unverified")
+        return filled(layout, values | {"create": self.create.strip(), "rules": _prompt(f"rules_{kind}")})
+
+    def digest(self, kind: Kind) -> str:
+        """Identifies all wording."""
+        texts = [
+            _prompt(name) for name in ("question_verified", "question_unverified", f"rules_{kind}", f"answer_{kind}")
+        ]
+        whole = [texts, self.model_dump(mode="json", exclude={"about"})]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+
+class Masked(Settings):
+    """A question in which one number is replaced by x, and that number."""
+
+    question: str
+    value: str
+
+
+def strategies() -> dict[str, Strategy]:
+    """All that come with the package, by name."""
+    return {path.stem: load_strategy(path.stem) for path in sorted((_FOLDER / "strategies").glob("*.yaml"))}
+
+
+def load_strategy(name: str) -> Strategy:
+    """A strategy by its name, or a YAML file's path. Raises UsageError."""
+    own = _FOLDER / "strategies" / f"{name}.yaml"
+    if own.is_file():
+        path = str(own)
+    elif name.endswith((".yaml", ".yml")):
+        path = name
+    else:
+        known = ", ".join(sorted(path.stem for path in own.parent.glob("*.yaml")))
+        raise UsageError(f"strategy={name!r} is unknown; allowed: {known}, or the path of a YAML file")
+    return validated(Strategy, read_yaml(path), where=f"strategy {name}")
+
+
+def answer_prompt(question: str, kind: Kind) -> str:
+    """The prompt of the answer call."""
+    return filled(_prompt(f"answer_{kind}"), {"question": question})
+
+
+def masked(seed: Problem, variation: int, random_seed: int) -> Masked | None:
+    """The seed with its `variation`-th number, in a random order, replaced by x; None where it has none."""
+    places = list(_NUMBER.finditer(seed.question))
+    if not places:
+        return None
+    random.Random(f"{random_seed} {seed.id}").shuffle(places)
+    place = places[variation % len(places)]
+    question = f"{seed.question[: place.start()]}x{seed.question[place.end() :]}"
+    return Masked(question=question, value=place[0].replace(",", ""))
+
+
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """`text` with its places filled; braces of LaTeX are none, nor is what is filled in looked at again."""
+    return _PLACE.sub(lambda place: values.get(place[1], place[0]), text).strip()
+
+
+def _prompt(name: str) -> str:
+    return (_FOLDER / "prompts" / f"{name}.txt").read_text(encoding="utf-8").strip()
