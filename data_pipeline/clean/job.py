@@ -1,14 +1,16 @@
 """`clean`: a dataset without what is malformed, wrong by itself, in a test set, or there already; with a report."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -19,7 +21,7 @@ from data_pipeline.clean.duplicates import exact_duplicates, near_duplicates
 from data_pipeline.clean.examine import Examined, Rules, begin
 from data_pipeline.clean.report import Pair, write_report
 from data_pipeline.clean.shingles import Shingles
-from data_pipeline.cli import logger
+from data_pipeline.cli import logger, make_folder
 from data_pipeline.dataset import write_dataset
 from data_pipeline.files import write_json
 from data_pipeline.problem import Problem
@@ -80,9 +82,10 @@ class Others(NamedTuple):
 
 
 def clean(settings: CleanSettings) -> dict[str, Any]:
-    """Reads the source twice: to decide, and to write. Returns the report. Raises UsageError.
+    """Decides row by row and of all together, then writes what is left. Returns the report. Raises UsageError.
 
-    Of rows that repeat each other the first is kept. The result is the same for any number of processes.
+    Of rows that repeat each other the first is kept. The result is the same for any number of processes. Rows wait on
+    the disk meanwhile, beside `out`; memory holds their n-grams, about 2 GB for a million of GSM8K's length.
     """
     task = get_task(settings.task)
     others = Others(
@@ -95,12 +98,19 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
         task.graded_as, settings.min_chars, settings.max_chars, [problem.question for problem in others.tests],
         settings.contamination, whole=settings.duplicates == "example",
     )  # fmt: skip
-    removed, num_rows = _decide(_rows(task, settings), others.beside, rules, settings.similarity)
-    if not num_rows:
-        raise UsageError(f"source={settings.source}: there are no rows")
-    if len(removed) == num_rows:
-        raise UsageError(f"source={settings.source}: nothing is left of {num_rows} rows; they were {_said(removed)}")
-    report = _write(task, settings, removed, num_rows, others)
+    local = "://" not in settings.out
+    if local:
+        make_folder(epath.Path(settings.out).parent, "out")
+    with tempfile.TemporaryFile(dir=Path(settings.out).parent if local else None) as waiting:
+        removed, num_rows = _decide(_rows(task, settings), waiting, others.beside, rules, settings.similarity)
+        if not num_rows:
+            raise UsageError(f"source={settings.source}: there are no rows")
+        if len(removed) == num_rows:
+            raise UsageError(
+                f"source={settings.source}: nothing is left of {num_rows} rows; they were {_said(removed)}"
+            )
+        waiting.seek(0)
+        report = _write(_read_back(waiting), settings, removed, num_rows, others)
     logger.info(
         "%s of %s rows are left; removed: %s", f"{report['num_kept']:,}", f"{num_rows:,}", _said(removed) or "none"
     )
@@ -109,9 +119,9 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
 
 
 def _decide(
-    rows: Iterator[Row], beside: Sequence[Problem], rules: Rules, similarity: float
+    rows: Iterator[Row], waiting: BinaryIO, beside: Sequence[Problem], rules: Rules, similarity: float
 ) -> tuple[dict[int, Removed], int]:
-    """What is removed, by the row's number; and how many rows there are."""
+    """What is removed, by the row's number; and how many rows there are. They are written to `waiting`."""
     removed: dict[int, Removed] = {}
     ids: dict[str, int] = {}
     counted = 0
@@ -123,6 +133,7 @@ def _decide(
                 if isinstance(row, Problem) and ids.setdefault(row.id, counted) != counted:
                     removed[counted] = Removed("id there already", ids[row.id], row.id)
                 counted += 1
+            pickle.dump(chunk, waiting, protocol=pickle.HIGHEST_PROTOCOL)
             yield chunk
 
     parts: list[Examined] = []
@@ -172,8 +183,15 @@ def _examined(chunks: Iterator[list[Row]], rules: Rules) -> Iterator[Examined]:
         yield from map(begin(rules), every)
 
 
+def _read_back(waiting: BinaryIO) -> Iterator[Row]:
+    """The rows that this process wrote."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield from pickle.load(waiting)
+
+
 def _write(
-    task: Task, settings: CleanSettings, removed: dict[int, Removed], num_rows: int, others: Others
+    rows: Iterator[Row], settings: CleanSettings, removed: dict[int, Removed], num_rows: int, others: Others
 ) -> dict[str, Any]:
     """The dataset of what is left, then removed.jsonl, report.json and report.html in its folder."""
     shown = _examples(removed)
@@ -188,7 +206,7 @@ def _write(
     ):
 
         def kept() -> Iterator[Problem]:
-            for number, row in enumerate(_rows(task, settings)):
+            for number, row in enumerate(rows):
                 if number in needed:
                     needed[number] = row
                 found = removed.get(number)

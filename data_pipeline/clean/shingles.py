@@ -42,15 +42,15 @@ def words(text: str, names: bool = False) -> list[str]:
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text)
         text = "".join(c for c in text if not unicodedata.combining(c))
-    found = [(match[0], match.start()) for match in _WORD.finditer(text)]
     if not names:
-        return [NUMBER if word[0].isdigit() else _small(word) for word, _ in found]
+        return [_small(word) for word in _WORD.findall(text)]
+    found = [(match[0], match.start()) for match in _WORD.finditer(text)]
     known = {
         _bare(word)
         for word, at in found
         if word[0].isupper() and len(word) > 1 and not word.isupper() and at and not _begins(text, at)
     }
-    return [NUMBER if word[0].isdigit() else NAME if _bare(word) in known else _small(word) for word, _ in found]
+    return [NAME if _bare(word) in known else _small(word) for word, _ in found]
 
 
 def shingles(texts: Sequence[Sequence[str]], n: int) -> Shingles:
@@ -84,11 +84,14 @@ def jaccard(a: Int[np.ndarray, " hashes"], b: Int[np.ndarray, " hashes"]) -> flo
     return common / max(1, len(a) + len(b) - common)
 
 
+# The same words come again and again: what they are is looked up.
+@functools.lru_cache(maxsize=2**18)
 def _small(word: str) -> str:
     small = _bare(word)
-    return NUMBER if small in NUMBER_WORDS else small
+    return NUMBER if word[0].isdigit() or small in NUMBER_WORDS else small
 
 
+@functools.lru_cache(maxsize=2**18)
 def _bare(word: str) -> str:
     """Small, and without the ending of a genitive."""
     return re.sub(r"['’]s?$", "", word.lower())

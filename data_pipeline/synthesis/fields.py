@@ -7,8 +7,8 @@ from typing import Any
 
 _FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
 # What may stand before a label at the beginning of a line, and around it: heading marks, bullets, numbers, emphasis.
-_BEFORE = r"^[ \t>]*(?:#{1,6}[ \t]*)?(?:[-*+][ \t]+)?(?:\(?\d{1,2}[.)][ \t]*)?[*_`\[<]*"
-_AFTER = r"[*_`\]>]*[ \t]*[:：][ \t]*[*_`]*[ \t]*"
+_BEFORE = r"^[ \t>]*(?:#{1,6}[ \t]*)?(?:[-*+][ \t]+)?(?:\(?\d{1,2}[.)][ \t]*)?(?P<mark>[*_`]{0,3})[\[<]?"
+_AFTER = r"[\]>]?(?:(?P=mark)[ \t]*[:：]|[ \t]*[:：][ \t]*(?P=mark))[ \t]*"
 # A question that is left as it is, in the words of who was to write it again.
 _UNCHANGED = re.compile(
     r"\W*(?:(?:the )?same(?: as)?(?: (?:above|before|the created question|created question))?"

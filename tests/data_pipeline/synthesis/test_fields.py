@@ -1,0 +1,97 @@
+"""Fields are found whatever dress a teacher writes them in. Every text here was written by hand."""
+
+import json
+
+import pytest
+
+from data_pipeline.synthesis.fields import find_fields, last_question, schema
+
+QUESTION = ("created question", "verification and modification", "final created question")
+ANSWER = ("solution", "final answer")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SOLUTION: 3 + 4 = 7\nFINAL ANSWER: 7",
+        "Solution:\n3 + 4 = 7\n\nFinal answer:\n7",
+        "**Solution:** 3 + 4 = 7\n\n**Final Answer:** 7",
+        "**SOLUTION**: 3 + 4 = 7\n**FINAL ANSWER**: **7**",
+        "### Solution:\n3 + 4 = 7\n\n### Final Answer:\n7",
+        "## **Solution:**\n\n3 + 4 = 7\n\n---\n\n## **Final Answer:**\n\n7",
+        "1. Solution: 3 + 4 = 7\n2. Final answer: 7",
+        "- solution: 3 + 4 = 7\n- final_answer: 7",
+        "(1) SOLUTION : 3 + 4 = 7\n(2) FINAL ANSWER : 7",
+        "> Solution: 3 + 4 = 7\n> Final Answer: `7`",
+        "Of course! Here it is.\n\nSOLUTION: 3 + 4 = 7\nFINAL ANSWER: <7>",
+        "_Solution:_ 3 + 4 = 7\n_Final Answer:_ _7_",
+        "SOLUTION：3 + 4 = 7\nFINAL ANSWER：7",
+        '{"solution": "3 + 4 = 7", "final_answer": "7"}',
+        '```json\n{"Solution": "3 + 4 = 7", "Final Answer": 7}\n```',
+        "SOLUTION: ```\n3 + 4 = 7\n```\nFINAL ANSWER: 7",
+    ],
+)
+def test_a_field_is_found_in_any_dress(text):
+    assert find_fields(text, ANSWER) == {"solution": "3 + 4 = 7", "final answer": "7"}
+
+
+def test_a_solution_keeps_its_lines_its_formulas_and_its_emphasis():
+    solution = "He **doubles** it: $2 \\times 3 = 6$.\n\n1. Then $\\{x : x > 6\\}$\n2. so **it** is **7**"
+    assert find_fields(f"SOLUTION: {solution}\nFINAL ANSWER: 7", ANSWER)["solution"] == solution
+
+
+def test_a_label_inside_a_text_begins_no_field():
+    text = (
+        "CREATED QUESTION: Which field holds the solution: A or B?\n"
+        "VERIFICATION AND MODIFICATION: The final created question: as above, keeps the rules. Solution: 1.\n"
+        "Final created question: it stays.\n"
+        "FINAL CREATED QUESTION: Which one holds the solution: A or B?"
+    )
+    assert find_fields(text, QUESTION) == {
+        "created question": "Which field holds the solution: A or B?",
+        "verification and modification": (
+            "The final created question: as above, keeps the rules. Solution: 1.\nFinal created question: it stays."
+        ),
+        "final created question": "Which one holds the solution: A or B?",
+    }
+
+
+def test_fields_that_are_missing_or_empty_are_not_there():
+    assert find_fields("SOLUTION: 3 + 4 = 7", ANSWER) == {"solution": "3 + 4 = 7"}
+    assert find_fields("SOLUTION: 3 + 4 = 7\nFINAL ANSWER:\n", ANSWER) == {"solution": "3 + 4 = 7"}
+    assert find_fields("I cannot help with that.", ANSWER) == {}
+    assert find_fields("", ANSWER) == {}
+    assert find_fields('{"other": 1}', ANSWER) == {}
+    assert find_fields('{"solution": ["a"]', ANSWER) == {}
+    assert find_fields("[" * 5000, ANSWER) == {}
+
+
+@pytest.mark.parametrize(
+    ("last", "question"),
+    [
+        ("FINAL CREATED QUESTION: How old is Bo?", "How old is Bo?"),
+        ("FINAL CREATED QUESTION: Same as above.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: (unchanged)", "How old is Al?"),
+        ("FINAL CREATED QUESTION: No modification needed.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: The same question of Al's age has which answer?", None),
+        ("", "How old is Al?"),
+    ],
+)
+def test_a_last_field_that_is_missing_or_says_the_same_is_the_first(last, question):
+    text = f"CREATED QUESTION: How old is Al?\nVERIFICATION AND MODIFICATION: It is fine.\n{last}"
+    found = last_question(find_fields(text, QUESTION), QUESTION)
+    assert found == (question or "The same question of Al's age has which answer?")
+
+
+def test_nothing_is_no_question():
+    assert last_question({}, QUESTION) is None
+    assert last_question({"created question": "unchanged"}, QUESTION) is None
+
+
+def test_a_schema_asks_for_each_field_and_for_nothing_else():
+    said = schema(ANSWER)["json_schema"]
+    assert said["strict"] is True and said["schema"]["required"] == ["solution", "final_answer"]
+    assert said["schema"]["additionalProperties"] is False
+    assert set(said["schema"]["properties"]) == {"solution", "final_answer"}
+    reply = json.dumps(dict.fromkeys(said["schema"]["required"], "x"))
+    assert find_fields(reply, ANSWER) == dict.fromkeys(ANSWER, "x")
