@@ -129,8 +129,8 @@ def benchmark(settings: CleanBenchmark, command: str) -> None:
                 ["planted", "rows", "found"],
                 [[kind, f"{there[kind]}", f"{100 * recall[kind]:.1f} %"] for kind in KINDS],
             ),
-            f"{caught['row']:,} of {there['row']:,} other rows ({100 * caught['row'] / there['row']:.2f} %) were taken for "
-            f"test questions, to which some of the problems that they were made from are alike: precision "
+            f"{caught['row']:,} of {there['row']:,} other rows ({100 * caught['row'] / there['row']:.2f} %) were taken "
+            "for test questions, to which some of the problems that they were made from are alike: precision "
             f"{100 * precision:.1f} %",
             table(
                 ["rows", "seconds", "rows/s", "memory, GB"],

@@ -16,7 +16,7 @@ from data_pipeline.resample import Resample, resample
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import TASKS, unique
 from data_pipeline.templates import Template
-from data_pipeline.tokenized import TokenizedRows, tokenize_cached
+from data_pipeline.tokenized import UNKNOWN_STEPS, TokenizedRows, tokenize_cached
 from data_pipeline.tokenizer import Tokenizer
 
 logger = logging.getLogger("mathscale")
@@ -125,13 +125,27 @@ class Epoch:
         for report in self.sources:
             notes = f", {report.num_overlong} too long" if report.num_overlong else ""
             if report.resampled is not None:
-                notes += f", resampled: {report.resampled['different_rows']} different rows"
+                resampled = report.resampled
+                notes += (
+                    f", resampled: {resampled['different_rows']:,} different rows, effective sample size "
+                    f"{resampled['effective_sample_size']:,.0f}, steps {_shares(resampled['before'])} before and "
+                    f"{_shares(resampled['after'])} after"
+                )
             share = 100 * report.num_tokens / max(1, int(self.rows.lengths.sum()))
             lines.append(
                 f"{report.label}: {report.num_read:,} problems read{notes}; {report.num_examples:,} examples and "
                 f"{report.num_tokens:,} tokens ({share:.1f} %) of an epoch"
             )
         return "\n".join(lines)
+
+
+def _shares(histogram: dict[int, int]) -> str:
+    """A histogram in a few words: percent of the rows by their steps."""
+    total = max(1, sum(histogram.values()))
+    return " ".join(
+        f"{'unknown' if steps == UNKNOWN_STEPS else steps}:{100 * count / total:.0f}%"
+        for steps, count in histogram.items()
+    )
 
 
 def load_rows(settings: DataSettings, tokenizer: Tokenizer, template: Template) -> TokenizedRows:

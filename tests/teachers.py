@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from email.policy import HTTP
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.synthesis.rules import Handler, RuleTeacher, Server, completion, reply_to
@@ -235,3 +236,8 @@ def serving(kind: type[Teacher], **changes: Any) -> tuple[Server, Books]:
     books = Books()
     handler = type(f"{kind.__name__}Here", (kind,), {"books": books, **changes})
     return Server(handler), books
+
+
+def rows_in(out: str) -> list[dict[str, Any]]:
+    """The rows that a synthesis made."""
+    return [json.loads(line) for line in (Path(out) / "rows.jsonl").read_text().splitlines()]

@@ -53,7 +53,3 @@ def server() -> Iterator[Callable[..., tuple[str, Books]]]:
             return made.url, books
 
         yield start
-
-
-def rows_in(out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(out) / "rows.jsonl").read_text().splitlines()]

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from teachers import Hostile, Teacher
+from teachers import Hostile, Teacher, rows_in
 
 from data_pipeline.cli import RunError, is_disk_full
 from data_pipeline.dataset import read_dataset
@@ -15,8 +15,6 @@ from data_pipeline.synthesis import ledger
 from data_pipeline.synthesis.rules import RuleTeacher, completion, reply_to
 from data_pipeline.synthesis.run import synthesize
 from data_pipeline.word_problems import solve
-
-from .conftest import rows_in
 
 HONEST = RuleTeacher(wrong_questions=0, wrong_answers=0)
 

@@ -1,0 +1,183 @@
+"""The Batch API under the same ledger, against a server that has it, and does with it what the real one does."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from teachers import BatchTeacher, Teacher, rows_in
+
+from data_pipeline.cli import RunError
+from data_pipeline.synthesis import batch as batch_module
+from data_pipeline.synthesis.rules import RuleTeacher
+from data_pipeline.synthesis.run import synthesize
+
+HONEST = RuleTeacher(wrong_questions=0, wrong_answers=0)
+
+
+@pytest.fixture
+def batches(server, settings_of):
+    """Starts a server with these endings; gives settings for it, its store and its books."""
+
+    def start(*endings, limits=None, **changes):
+        store = {"files": {}, "batches": {}, "sizes": []}
+        limit = changes.pop("limit", 10**9)
+        url, books = server(BatchTeacher, rules=HONEST, endings=list(endings), store=store, limit=limit)
+        settings = settings_of(url, transport="batch", batch={"poll_seconds": 0.02} | (limits or {}), **changes)
+        return settings, store, books
+
+    return start
+
+
+@pytest.fixture
+def directly(server, settings_of):
+    """The rows of the same run, request by request."""
+
+    def rows(**changes):
+        url, _ = server(Teacher, rules=HONEST)
+        settings = settings_of(url, "direct", **changes)
+        synthesize(settings)
+        return [(row["id"], row["question"], row["answer"]) for row in rows_in(settings.out)]
+
+    return rows
+
+
+def made(settings):
+    return [(row["id"], row["question"], row["answer"]) for row in rows_in(settings.out)]
+
+
+def test_batches_give_the_same_rows_at_half_the_price(batches, directly):
+    settings, store, books = batches()
+    report = synthesize(settings)
+    assert made(settings) == directly()
+    assert store["sizes"] == [30, 30] and max(books.answered.values()) == 1
+    assert report["dollars"] == pytest.approx((books.tokens[0] * 5 + books.tokens[1] * 15) / 1e6)
+    before = len(store["batches"])
+    synthesize(settings)
+    assert len(store["batches"]) == before
+
+
+def test_requests_are_split_by_number_and_by_size(batches, directly):
+    settings, store, _ = batches(limits={"max_requests": 7})
+    synthesize(settings)
+    assert max(store["sizes"]) == 7 and sum(store["sizes"]) == 60 and made(settings) == directly()
+    settings, store, _ = batches(limits={"max_megabytes": 0.01}, out="small")
+    synthesize(settings)
+    assert max(len(content) for name, content in store["files"].items()) <= 1.3e4
+    assert all(len(store["files"][batch["input_file_id"]]) <= 1e4 for batch in store["batches"].values())
+    assert sum(store["sizes"]) == 60
+
+
+@pytest.mark.parametrize("ending", ["no output file", "expired", "some fail", "damaged line", "cut on creation"])
+def test_whatever_a_batch_ends_in_what_was_not_done_is_asked_again_and_nothing_else(batches, directly, ending):
+    settings, store, books = batches(ending)
+    report = synthesize(settings)
+    assert report["num_open"] == 0 and made(settings) == directly()
+    expected = {"no output file": 90, "expired": 75, "some fail": 70, "damaged line": 61, "cut on creation": 60}
+    assert sum(store["sizes"]) == expected[ending]
+    twice = [times for times in books.answered.values() if times > 1]
+    assert twice == ([2] if ending == "damaged line" else []), "a line that cannot be read cannot be had again"
+
+
+def test_more_than_the_server_takes_at_once_is_sent_in_smaller_batches(batches, directly):
+    settings, store, books = batches(limit=8)
+    synthesize(settings)
+    assert made(settings) == directly() and max(books.answered.values()) == 1
+    assert store["sizes"][:3] == [30, 15, 7]
+
+
+def test_a_batch_that_fails_for_good_ends_the_run_with_its_reason(batches, monkeypatch):
+    settings, store, _ = batches(limit=0)
+    monkeypatch.setattr(batch_module, "_TOO_MUCH", ())
+    with pytest.raises(RunError, match="failed: Enqueued token limit reached"):
+        synthesize(settings)
+    monkeypatch.undo()
+
+
+def test_a_request_that_fails_again_and_again_is_left_and_said(batches):
+    settings, store, _ = batches(*["no output file"] * 3)
+    with pytest.raises(RunError, match="30 requests failed as often as they may"):
+        synthesize(settings)
+    assert len(store["batches"]) == 3
+
+
+def test_the_budget_holds_for_batches(batches):
+    settings, store, books = batches(budget=0.15, limits={"max_requests": 10})
+    with pytest.raises(RunError, match="the budget of .* is reached"):
+        synthesize(settings)
+    paid = (books.tokens[0] * 5 + books.tokens[1] * 15) / 1e6
+    assert 0.05 < paid <= 0.15
+    synthesize(settings.model_copy(update={"budget": 10.0}))
+    assert len(rows_in(settings.out)) == 30 and max(books.answered.values()) == 1
+
+
+@pytest.mark.parametrize("moment", ["before upload", "before creation", "after creation", "while collecting"])
+def test_a_run_that_dies_finds_its_batches_again(batches, directly, monkeypatch, moment):
+    """The process dies (an error that nothing catches) at each moment of a batch's life; the next one goes on."""
+
+    class Death(BaseException):
+        pass
+
+    def die(*_, **__):
+        raise Death
+
+    settings, store, books = batches()
+    with monkeypatch.context() as patch:
+        ledger = batch_module.Ledger
+        if moment == "before upload":
+            patch.setattr(batch_module.openai.resources.Files, "create", die)
+        elif moment == "before creation":
+            patch.setattr(batch_module.openai.resources.Batches, "create", die)
+        elif moment == "after creation":
+            patch.setattr(batch_module.BatchTeacher, "_opened", die)
+        else:
+            settle, settled = ledger.settle, []
+
+            def some(self, *arguments, **named):
+                settled.append(1)
+                return die() if len(settled) == 10 else settle(self, *arguments, **named)
+
+            patch.setattr(ledger, "settle", some)
+        with pytest.raises(Death):
+            synthesize(settings)
+    report = synthesize(settings)
+    assert report["num_open"] == 0 and made(settings) == directly()
+    assert max(books.answered.values()) == 1 and sum(store["sizes"]) == 60
+    assert report["dollars_held"] == 0
+
+
+def test_a_stop_leaves_batches_at_the_server_and_the_next_run_collects_them(batches, monkeypatch):
+    settings, store, books = batches()
+    from data_pipeline.cli import Stopped, StopSignal
+
+    entered = StopSignal.__enter__
+
+    def stopping(self):
+        entered(self)
+        real = batch_module.BatchTeacher.collect
+
+        def collect(teacher):
+            self.exit_code = 130
+            return real(teacher)
+
+        monkeypatch.setattr(batch_module.BatchTeacher, "collect", collect)
+        return self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "__enter__", stopping)
+        with pytest.raises(Stopped):
+            synthesize(settings)
+    monkeypatch.undo()
+    assert len(store["batches"]) == 1
+    with sqlite3.connect(Path(settings.out) / "ledger.sqlite") as connection:
+        assert connection.execute("SELECT state FROM batches").fetchall() == [("open",)]
+    synthesize(settings)
+    assert len(store["batches"]) == 2 and len(rows_in(settings.out)) == 30
+
+
+def test_a_direct_run_goes_on_with_what_batches_brought(batches, server):
+    settings, store, books = batches("expired")
+    synthesize(settings)
+    again = settings.model_copy(update={"transport": "direct", "num_items": 30})
+    synthesize(again)
+    assert json.loads((Path(settings.out) / "report.json").read_text())["num_rows"] == 30

@@ -1,0 +1,112 @@
+"""The ledger by itself: what is written is there, once, and what it costs adds up."""
+
+import sqlite3
+
+import pytest
+
+from data_pipeline.cli import RunError
+from data_pipeline.synthesis.ledger import BudgetReached, Ledger
+from data_pipeline.synthesis.requests import Reply, Request, cost_of, make_request
+from data_pipeline.synthesis.settings import Price, Teacher
+
+REPLY = Reply("yes", "stop", "m", 3, 2, 70)
+
+
+def request(text="Why?", sample="0", **teacher):
+    return make_request(Teacher(model="m", **teacher), "answer", text, ("solution",), sample)
+
+
+def test_a_request_is_known_by_all_that_determines_its_reply():
+    changes = [
+        {}, {"text": "Who?"}, {"sample": "1"}, {"base_url": "http://localhost/v1"}, {"temperature": 0.5},
+        {"top_p": 0.9}, {"max_tokens": 7}, {"max_tokens_name": "max_completion_tokens"}, {"json_schema": True},
+        {"send_seed": False}, {"extra": {"reasoning_effort": "low"}},
+    ]  # fmt: skip
+    keys = [request(**change).key for change in changes]
+    assert len(set(keys)) == len(keys)
+    assert request().key == request().key == request(key_variable="OTHER", price=Price(input=1, output=1)).key
+
+
+def test_a_cost_is_the_price_to_the_billionth_rounded_up():
+    assert cost_of(1_000_000, 0, Price(input=10, output=30)) == 10_000_000_000
+    assert cost_of(1, 1, Price(input=0.15, output=0.6)) == 750
+    assert cost_of(1, 0, Price(input=0.0001, output=0)) == 1
+    assert cost_of(7, 9, Price(input=0, output=0)) == 0
+
+
+def test_a_bound_is_never_below_what_a_tokenizer_makes(large_tokenizer):
+    for text in ("How many?", "ﷺ" * 50, "𝔘𝔫𝔦", "\u0000\uffff", "a " * 500, "数学の問題", ""):
+        assert len(large_tokenizer.encode_prompt(text)) <= request(text).max_prompt_tokens
+
+
+def test_what_is_settled_is_there_after_it_is_opened_again(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        assert ledger.reply(request()) is None
+        (sent,), done = ledger.send([request()], [100], 1000)
+        done.result()
+        assert (ledger.account.spent, ledger.account.held) == (0, 100)
+        ledger.settle(sent, "reply", REPLY).result()
+        assert (ledger.account.spent, ledger.account.held) == (70, 0)
+        (other,), done = ledger.send([request("Who?")], [50], 1000)
+        done.result()
+    with Ledger(path) as ledger:
+        assert ledger.reply(request()) == REPLY
+        assert (ledger.account.spent, ledger.account.held) == (70, 50)
+        assert ledger.left_open() == (1, 50)
+        ledger.settle(other, "unknown", cost=50).result()
+        assert ledger.account.total == 120 and ledger.left_open() == (0, 0)
+
+
+def test_what_is_held_counts_against_the_budget(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.send([request()], [60], 100)
+        with pytest.raises(BudgetReached):
+            ledger.send([request("Who?")], [41], 100)
+        assert ledger.account.held == 60
+        ledger.send([request("Who?")], [40], 100)
+
+
+def test_a_reply_is_on_the_disk_when_its_future_is_done(tmp_path):
+    """Another connection sees it, and the file as it lies there, copied, has it."""
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        (sent,), done = ledger.send([request()], [100], 1000)
+        done.result()
+        ledger.settle(sent, "reply", REPLY).result()
+        copy = tmp_path / "copy.sqlite"
+        copy.write_bytes(path.read_bytes())
+        (tmp_path / "copy.sqlite-wal").write_bytes((tmp_path / "ledger.sqlite-wal").read_bytes())
+        assert sqlite3.connect(copy).execute("SELECT text FROM outcomes").fetchall() == [("yes",)]
+
+
+def test_many_writes_share_a_flush_and_none_is_lost(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        every = [request(f"{i}?") for i in range(2000)]
+        sent, done = ledger.send(every, [10] * 2000, 10**6)
+        done.result()
+        for future in [ledger.settle(one, "reply", REPLY) for one in sent]:
+            future.result()
+        assert all(ledger.reply(one) == REPLY for one in every)
+        assert ledger.account.spent == 70 * 2000
+
+
+def test_a_damaged_ledger_or_one_of_another_version_is_named(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"no ledger at all" * 100)
+    with pytest.raises(RunError, match="is damaged"):
+        Ledger(path)
+    path.unlink()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(RunError, match="version 99"):
+        Ledger(path)
+
+
+def test_a_body_says_what_the_settings_say():
+    body = request(top_p=0.9, max_tokens_name="max_completion_tokens", temperature=None, extra={"n_probs": 1}).body
+    assert body["max_completion_tokens"] == 2048 and "temperature" not in body and "max_tokens" not in body
+    assert body["top_p"] == 0.9 and body["n_probs"] == 1 and body["messages"] == [{"role": "user", "content": "Why?"}]
+    assert isinstance(request().body["seed"], int) and "seed" not in request(send_seed=False).body
+    assert request(sample="1").body["seed"] != request().body["seed"]
+    assert isinstance(request(), Request)
