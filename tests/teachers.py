@@ -46,7 +46,7 @@ class Teacher(Handler):
             self.books.times.append(time.monotonic())
             self.books.under_way += 1
             self.books.most_under_way = max(self.books.most_under_way, self.books.under_way)
-            times = self.books.asked[key]
+            times, self.number = self.books.asked[key], self.books.num_asked
         try:
             if not self.trouble(key, times, body, prompt):
                 self.pay(key, completion(reply_to(prompt, body, self.rules), body, prompt))
@@ -58,13 +58,13 @@ class Teacher(Handler):
         """Whether the request was dealt with, the `times`-th of its kind."""
         return False
 
-    def pay(self, key: str, content: Any, cut: bool = False) -> None:
-        """Answers, and writes down what the answer costs."""
+    def pay(self, key: str, content: Any, usage: dict[str, int] | None = None, cut: bool = False) -> None:
+        """Answers, and writes down what the answer costs: `usage`, whatever the content says of it."""
+        usage = content["usage"] if usage is None else usage
         with self.books.lock:
             self.books.answered[key] += 1
-            usage = content["usage"] if isinstance(content, dict) and "usage" in content else {}
-            self.books.tokens[0] += usage.get("prompt_tokens", 0)
-            self.books.tokens[1] += usage.get("completion_tokens", 0)
+            self.books.tokens[0] += usage["prompt_tokens"]
+            self.books.tokens[1] += usage["completion_tokens"]
         if cut:
             data = json.dumps(content).encode()
             self.send_response(200)
@@ -103,19 +103,23 @@ class Hostile(Teacher):
             if chance < 0.16:
                 self.error(500, "server_error")
                 return True
-            if chance < 0.20:
+            if chance < 0.18:
                 self.cut()
+                return True
+            if chance < 0.20:
+                whole = completion(reply_to(prompt, body, self.rules), body, prompt)
+                self.pay(f"{key} cut", whole, cut=True)
                 return True
             if chance < 0.22:
                 time.sleep(0.2)
         content = int(key[:8], 16) / 2**32
         whole = completion(reply_to(prompt, body, self.rules), body, prompt)
         if content < 0.03:
-            self.pay(key, b'{"choices": [{"mess')
+            self.pay(key, b'{"choices": [{"mess', whole["usage"])
         elif content < 0.06:
-            self.pay(key, whole | {"choices": []})
+            self.pay(key, whole | {"choices": []}, whole["usage"])
         elif content < 0.09:
-            self.pay(key, whole | {"usage": {"prompt_tokens": -5, "completion_tokens": 10**9}})
+            self.pay(key, whole | {"usage": {"prompt_tokens": -5, "completion_tokens": 10**9}}, whole["usage"])
         elif content < 0.12:
             whole["choices"][0]["finish_reason"] = "length"
             self.pay(key, whole)

@@ -5,18 +5,20 @@ name that it has in the ledger: so a run that died in between finds it there, or
 """
 
 import io
+import itertools
 import json
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from typing import Any, Final
 
 import openai
 
 from data_pipeline.cli import RunError, StopSignal, first_line, logger
 from data_pipeline.synthesis.direct import OUT_OF_QUOTA
-from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent
+from data_pipeline.synthesis.ledger import Ledger, Sent
 from data_pipeline.synthesis.requests import Request, cost_of, read_reply, usage_of
 from data_pipeline.synthesis.settings import BATCH_SHARE, BatchLimits, Price, Teacher
 
@@ -38,7 +40,6 @@ class BatchTeacher:
         self._limits, self._ledger, self._budget, self._stop = limits, ledger, budget, stop
         self._where = teacher.base_url
         self._client = openai.OpenAI(base_url=teacher.base_url, api_key=teacher.key(), max_retries=_RETRIES)
-        self._requests: dict[bytes, Request] = {}  # those under way, as far as this process has met them
         self._failures: Counter[bytes] = Counter()
         self._max_requests, self._max_open = limits.max_requests, limits.max_open
         self._wait_until = 0.0  # the server has as much as it takes
@@ -62,11 +63,8 @@ class BatchTeacher:
         return time.monotonic() < self._wait_until
 
     def is_asked(self, request: Request) -> bool:
-        """Whether a request is under way, or failed as often as it may. Remembers it, to read its reply by."""
-        if request.key in self._waiting:
-            self._requests.setdefault(request.key, request)
-            return True
-        return self._failures[request.key] >= _MOST_FAILURES
+        """Whether a request is under way, or failed as often as it may."""
+        return request.key in self._waiting or self._failures[request.key] >= _MOST_FAILURES
 
     def has_room(self) -> bool:
         """Whether another batch may be submitted now."""
@@ -99,13 +97,14 @@ class BatchTeacher:
         return submitted
 
     def collect(self) -> int:
-        """Looks at the batches under way, and takes what has ended; returns how many requests have an outcome."""
-        collected = 0
+        """Looks at the batches under way, and takes what has ended; returns how many have."""
+        ended = 0
         for number, remote in list(self._open.items()):
             batch = self._told(lambda remote=remote: self._client.batches.retrieve(remote))
             if batch.status in _ENDED:
-                collected += self._collect(number, batch)
-        return collected
+                self._collect(number, batch)
+                ended += 1
+        return ended
 
     def _chunks(self, requests: Iterable[Request]) -> Iterator[tuple[list[Request], bytes]]:
         """Requests that fit a batch and its file."""
@@ -125,26 +124,17 @@ class BatchTeacher:
             yield chunk, file.getvalue()
 
     def _submit(self, chunk: list[Request], file: bytes) -> int:
-        bounds = [request.bound(self.price) for request in chunk]
         room = self._budget - self._ledger.account.total
-        if sum(bounds) > room:  # as many as the budget holds
-            fitting = 0
-            while fitting < len(chunk) and sum(bounds[: fitting + 1]) <= room:
-                fitting += 1
-            if not fitting:
-                self.budget_reached = not self._open  # others may turn out cheaper than what is held for them
-                return 0
-            (chunk, file), *_ = self._chunks(chunk[:fitting])
-            bounds = bounds[:fitting]
+        fitting = sum(total <= room for total in itertools.accumulate(one.bounds.cost(self.price) for one in chunk))
+        if not fitting:
+            self.budget_reached = not self._open  # others may turn out cheaper than what is held for them
+            return 0
+        if fitting < len(chunk):
+            ((chunk, file),) = self._chunks(chunk[:fitting])
         name = uuid.uuid4().hex
         upload = self._told(lambda: self._client.files.create(file=(f"{name}.jsonl", file), purpose="batch"))
         number = self._ledger.add_batch(name)
-        try:
-            _, done = self._ledger.send(chunk, bounds, self._budget, batch=number)
-        except BudgetReached:  # cannot be: nobody else holds anything
-            self.budget_reached = True
-            return 0
-        done.result()
+        self._ledger.send(chunk, self.price, self._budget, batch=number)[1].result()
         try:
             batch = self._client.with_options(max_retries=0).batches.create(
                 input_file_id=upload.id, endpoint=_PATH, completion_window="24h", metadata={_NAME: name}
@@ -160,8 +150,6 @@ class BatchTeacher:
                 self._wait_until = time.monotonic() + self._limits.poll_seconds
                 return 0
             raise RunError(f"{self._where} refuses a batch: {first_line(error)}") from error
-        for request in chunk:
-            self._requests[request.key] = request
         self._opened(number, batch.id)
         logger.info("batch %s: %s requests", batch.id, f"{len(chunk):,}")
         return len(chunk)
@@ -171,80 +159,74 @@ class BatchTeacher:
         self._open[number] = remote
         self._waiting |= {sent.key for sent in self._ledger.of_batch(number)}
 
-    def _collect(self, number: int, batch: Any) -> int:
+    def _collect(self, number: int, batch: Any) -> None:
         """Takes the lines of a batch that has ended; what has none was not done, and not paid."""
         if batch.status == "failed":
             codes = [error.code or "" for error in (batch.errors.data or [] if batch.errors else [])]
             said = "; ".join(
                 filter(None, (error.message for error in (batch.errors.data or [] if batch.errors else [])))
             )
-            self._settle_rest(number, said or "failed")
+            size = self._settle_rest(number, said or "failed")
             self._closed(number)
             if not any(code in _TOO_MUCH for code in codes):
                 raise RunError(f"{self._where}: batch {batch.id} failed: {said or 'it does not say why'}")
-            self._make_smaller(said)
-            return 0
+            self._make_smaller(size, said)
+            return
         there = {sent.key: sent for sent in self._ledger.of_batch(number)}
-        collected = 0
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             content = self._told(lambda file=file: self._client.files.content(file).content)
-            for line in content.splitlines():
-                collected += self._take(line, there)
+            for written in [self._take(line, there) for line in content.splitlines()]:
+                if written is not None:
+                    written.result()
         if batch.status != "completed":
             logger.warning("batch %s is %s: %d of its requests are asked again", batch.id, batch.status, len(there))
         self._settle_rest(number, batch.status)
         self._closed(number)
-        return collected
 
-    def _take(self, line: bytes, there: dict[bytes, Sent]) -> int:
-        """One line of a file: lines come in any order, and may be damaged."""
+    def _take(self, line: bytes, there: dict[bytes, Sent]) -> "Future[None] | None":
+        """One line of a file: lines come in any order, and may be damaged. What is returned is done on the disk."""
         try:
             row = json.loads(line)
             sent = there.get(bytes.fromhex(row["custom_id"]))
             response = row.get("response") or {}
         except (ValueError, KeyError, TypeError, AttributeError):
-            return 0
-        request = None if sent is None else self._requests.get(sent.key)
-        if sent is None or request is None:
-            return 0
+            return None
+        if sent is None:
+            return None
         del there[sent.key]
+        self._waiting.discard(sent.key)
         if response.get("status_code") == 200:
             body = response.get("body")
-            reply = read_reply(body, request, self.price)
+            reply = read_reply(body, sent.bounds, self.price)
             if reply is not None:
-                self._ledger.settle(sent, "reply", reply).result()
-            else:
-                tokens = usage_of(body, request)
-                self._ledger.settle(
-                    sent, "unreadable", cost=cost_of(*tokens, self.price), tokens=tokens, detail="no choice with a text"
-                ).result()
-        else:
-            error = row.get("error") or (response.get("body") or {}).get("error") or {}
-            self._failures[sent.key] += 1
-            self._ledger.settle(sent, "unpaid", detail=str(error.get("message") or error)).result()
-        self._forget(sent.key)
-        return 1
+                return self._ledger.settle(sent, "reply", reply)
+            tokens = usage_of(body, sent.bounds)
+            return self._ledger.settle(
+                sent, "unreadable", cost=cost_of(*tokens, self.price), tokens=tokens, detail="no choice with a text"
+            )
+        error = row.get("error") or (response.get("body") or {}).get("error") or {}
+        self._failures[sent.key] += 1
+        return self._ledger.settle(sent, "unpaid", detail=str(error.get("message") or error))
 
-    def _settle_rest(self, number: int, why: str) -> None:
-        for sent in self._ledger.of_batch(number):
-            self._ledger.settle(sent, "unpaid", detail=why).result()
-            self._forget(sent.key)
-
-    def _forget(self, key: bytes) -> None:
-        self._waiting.discard(key)
-        self._requests.pop(key, None)
+    def _settle_rest(self, number: int, why: str) -> int:
+        """What of a batch was not done, and not paid; how many requests that are."""
+        rest = self._ledger.of_batch(number)
+        for done in [self._ledger.settle(sent, "unpaid", detail=why) for sent in rest]:
+            done.result()
+        self._waiting -= {sent.key for sent in rest}
+        return len(rest)
 
     def _closed(self, number: int) -> None:
         self._ledger.set_batch(number, "done")
         del self._open[number]
 
-    def _make_smaller(self, said: str) -> None:
+    def _make_smaller(self, size: int, said: str) -> None:
         """The server has more waiting than it takes: wait for what it has, or send less at once."""
         logger.warning("%s takes no more at once (%s): waiting", self._where, said)
         if self._open:
             self._max_open = len(self._open)
         else:
-            self._max_requests = max(1, self._max_requests // 2)
+            self._max_requests = max(1, size // 2)
         self._wait_until = time.monotonic() + self._limits.poll_seconds
 
     def _told(self, call: Any) -> Any:

@@ -61,7 +61,7 @@ class DirectTeacher:
         await self._client.close()
 
     async def ask(self, request: Request) -> bool:
-        """Whether the ledger has a reply now. Who asks the same at the same time waits for the same.
+        """Whether the ledger has what the server answered. Who asks the same at the same time waits for the same.
 
         False: the server failed, for this request, as often as it may. Raises _Ended, of which `ended` has the reason.
         """
@@ -83,15 +83,12 @@ class DirectTeacher:
             del self._under_way[request.key]
 
     async def _ask(self, request: Request) -> bool:
-        bound = request.bound(self._price)
         for attempt in range(self._limits.retries + 1):
             await self._wait_turn(request)
-            sent = await self._sent(request, bound)
+            sent = await self._sent(request)
             started = time.monotonic()
             try:
                 wait = await self._once(request, sent, started)
-            except asyncio.CancelledError:
-                raise
             finally:
                 self._num_open -= 1
             if wait is None:
@@ -105,7 +102,7 @@ class DirectTeacher:
         return False
 
     async def _once(self, request: Request, sent: Sent, started: float) -> float | None:
-        """None where there is a reply; else seconds to wait before the next try, less than 0 where there is none."""
+        """None where it was answered; else seconds to wait before the next try, less than 0 where there is none."""
         try:
             response = await self._client.chat.completions.with_raw_response.create(**request.body)
             content = _parsed(response.http_response.content)
@@ -116,7 +113,7 @@ class DirectTeacher:
             never_sent = _was_never_sent(error)
             await on_disk(
                 self._ledger.settle(
-                    sent, "unpaid" if never_sent else "unknown", cost=0 if never_sent else sent.bound, seconds=seconds,
+                    sent, "unpaid" if never_sent else "unknown", cost=0 if never_sent else sent.held, seconds=seconds,
                     detail=_told(error),
                 )
             )  # fmt: skip
@@ -124,15 +121,15 @@ class DirectTeacher:
             return 0.0
         seconds = time.monotonic() - started
         self._down_since = None
-        reply = read_reply(content, request, self._price)
+        reply = read_reply(content, sent.bounds, self._price)
         if reply is None:
-            tokens = usage_of(content, request)
+            tokens = usage_of(content, sent.bounds)
             cost = cost_of(*tokens, self._price)
             said = "no JSON" if content is None else "no choice with a text"
             await on_disk(
                 self._ledger.settle(sent, "unreadable", cost=cost, tokens=tokens, seconds=seconds, detail=said)
             )
-            return -1.0
+            return None
         self._refused = 0
         await on_disk(self._ledger.settle(sent, "reply", reply, seconds=seconds))
         return None
@@ -173,11 +170,11 @@ class DirectTeacher:
         if now - self._down_since > patience:
             self._end(RunError(f"{self._where} does not answer: {_told(error)}"))
 
-    async def _sent(self, request: Request, bound: int) -> Sent:
+    async def _sent(self, request: Request) -> Sent:
         """Holds what the request may cost, and has it on the disk."""
         while True:
             try:
-                (sent,), done = self._ledger.send([request], [bound], self._budget)
+                (sent,), done = self._ledger.send([request], self._price, self._budget)
                 break
             except BudgetReached:
                 if not self._num_open:
@@ -192,7 +189,7 @@ class DirectTeacher:
         return sent
 
     async def _wait_turn(self, request: Request) -> None:
-        tokens = request.expected_prompt_tokens + request.max_tokens
+        tokens = request.expected_prompt_tokens + request.bounds.reply_tokens
         await self._sleep(max(self._requests.delay(1), self._tokens.delay(tokens)))
         while (left := self._resume_at - time.monotonic()) > 0:
             await self._sleep(left + random.uniform(0, 0.25 * left))

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.cli import RunError
-from data_pipeline.synthesis.requests import Reply, Request
+from data_pipeline.synthesis.requests import Bounds, Reply, Request
+from data_pipeline.synthesis.settings import Price
 
 FORMAT_VERSION = 1
 # reply: with a text; it is asked no more. unreadable: paid, without a text. unpaid: an error of the server, which
@@ -26,8 +27,8 @@ FORMAT_VERSION = 1
 Status = Literal["reply", "unreadable", "unpaid", "unknown"]
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS sent (
-  id INTEGER PRIMARY KEY, key BLOB NOT NULL, stage TEXT NOT NULL, bound INTEGER NOT NULL, at REAL NOT NULL,
-  batch INTEGER);
+  id INTEGER PRIMARY KEY, key BLOB NOT NULL, stage TEXT NOT NULL, max_prompt_tokens INTEGER NOT NULL,
+  max_reply_tokens INTEGER NOT NULL, bound INTEGER NOT NULL, at REAL NOT NULL, batch INTEGER);
 CREATE INDEX IF NOT EXISTS sent_in_batch ON sent (batch) WHERE batch IS NOT NULL;
 CREATE TABLE IF NOT EXISTS outcomes (
   sent INTEGER PRIMARY KEY, key BLOB NOT NULL, status TEXT NOT NULL, finish_reason TEXT, text TEXT, model TEXT,
@@ -39,7 +40,7 @@ CREATE TABLE IF NOT EXISTS batches (
   id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, remote TEXT, state TEXT NOT NULL, at REAL NOT NULL);
 PRAGMA user_version = {FORMAT_VERSION};
 """
-_SENT = "INSERT INTO sent (id, key, stage, bound, at, batch) VALUES (?, ?, ?, ?, ?, ?)"
+_SENT = "INSERT INTO sent VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _OUTCOME = "INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -62,11 +63,12 @@ class Account:
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """A request that was sent: its number, and what is held for it."""
+    """A request that was sent: its number, what it may take at most, and the cost that is held for it."""
 
     id: int
     key: bytes
-    bound: int
+    bounds: Bounds
+    held: int
 
 
 class Ledger:
@@ -131,9 +133,9 @@ class Ledger:
     def of_batch(self, batch: int) -> list[Sent]:
         """Requests of a batch that have no outcome."""
         return [
-            Sent(*row)
-            for row in self._all(
-                "SELECT id, key, bound FROM sent WHERE batch = ? AND NOT EXISTS "
+            Sent(number, key, Bounds(prompt, reply), held)
+            for number, key, prompt, reply, held in self._all(
+                "SELECT id, key, max_prompt_tokens, max_reply_tokens, bound FROM sent WHERE batch = ? AND NOT EXISTS "
                 "(SELECT 1 FROM outcomes WHERE outcomes.sent = sent.id)",
                 batch,
             )
@@ -155,22 +157,25 @@ class Ledger:
 
     # Writing
 
-    def send(self, requests: Sequence[Request], bounds: Sequence[int], budget: int, batch: int | None = None) -> Any:
-        """Holds `bounds` for these requests. What is returned is waited for before anything is sent.
+    def send(
+        self, requests: Sequence[Request], price: Price, budget: int, batch: int | None = None
+    ) -> tuple[list[Sent], "Future[None]"]:
+        """Holds what these requests may cost; nothing is sent before the future that is returned is done.
 
-        It is a pair: what was sent, and a future of its being on the disk. Raises BudgetReached, with nothing held.
+        Raises BudgetReached, with nothing held.
         """
-        if self.account.total + sum(bounds) > budget:
+        held = [request.bounds.cost(price) for request in requests]
+        if self.account.total + sum(held) > budget:
             raise BudgetReached
-        self.account.held += sum(bounds)
+        self.account.held += sum(held)
         first, self._next = self._next, self._next + len(requests)
         now = time.time()
         sent = [
-            Sent(first + place, request.key, bound)
-            for place, (request, bound) in enumerate(zip(requests, bounds, strict=True))
+            Sent(first + place, request.key, request.bounds, cost)
+            for place, (request, cost) in enumerate(zip(requests, held, strict=True))
         ]
         rows = [
-            (_SENT, (one.id, one.key, request.stage, one.bound, now, batch))
+            (_SENT, (one.id, one.key, request.stage, *one.bounds, one.held, now, batch))
             for one, request in zip(sent, requests, strict=True)
         ]
         return sent, self._submit(rows)
@@ -182,7 +187,7 @@ class Ledger:
         """The outcome of a request; the future is done when it is on the disk. What was held for it is free."""
         if reply is not None:
             cost, tokens = reply.cost, (reply.prompt_tokens, reply.completion_tokens)
-        self.account.held -= sent.bound
+        self.account.held -= sent.held
         self.account.spent += cost
         said = (None, None, None) if reply is None else (reply.finish_reason, reply.text, reply.model)
         row = (sent.id, sent.key, status, *said, *tokens, cost, seconds, time.time(), detail[:500])

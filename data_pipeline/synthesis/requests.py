@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data_pipeline.synthesis.fields import schema
 from data_pipeline.synthesis.settings import Price, Teacher
@@ -33,26 +33,29 @@ class Request:
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
 
     @functools.cached_property
-    def max_prompt_tokens(self) -> int:
-        """A bound: no tokenizer makes more tokens than there are bytes. A schema is a part of the prompt."""
+    def bounds(self) -> "Bounds":
+        """No tokenizer makes more tokens than there are bytes. A schema is a part of the prompt."""
         told = [message["content"] for message in self.body["messages"]]
         if "response_format" in self.body:
             told.append(json.dumps(self.body["response_format"]))
-        return sum(len(text.encode(errors="replace")) + _TOKENS_A_MESSAGE for text in told)
+        prompt = sum(len(text.encode(errors="replace")) + _TOKENS_A_MESSAGE for text in told)
+        return Bounds(prompt, self.body.get("max_tokens") or self.body["max_completion_tokens"])
 
     @property
     def expected_prompt_tokens(self) -> int:
         """About as many as a tokenizer makes of English."""
-        return self.max_prompt_tokens // _BYTES_A_TOKEN
+        return self.bounds.prompt_tokens // _BYTES_A_TOKEN
 
-    @property
-    def max_tokens(self) -> int:
-        """Of the reply."""
-        return self.body.get("max_tokens") or self.body["max_completion_tokens"]
 
-    def bound(self, price: Price) -> int:
-        """Billionths of a dollar that it costs at most."""
-        return cost_of(self.max_prompt_tokens, self.max_tokens, price)
+class Bounds(NamedTuple):
+    """Tokens that a request takes at most."""
+
+    prompt_tokens: int
+    reply_tokens: int
+
+    def cost(self, price: Price) -> int:
+        """Billionths of a dollar."""
+        return cost_of(*self, price)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +95,10 @@ def cost_of(prompt_tokens: int, completion_tokens: int, price: Price) -> int:
     return int(exact) + (exact > int(exact))
 
 
-def read_reply(content: Any, request: Request, price: Price) -> Reply | None:
+def read_reply(content: Any, bounds: Bounds, price: Price) -> Reply | None:
     """The reply in what a server answered; None where it holds none, such as a text that is no completion.
 
-    A usage that is missing, or cannot be true, counts as the bound.
+    A usage that is missing, or cannot be true, counts as the bounds of the request.
     """
     if not isinstance(content, dict):
         return None
@@ -112,7 +115,7 @@ def read_reply(content: Any, request: Request, price: Price) -> Reply | None:
         text, finish_reason = text if isinstance(text, str) else "", "refusal"
     if not isinstance(text, str) or not (text.strip() or finish_reason in ("refusal", "length")):
         return None
-    prompt_tokens, completion_tokens = usage_of(content, request)
+    prompt_tokens, completion_tokens = usage_of(content, bounds)
     return Reply(
         text=text,
         finish_reason=finish_reason,
@@ -123,7 +126,7 @@ def read_reply(content: Any, request: Request, price: Price) -> Reply | None:
     )
 
 
-def usage_of(content: Any, request: Request) -> tuple[int, int]:
+def usage_of(content: Any, bounds: Bounds) -> tuple[int, int]:
     """Tokens of prompt and reply that a server says it took; the bounds where it does not say, or cannot have."""
     usage = content.get("usage") if isinstance(content, dict) else None
 
@@ -131,4 +134,4 @@ def usage_of(content: Any, request: Request) -> tuple[int, int]:
         tokens = usage.get(name) if isinstance(usage, dict) else None
         return tokens if type(tokens) is int and 0 <= tokens <= most else most
 
-    return said("prompt_tokens", request.max_prompt_tokens), said("completion_tokens", request.max_tokens)
+    return said("prompt_tokens", bounds.prompt_tokens), said("completion_tokens", bounds.reply_tokens)

@@ -137,8 +137,7 @@ class _Run:
 
         async def work(item: Item) -> None:
             while isinstance(outcome := self.outcome(item), Needs):
-                answered = await asyncio.gather(*map(teacher.ask, outcome.requests))
-                if not all(answered) and not self._goes_on(item, outcome):
+                if not all(await asyncio.gather(*map(teacher.ask, outcome.requests))):
                     return  # it stays open: the next run asks again
             bar.update(1, note())
 
@@ -150,11 +149,6 @@ class _Run:
         finally:
             await teacher.close()
         return self._why(teacher.ended, teacher.num_failed)
-
-    def _goes_on(self, item: Item, before: Needs) -> bool:
-        """Whether an item has got further, though a request of it failed: an unreadable reply is asked for anew."""
-        now = self.outcome(item)
-        return not isinstance(now, Needs) or {r.key for r in now.requests} != {r.key for r in before.requests}
 
     def _ask_in_batches(self, stop: StopSignal, bar: Progress, note: Callable[[], str]) -> RunError | None:
         teacher = BatchTeacher(self.settings.teacher, self.settings.batch, self.ledger, self.budget, stop)

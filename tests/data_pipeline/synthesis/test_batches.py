@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from teachers import BatchTeacher, Teacher, rows_in
 
-from data_pipeline.cli import RunError
+from data_pipeline.cli import RunError, Stopped, StopSignal
 from data_pipeline.synthesis import batch as batch_module
 from data_pipeline.synthesis.rules import RuleTeacher
 from data_pipeline.synthesis.run import synthesize
@@ -83,11 +83,11 @@ def test_more_than_the_server_takes_at_once_is_sent_in_smaller_batches(batches, 
     settings, store, books = batches(limit=8)
     synthesize(settings)
     assert made(settings) == directly() and max(books.answered.values()) == 1
-    assert store["sizes"][:3] == [30, 15, 7]
+    assert store["sizes"][:2] == [30, 15] and len(store["sizes"]) < 30
 
 
 def test_a_batch_that_fails_for_good_ends_the_run_with_its_reason(batches, monkeypatch):
-    settings, store, _ = batches(limit=0)
+    settings, _, _ = batches(limit=0)
     monkeypatch.setattr(batch_module, "_TOO_MUCH", ())
     with pytest.raises(RunError, match="failed: Enqueued token limit reached"):
         synthesize(settings)
@@ -102,11 +102,11 @@ def test_a_request_that_fails_again_and_again_is_left_and_said(batches):
 
 
 def test_the_budget_holds_for_batches(batches):
-    settings, store, books = batches(budget=0.15, limits={"max_requests": 10})
-    with pytest.raises(RunError, match="the budget of .* is reached"):
+    settings, _, books = batches(budget=0.08, limits={"max_requests": 10})
+    with pytest.raises(RunError, match=r"the budget of .* is reached"):
         synthesize(settings)
     paid = (books.tokens[0] * 5 + books.tokens[1] * 15) / 1e6
-    assert 0.05 < paid <= 0.15
+    assert 0.02 < paid <= 0.08
     synthesize(settings.model_copy(update={"budget": 10.0}))
     assert len(rows_in(settings.out)) == 30 and max(books.answered.values()) == 1
 
@@ -147,9 +147,7 @@ def test_a_run_that_dies_finds_its_batches_again(batches, directly, monkeypatch,
 
 
 def test_a_stop_leaves_batches_at_the_server_and_the_next_run_collects_them(batches, monkeypatch):
-    settings, store, books = batches()
-    from data_pipeline.cli import Stopped, StopSignal
-
+    settings, store, _ = batches()
     entered = StopSignal.__enter__
 
     def stopping(self):
@@ -176,7 +174,7 @@ def test_a_stop_leaves_batches_at_the_server_and_the_next_run_collects_them(batc
 
 
 def test_a_direct_run_goes_on_with_what_batches_brought(batches, server):
-    settings, store, books = batches("expired")
+    settings, _, _ = batches("expired")
     synthesize(settings)
     again = settings.model_copy(update={"transport": "direct", "num_items": 30})
     synthesize(again)

@@ -10,6 +10,8 @@ from data_pipeline.synthesis.requests import Reply, Request, cost_of, make_reque
 from data_pipeline.synthesis.settings import Price, Teacher
 
 REPLY = Reply("yes", "stop", "m", 3, 2, 70)
+PRICE = Price(input=0, output=1)
+HELD = 2048 * 1000  # billionths of a dollar for 2,048 tokens at a dollar a million
 
 
 def request(text="Why?", sample="0", **teacher):
@@ -36,42 +38,43 @@ def test_a_cost_is_the_price_to_the_billionth_rounded_up():
 
 def test_a_bound_is_never_below_what_a_tokenizer_makes(large_tokenizer):
     for text in ("How many?", "ﷺ" * 50, "𝔘𝔫𝔦", "\u0000\uffff", "a " * 500, "数学の問題", ""):
-        assert len(large_tokenizer.encode_prompt(text)) <= request(text).max_prompt_tokens
+        assert len(large_tokenizer.encode_prompt(text)) <= request(text).bounds.prompt_tokens
 
 
 def test_what_is_settled_is_there_after_it_is_opened_again(tmp_path):
     path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
         assert ledger.reply(request()) is None
-        (sent,), done = ledger.send([request()], [100], 1000)
+        (sent,), done = ledger.send([request()], PRICE, 10 * HELD)
         done.result()
-        assert (ledger.account.spent, ledger.account.held) == (0, 100)
+        assert (ledger.account.spent, ledger.account.held) == (0, HELD)
         ledger.settle(sent, "reply", REPLY).result()
         assert (ledger.account.spent, ledger.account.held) == (70, 0)
-        (other,), done = ledger.send([request("Who?")], [50], 1000)
+        (other,), done = ledger.send([request("Who?")], PRICE, 10 * HELD)
         done.result()
     with Ledger(path) as ledger:
         assert ledger.reply(request()) == REPLY
-        assert (ledger.account.spent, ledger.account.held) == (70, 50)
-        assert ledger.left_open() == (1, 50)
+        assert (ledger.account.spent, ledger.account.held) == (70, HELD)
+        assert ledger.left_open() == (1, HELD)
         ledger.settle(other, "unknown", cost=50).result()
         assert ledger.account.total == 120 and ledger.left_open() == (0, 0)
 
 
 def test_what_is_held_counts_against_the_budget(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        ledger.send([request()], [60], 100)
+        ledger.send([request()], PRICE, 2 * HELD)
         with pytest.raises(BudgetReached):
-            ledger.send([request("Who?")], [41], 100)
-        assert ledger.account.held == 60
-        ledger.send([request("Who?")], [40], 100)
+            ledger.send([request("Who?"), request("When?")], PRICE, 3 * HELD - 1)
+        assert ledger.account.held == HELD
+        ledger.send([request("Who?"), request("When?")], PRICE, 3 * HELD)
+        assert ledger.account.held == 3 * HELD
 
 
 def test_a_reply_is_on_the_disk_when_its_future_is_done(tmp_path):
-    """Another connection sees it, and the file as it lies there, copied, has it."""
+    """The files as they lie there, copied, have it."""
     path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
-        (sent,), done = ledger.send([request()], [100], 1000)
+        (sent,), done = ledger.send([request()], PRICE, HELD)
         done.result()
         ledger.settle(sent, "reply", REPLY).result()
         copy = tmp_path / "copy.sqlite"
@@ -83,12 +86,12 @@ def test_a_reply_is_on_the_disk_when_its_future_is_done(tmp_path):
 def test_many_writes_share_a_flush_and_none_is_lost(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         every = [request(f"{i}?") for i in range(2000)]
-        sent, done = ledger.send(every, [10] * 2000, 10**6)
+        sent, done = ledger.send(every, PRICE, 2000 * HELD)
         done.result()
         for future in [ledger.settle(one, "reply", REPLY) for one in sent]:
             future.result()
         assert all(ledger.reply(one) == REPLY for one in every)
-        assert ledger.account.spent == 70 * 2000
+        assert ledger.account.spent == 70 * 2000 and ledger.account.held == 0
 
 
 def test_a_damaged_ledger_or_one_of_another_version_is_named(tmp_path):

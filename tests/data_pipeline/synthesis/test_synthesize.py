@@ -85,7 +85,8 @@ def test_more_seeds_pay_for_the_new_ones_only(server, settings_of, seeds):
 
 def test_the_majority_of_several_answers_is_kept_and_disagreement_goes(server, settings_of):
     url, _ = server(rules=RuleTeacher(wrong_questions=0, wrong_answers=0.3))
-    one, five = settings_of(url, "one"), settings_of(url, "five", answers=5, agreement=0.6)
+    one = settings_of(url, "one", num_items=120)
+    five = settings_of(url, "five", num_items=120, answers=5, agreement=0.6)
     synthesize(one)
     report = synthesize(five)
     wrong = [
@@ -95,7 +96,7 @@ def test_the_majority_of_several_answers_is_kept_and_disagreement_goes(server, s
     assert wrong[0] > 0.15 and wrong[1] < wrong[0] / 2
     lost = {(row["stage"], row["reason"]): row["count"] for row in report["lost"]}
     assert set(lost) <= {("answer", "answers disagree")}
-    assert len(rows_in(five.out)) + sum(lost.values()) == 30
+    assert len(rows_in(five.out)) + sum(lost.values()) == 120
     assert all(row["lineage"]["votes"][0] >= 3 and row["lineage"]["votes"][1] == 5 for row in rows_in(five.out))
 
 
@@ -125,12 +126,13 @@ def test_known_answers_are_held_against_the_rows(server, settings_of, seeds):
 def test_a_masked_number_is_the_answer_that_is_expected(server, settings_of, seeds, strategy):
     class Solver(Teacher):
         def complete(self, body, prompt):
-            """Answers with the number that the seed had where the question has an x; asked for a statement, makes one."""
+            """Answers with the number that the seed had where there is an x; asked for a statement, makes one."""
             known = [json.loads(line)["question"].split() for line in Path(seeds).read_text().splitlines()]
             asked = prompt.partition("The question:")[2].strip().split("\n\n")[0]
             if "QUESTION ABOUT X" in prompt:
                 answer = prompt.partition("Its answer is ")[2].split(".")[0]
-                text = f"QUESTION ABOUT X: {asked.rpartition('.')[0]}. In the end there are {answer}. What is the value of the unknown x?"
+                said = f"In the end there are {answer}. What is the value of the unknown x?"
+                text = f"QUESTION ABOUT X: {asked.rpartition('.')[0]}. {said}"
             else:
                 words = asked.split()
                 for seed in known:
@@ -271,7 +273,7 @@ def test_requests_that_are_refused_one_after_another_end_it(server, settings_of)
             return True
 
     url, books = server(Strict)
-    with pytest.raises(RunError, match="refuses one request after another.*unsupported_parameter"):
+    with pytest.raises(RunError, match=r"refuses one request after another.*unsupported_parameter"):
         synthesize(settings_of(url))
     assert books.num_asked < 30
 
@@ -285,7 +287,7 @@ def test_a_server_that_is_not_there_is_said_in_one_message(settings_of):
 def test_too_many_requests_silence_everybody_for_as_long_as_is_asked(server, settings_of):
     class Busy(Teacher):
         def trouble(self, key, times, body, prompt):
-            if len(self.books.times) == 9:
+            if self.number == 9:
                 self.error(429, "rate_limit_exceeded", Retry_After="1")
                 return True
             time.sleep(0.01)
@@ -294,7 +296,7 @@ def test_too_many_requests_silence_everybody_for_as_long_as_is_asked(server, set
     url, books = server(Busy, rules=HONEST)
     synthesize(settings_of(url, limits={"longest_wait": 5}))
     quiet = [later - earlier for earlier, later in zip(books.times[8:], books.times[9:], strict=False)]
-    assert 0.8 < max(quiet[:8]) < 1.6
+    assert 0.8 < max(quiet[:16]) < 1.6
     assert len(books.times) == 61
 
 
@@ -333,7 +335,7 @@ def test_a_key_is_needed_sent_and_never_kept(server, settings_of, monkeypatch, c
     url, _ = server(Locked, rules=HONEST)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(
-        UsageError, match="no key for https://api.openai.com/v1: set the environment variable OPENAI_API_KEY"
+        UsageError, match=r"no key for https://api\.openai\.com/v1: set the environment variable OPENAI_API_KEY"
     ):
         synthesize(settings_of("https://api.openai.com/v1"))
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
@@ -381,7 +383,7 @@ def test_a_full_disk_is_said_and_loses_nothing(server, settings_of, monkeypatch)
 
     def small(self):
         connection = connect(self)
-        connection.execute("PRAGMA max_page_count = 30")  # what SQLite then says is what it says of a full disk
+        connection.execute("PRAGMA max_page_count = 12")  # what SQLite then says is what it says of a full disk
         return connection
 
     monkeypatch.setattr(ledger.Ledger, "_connect", small)
