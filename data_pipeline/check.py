@@ -1,4 +1,8 @@
-"""`check TASK`: whether each training text, graded as a model's response would be, is right."""
+"""`check TASK`: whether each training text, graded as a model's response would be, is right.
+
+A text ends with its gold answer, so that its grade says whether the grader reads that answer as it is written. A
+solution that itself announces another one (in a box, or as "The answer is …") makes it wrong, too.
+"""
 
 import dataclasses
 
@@ -11,6 +15,8 @@ from data_pipeline.progress import progress
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import get_task
 from data_pipeline.templates import Template, load_template
+
+_ANNOUNCED = ("boxed", "answer_line", "hash_line")  # rules that find what is meant as an answer
 
 
 class CheckSettings(Settings):
@@ -42,15 +48,18 @@ def check(task: str, settings: CheckSettings) -> tuple[int, list[WrongRow]]:
             wrong.append(found)
             logger.info("%s: gold %r, read %r (%s)", problem.id, problem.answer, found.answer, found.rule)
     if not count:
-        raise UsageError(f"task={task} split={settings.split}: no problem was read")
+        raise UsageError(f"task={task} split={settings.split} source={settings.source}: no problem was read")
     logger.info("%s of %s texts are graded right (%.2f %%)", f"{count - len(wrong):,}", f"{count:,}",
                 100 * (1 - len(wrong) / count))  # fmt: skip
     return count, wrong
 
 
 def graded_wrong(problem: Problem, kind: Kind, template: Template) -> WrongRow | None:
-    """None where the problem's own text is graded right."""
-    extracted = extract(template.render_response(problem.solution, problem.answer), kind)
-    if extracted.answer is not None and is_equal(extracted.answer, problem.answer, kind):
-        return None
-    return WrongRow(problem, extracted.answer, extracted.rule or "no answer")
+    """None where the problem's own text is graded right, and its solution announces no other answer."""
+    said = extract(problem.solution, kind)
+    for found in (extract(template.render_response(problem.solution, problem.answer), kind), said):
+        if found is said and said.rule not in _ANNOUNCED:
+            continue
+        if found.answer is None or not is_equal(found.answer, problem.answer, kind):
+            return WrongRow(problem, found.answer, found.rule or "no answer")
+    return None

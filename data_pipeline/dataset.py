@@ -5,8 +5,11 @@ question_answer-train.array_record-00000, …          problems, in the order in
 """
 
 import itertools
+import json
+import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from etils import epath
 
 from data_pipeline.cli import RunError, make_folder
 from data_pipeline.problem import Problem
-from data_pipeline.rows import DATASET_INFO
+from data_pipeline.rows import DATASET_INFO, is_tfds_folder
 from data_pipeline.settings import UsageError
 
 _NAME = "question_answer"
@@ -27,25 +30,48 @@ _CHUNK = 1024  # problems read at a time: one by one is 25 times slower
 
 def is_dataset(source: str) -> bool:
     """Whether `source` is a dataset's folder."""
-    return (epath.Path(source) / DATASET_INFO).exists()
+    return is_tfds_folder(epath.Path(source))
+
+
+def check_out(out: str, task: str, splits: Collection[str]) -> None:
+    """Raises UsageError where `out` cannot become a dataset of these splits: what is there would be lost."""
+    destination = epath.Path(out)
+    if not destination.exists():
+        if "://" not in out:
+            make_folder(destination.parent, "out")
+        return
+    if not destination.is_dir():
+        raise UsageError(f"out={out} is a file: name a folder")
+    if not any(destination.iterdir()):
+        return
+    if not is_dataset(out) or not _is_ours(out):
+        raise UsageError(f"out={out} exists and is no dataset of ours: choose another folder")
+    if dataset_task(out) != task:
+        raise UsageError(
+            f"out={out} holds problems of the task {dataset_task(out)!r}: choose another folder, or remove it"
+        )
+    lost = [split for split in dataset_splits(out) if split not in splits]
+    if lost:
+        raise UsageError(
+            f"out={out} holds the split {' and '.join(lost)}, which would be lost: choose another folder, or remove it"
+        )
 
 
 def write_dataset(
-    out: str, task: str, splits: Mapping[str, Iterable[Problem]], about: Mapping[str, Any] | None = None
-) -> dict[str, int]:
+    out: str, task: str, splits: Mapping[str, Iterable[Problem]], about: Mapping[str, Any] | None = None,
+    add: Callable[[Path], None] | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Writes the problems of each split to the folder `out`, which appears whole; returns how many each has.
 
-    `about` is kept beside the task's name in metadata.json. Raises UsageError where a split is empty, or `out` holds
-    anything but a dataset; one that is there is replaced.
+    `about` is kept beside the task's name in metadata.json; `add` may put further files into the folder, once the
+    problems are written. A dataset of the same splits that is there is replaced. Raises UsageError where a split is
+    empty, or `check_out` says no.
     """
     import tensorflow_datasets as tfds  # slow to import
 
+    check_out(out, task, splits)
     destination = epath.Path(out)
-    if destination.exists() and not is_dataset(out) and any(destination.iterdir()):
-        raise UsageError(f"out={out} exists and is no dataset: choose another folder")
     local = "://" not in out
-    if local:
-        make_folder(destination.parent, "out")
     with tempfile.TemporaryDirectory(prefix=".dataset-", dir=destination.parent if local else None) as scratch:
         made = Path(scratch) / "made"
         made.mkdir()
@@ -65,6 +91,8 @@ def write_dataset(
         info.set_splits(tfds.core.splits.SplitDict(written))
         info.write_to_directory(str(made))
         counts = {split.name: sum(split.shard_lengths) for split in written}
+        if add is not None:
+            add(made)
         _move(made, destination)
     return counts
 
@@ -93,7 +121,10 @@ def read_dataset(source: str, split: str) -> Iterator[Problem]:
 
 def dataset_task(source: str) -> str:
     """The name of the task whose problems a dataset holds. Raises UsageError where it is none of ours."""
-    metadata = _open(source).info.metadata
+    try:
+        metadata = _open(source).info.metadata
+    except ValueError as error:  # it is read when it is asked for
+        raise RunError(f"{source} is damaged (metadata.json: {error}): make it again") from error
     if not metadata or "task" not in metadata:
         raise UsageError(f"{source} is a TensorFlow Datasets folder, but not one that data_pipeline made")
     return metadata["task"]
@@ -160,15 +191,34 @@ def _decoded(record: bytes) -> Problem:
     return Problem(**texts, num_steps=None if steps < 0 else steps)
 
 
+def _is_ours(folder: str) -> bool:
+    metadata = epath.Path(folder) / "metadata.json"
+    try:
+        return "task" in json.loads(metadata.read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _move(made: Path, destination: epath.Path) -> None:
     """Puts a whole folder in its place; on an object store dataset_info.json, by which it is known, comes last."""
-    if "://" not in str(destination):
+    if "://" in str(destination):
         if destination.exists():
-            Path(destination).rename(made.with_name("replaced"))  # goes with the scratch folder
-        made.rename(destination)
+            destination.rmtree()
+        destination.mkdir(parents=True)
+        for file in sorted(made.iterdir(), key=lambda file: file.name == DATASET_INFO):
+            epath.Path(file).copy(destination / file.name)
         return
-    if destination.exists():
-        destination.rmtree()
-    destination.mkdir(parents=True)
-    for file in sorted(made.iterdir(), key=lambda file: file.name == DATASET_INFO):
-        epath.Path(file).copy(destination / file.name)
+    for file in made.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    place = Path(destination)
+    before = place.with_name(f".{place.name}.replaced-{os.getpid()}")
+    try:
+        if place.exists():
+            place.rename(before)
+        made.rename(place)
+    except BaseException:
+        if before.exists() and not place.exists():
+            before.rename(place)
+        raise
+    shutil.rmtree(before, ignore_errors=True)

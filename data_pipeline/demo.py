@@ -5,7 +5,7 @@ import dataclasses
 import pydantic
 from etils import epath
 
-from data_pipeline.cli import logger
+from data_pipeline.cli import logger, make_folder
 from data_pipeline.files import write_atomically, write_json_lines
 from data_pipeline.settings import Settings
 from data_pipeline.tasks import Problem
@@ -18,8 +18,8 @@ class DemoData(Settings):
     """`prepare demo`: generated word problems and a tokenizer for them."""
 
     out: str = pydantic.Field(description="folder for train.jsonl, test.jsonl and tokenizer.model")
-    num_train: pydantic.PositiveInt = pydantic.Field(800, description="training problems")
-    num_test: pydantic.PositiveInt = pydantic.Field(60, description="held-out problems")
+    num_train: int = pydantic.Field(800, ge=1, le=1_000_000, description="training problems")
+    num_test: int = pydantic.Field(60, ge=1, le=1_000_000, description="held-out problems")
     vocab_size: int = pydantic.Field(512, ge=300, description="pieces of the tokenizer")
     seed: pydantic.NonNegativeInt = pydantic.Field(0, description="seed of the generator")
 
@@ -27,7 +27,7 @@ class DemoData(Settings):
 def prepare_demo(settings: DemoData) -> None:
     """Writes train.jsonl, test.jsonl (no question in both) and tokenizer.model."""
     out = epath.Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "out")
     problems = list(generate_problems(settings.num_train + settings.num_test, settings.seed))
     train, test = problems[: settings.num_train], problems[settings.num_train :]
     for name, part in (("train", train), ("test", test)):

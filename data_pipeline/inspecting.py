@@ -1,5 +1,6 @@
 """`inspect`: what the model will see, on a terminal or as a page: trained spans, lengths, fill, steps."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,12 @@ from etils import epath
 from jaxtyping import Int
 
 from data_pipeline.cli import logger
-from data_pipeline.files import write_text
+from data_pipeline.files import damage_named, write_text
 from data_pipeline.loader import Batch, Batches
 from data_pipeline.resample import histogram
 from data_pipeline.settings import Settings, UsageError, apply_override, read_yaml, validated
 from data_pipeline.sources import DataSettings, Epoch, load_epoch
-from data_pipeline.templates import load_template
+from data_pipeline.templates import Template, load_template
 from data_pipeline.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
@@ -27,16 +28,21 @@ _NUM_BINS = 12
 class InspectSettings(Settings):
     """`inspect --config CONFIG [data.key=value ...]`: the data of a training config as the model sees it."""
 
-    config: str = pydantic.Field(description="YAML file of training settings, of which `data` and `seed` are read")
+    config: str = pydantic.Field(
+        description="YAML file of training settings, of which data, seed and init_from are read"
+    )
     rows: pydantic.NonNegativeInt = pydantic.Field(2, description="rows of the first epoch that are shown")
     html: str | None = pydantic.Field(None, description="write what is shown to this file, as a page")
 
 
 def inspect(settings: InspectSettings, overrides: Sequence[str] = ()) -> Epoch:
     """Prints the datasets, histograms and first rows of an epoch. Raises UsageError."""
+    if settings.html is not None and epath.Path(settings.html).is_dir():
+        raise UsageError(f"html={settings.html} is a folder: name a file")
     data, seed, init_from = _data_of(settings.config, overrides)
     tokenizer = Tokenizer.load(data.tokenizer or _tokenizer_of(init_from))
-    epoch = load_epoch(data, tokenizer, load_template(data.template))
+    template = load_template(data.template) if data.template is not None else _template_of(init_from)
+    epoch = load_epoch(data, tokenizer, template)
     batches = Batches(epoch.rows, data, batch_size=1, seed=seed, num_epochs=1)
     console = rich.console.Console(record=settings.html is not None, highlight=False)
     console.print(_sources(epoch))
@@ -140,14 +146,37 @@ def _data_of(path: str, overrides: Sequence[str]) -> tuple[DataSettings, int, st
     if not isinstance(tree.get("data"), dict):
         raise UsageError(f"{path} has no group `data`: name a training config")
     seed = tree.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UsageError(f"{path}: seed={seed!r} must be a whole number from 0")
     return validated(DataSettings, tree["data"], where=f"{path}: data"), seed, tree.get("init_from")
 
 
 def _tokenizer_of(init_from: str | None) -> str:
     """The tokenizer.model in a published folder, or beside the checkpoints of a run."""
-    if init_from is not None:
-        folder = epath.Path(init_from.partition("@")[0])
-        for place in (folder, folder / "checkpoints"):
-            if (place / "tokenizer.model").exists():
-                return str(place / "tokenizer.model")
+    for place in _places_of(init_from):
+        if (place / "tokenizer.model").exists():
+            return str(place / "tokenizer.model")
     raise UsageError("the config names no tokenizer file: add data.tokenizer=FILE")
+
+
+def _template_of(init_from: str | None) -> Template:
+    """The template that came with the weights, as training takes it; without weights, the default."""
+    for place in _places_of(init_from):
+        if (place / "prompt_template.yaml").exists():
+            return load_template(str(place / "prompt_template.yaml"))
+        steps = sorted((int(step.name) for step in place.iterdir() if step.name.isdigit()), reverse=True)
+        for step in steps:
+            for file in (place / str(step) / "meta").glob("*"):
+                with damage_named(file, "name data.template"):
+                    told = json.loads(file.read_text())
+                    if "template" in told:
+                        return validated(Template, told["template"], where=str(file))
+    return load_template(None)
+
+
+def _places_of(init_from: str | None) -> list[epath.Path]:
+    """Folders where what belongs to the weights may lie."""
+    if init_from is None:
+        return []
+    folder = epath.Path(init_from.partition("@")[0])
+    return [place for place in (folder, folder / "checkpoints") if place.is_dir()]

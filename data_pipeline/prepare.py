@@ -11,13 +11,13 @@ import requests
 from etils import epath
 
 from data_pipeline.cli import RunError, logger
-from data_pipeline.dataset import dataset_splits, is_dataset, write_dataset
+from data_pipeline.dataset import check_out, dataset_splits, is_dataset, write_dataset
 from data_pipeline.files import cache_folder, write_atomically
 from data_pipeline.problem import Problem
 from data_pipeline.progress import Progress, progress
 from data_pipeline.rows import files_below, holds_split
 from data_pipeline.settings import Settings, UsageError
-from data_pipeline.tasks import Task, get_task, unique
+from data_pipeline.tasks import Task, get_task
 
 
 class PrepareSettings(Settings):
@@ -42,6 +42,7 @@ def prepare(task: str, settings: PrepareSettings) -> dict[str, int]:
     if source is not None:
         about |= {"source": settings.source, "sha256": _checksums(epath.Path(source))}
     splits = [settings.split] if settings.split is not None else _splits(definition, source)
+    check_out(settings.out, task, splits)
     counts = write_dataset(settings.out, task, {split: _problems(definition, split, source) for split in splits}, about)
     for split, count in counts.items():
         published = definition.splits.get(split, count)
@@ -89,6 +90,8 @@ def _splits(task: Task, source: str | None) -> list[str]:
     else:
         parts = re.split(r"[-_.]", epath.Path(source).name)
         found = [split for split in known if split in parts]
+        if len(found) > 1:
+            raise UsageError(f"source={source}: its name says {' and '.join(found)}: give --split {'|'.join(found)}")
     if not found and len(known) == 1:
         return known
     if not found:
@@ -97,7 +100,7 @@ def _splits(task: Task, source: str | None) -> list[str]:
 
 
 def _problems(task: Task, split: str, source: str | None) -> Iterator[Problem]:
-    return progress(unique(task.problems(split, source), f"{task.name}/{split}"), f"{task.name}/{split}", "problems")
+    return progress(task.problems(split, source), f"{task.name}/{split}", "problems")
 
 
 def _checksums(path: epath.Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ solutions. A resampled dataset is an index array: some rows come several times, 
 """
 
 import dataclasses
+import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,8 @@ import pydantic
 from jaxtyping import Float, Int
 
 from data_pipeline.settings import Settings, UsageError
+
+logger = logging.getLogger("mathscale")
 
 
 class Resample(Settings):
@@ -21,7 +24,9 @@ class Resample(Settings):
         "steps_power",
         description="steps_power: a row's weight is steps ** power; target: the shares of `target` over steps",
     )
-    power: float = pydantic.Field(1.0, ge=-8, le=8, description="of steps_power; 0 leaves all rows alike")
+    power: float = pydantic.Field(
+        1.0, ge=-8, le=8, allow_inf_nan=False, description="of steps_power; 0 leaves all rows alike"
+    )
     target: dict[int, pydantic.PositiveFloat] | None = pydantic.Field(
         None, description="of target: steps -> share of the resampled rows, such as {2: 1, 3: 1, 4: 2}"
     )
@@ -34,7 +39,9 @@ class Resample(Settings):
     @pydantic.model_validator(mode="after")
     def _target_given(self) -> "Resample":
         if (self.mode == "target") != (self.target is not None):
-            raise ValueError("resample: mode=target and target go together")
+            raise ValueError(
+                "resample: write {mode: target, target: {2: 1, 4: 2}}, or {power: 1.0}: target belongs to mode=target"
+            )
         return self
 
 
@@ -68,9 +75,16 @@ def resample(num_steps: Int[np.ndarray, " rows"], settings: Resample, seed: int)
             f"resample.num_rows={num_rows}: {len(num_steps)} rows, each at most {settings.max_repeats} times "
             "(resample.max_repeats), do not make so many"
         )
+    absent = sorted(set(settings.target or ()) - set(np.unique(num_steps).tolist()))
+    if absent:
+        raise UsageError(
+            f"resample.target: no row has {' or '.join(map(str, absent))} steps; there are rows of "
+            f"{', '.join(str(steps) for steps in np.unique(num_steps).tolist() if steps != -1)}"
+        )
     bins = merged_bins(num_steps, settings.min_bin)
     weights = _weights(bins, settings)
     expected = _capped(weights, num_rows, settings.max_repeats)
+    _warn(bins, weights, expected, settings)
     rng = np.random.Generator(np.random.Philox(key=[seed, len(num_steps)]))
     copies = _systematic(expected, num_rows, rng)
     indices = np.repeat(np.arange(len(num_steps)), copies)
@@ -107,6 +121,30 @@ def histogram(num_steps: Int[np.ndarray, " rows"]) -> dict[int, int]:
     """How many rows have each number of steps; -1 are unknown."""
     values, counts = np.unique(num_steps, return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _warn(
+    bins: Int[np.ndarray, " rows"], weights: Float[np.ndarray, " rows"], expected: Float[np.ndarray, " rows"],
+    settings: Resample,
+) -> None:  # fmt: skip
+    """Says where the shares that come out are not those that were asked for."""
+    values, counts = np.unique(bins, return_counts=True)
+    if len(values) == 1:
+        logger.warning(
+            "resampling changes nothing: no two numbers of steps have resample.min_bin=%d rows each, so all %d rows "
+            "count alike; lower it", settings.min_bin, counts[0],
+        )  # fmt: skip
+    asked, got = (np.bincount(np.searchsorted(values, bins), of) / of.sum() for of in (weights, expected))
+    short = [
+        f"{value}: {100 * wanted:.1f} % asked, {100 * had:.1f} % had"
+        for value, wanted, had in zip(values.tolist(), asked.tolist(), got.tolist(), strict=True)
+        if had < 0.98 * wanted
+    ]
+    if short:
+        logger.warning(
+            "resampling: rows of some numbers of steps come %d times each (resample.max_repeats) and are still too few "
+            "(%s); the rest goes to the others", settings.max_repeats, "; ".join(short),
+        )  # fmt: skip
 
 
 def _weights(bins: Int[np.ndarray, " rows"], settings: Resample) -> Float[np.ndarray, " rows"]:

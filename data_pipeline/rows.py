@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import xml.etree.ElementTree
 import zlib
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from etils import epath
 from data_pipeline.settings import UsageError
 
 Row = dict[str, Any]
-DATASET_INFO = "dataset_info.json"  # what a dataset's folder is known by
+DATASET_INFO = "dataset_info.json"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".xml")
 
 
 class Located(NamedTuple):
-    """A row, its number (a line's counts from 1), and where it stands, for messages; `error` where it is no row."""
+    """A row, its number (a line's counts from 1), and where it stands, for messages; `error` where it is no row.
+
+    What there is of one that is none stands under "line".
+    """
 
     row: Row
     number: int
@@ -32,7 +36,7 @@ def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located
 
     Files are JSON Lines, JSON (a list of objects, an object of columns, or one object), Parquet, CSV with a header,
     or XML whose rows are elements named Problem; the first two may be compressed by gzip. In a folder a split's files
-    are those, at any depth, whose names begin with it (train.jsonl, algebra/train-00000-of-00001.parquet) or that
+    are those, at any depth, that are named for it (train.jsonl, train_1.jsonl, algebra/train-00000-of-00001.parquet) or
     stand in a folder of its name (train/algebra/1.json); an only file is read whatever its name.
     A line that is no JSON object is yielded with its `error`. Raises UsageError where nothing can be read at all.
     """
@@ -52,9 +56,14 @@ def files_of(source: str, split: str, what: str = "source") -> list[epath.Path]:
         raise UsageError(f"{what} {source!r} does not exist")
     if not path.is_dir():
         return [path]
-    if (path / DATASET_INFO).exists():
+    if is_tfds_folder(path):
         return list(files_below(path))
     return _files_of_split(path, split, what)
+
+
+def is_tfds_folder(path: epath.Path) -> bool:
+    """Whether a folder is one of TensorFlow Datasets; those that Hugging Face saves have one of these files, too."""
+    return (path / DATASET_INFO).exists() and (path / "features.json").exists()
 
 
 def holds_split(source: str, split: str) -> bool:
@@ -70,7 +79,8 @@ def _files_of_split(folder: epath.Path, split: str, what: str) -> list[epath.Pat
         if len(files) != 1:
             raise UsageError(
                 f"{what} {str(folder)!r} is a folder without the split {split!r}: it must hold {split}.jsonl (or "
-                f"another of {', '.join(SUFFIXES)}), or a folder {split} of such files; or name one file"
+                f"another of {', '.join(SUFFIXES)}), or a folder {split} of such files; or name one file of it. "
+                f"It holds {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}"
             )
     return files
 
@@ -82,7 +92,7 @@ def _named_for(folder: epath.Path, split: str) -> list[epath.Path]:
         for path in files_below(folder)
         if path.name.endswith(SUFFIXES)
         and (
-            path.name.startswith((f"{split}.", f"{split}-", f"{split}_"))
+            re.match(rf"{re.escape(split)}(?:[-_]\d+(?:-of-\d+)?)?\.", path.name)
             or split in path.relative_to(folder).parts[:-1]
         )
     ]
@@ -105,7 +115,7 @@ def _rows_of(file: epath.Path, start: int) -> Iterator[Located]:
     if name.endswith(".parquet"):
         yield from _parquet(file, start)
         return
-    text = "".join(_lines(file))
+    text = _text(file)
     if name.endswith(".csv"):
         rows = _csv(file, text)
     elif name.endswith(".xml"):
@@ -113,7 +123,8 @@ def _rows_of(file: epath.Path, start: int) -> Iterator[Located]:
     else:
         rows = _json(file, text)
     for number, row in enumerate(rows, 1):
-        where = str(file) if len(rows) == 1 else f"{file}, row {number}"  # MATH comes as a file a problem
+        alone = len(rows) == 1 and name.endswith(".json")  # MATH comes as a file a problem
+        where = str(file) if alone else f"{file}, row {number}"
         yield _checked(row, start + number, where)
 
 
@@ -122,10 +133,14 @@ def _json_lines(file: epath.Path, start: int) -> Iterator[Located]:
         if not line.strip():
             continue
         where = f"{file}, line {number}"
+        if isinstance(line, NotText):
+            yield Located({}, start + number, where, str(line))
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield Located({}, start + number, where, f"is not valid JSON: {error}")
+            said = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else str(error)
+            yield Located({"line": line.rstrip("\n")}, start + number, where, f"is not valid JSON: {said}")
         else:
             yield _checked(row, start + number, where)
 
@@ -133,7 +148,7 @@ def _json_lines(file: epath.Path, start: int) -> Iterator[Located]:
 def _checked(row: Any, number: int, where: str) -> Located:
     if isinstance(row, dict):
         return Located(row, number, where)
-    return Located({}, number, where, f"must be a JSON object, not {type(row).__name__}")
+    return Located({"line": row}, number, where, f"must be a JSON object, not {type(row).__name__}")
 
 
 def _lines(file: epath.Path) -> Iterator[str]:
@@ -141,15 +156,27 @@ def _lines(file: epath.Path) -> Iterator[str]:
     compressed = file.name.endswith(".gz")
     if compressed:
         _check_gzip(file)
-    offset = 0
     with file.open("rb") as opened:
-        for line in gzip.GzipFile(fileobj=opened) if compressed else opened:
+        for number, line in enumerate(gzip.GzipFile(fileobj=opened) if compressed else opened, 1):
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
-                raise UsageError(f"{file} is not UTF-8 text (byte {offset + error.start})") from error
-            yield text if offset else text.removeprefix("\ufeff")
-            offset += len(line)
+                yield NotText(f"is not UTF-8 text (byte {error.start + 1} of the line)")
+            else:
+                yield text if number > 1 else text.removeprefix("\ufeff")
+
+
+class NotText(str):
+    """What is wrong with a line that is no text, in its place."""
+
+
+def _text(file: epath.Path) -> str:
+    """All of a file. Raises UsageError."""
+    lines = list(_lines(file))
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, NotText):
+            raise UsageError(f"{file}, line {number}: {line}")
+    return "".join(lines)
 
 
 def _check_gzip(file: epath.Path) -> None:
@@ -165,7 +192,7 @@ def _check_gzip(file: epath.Path) -> None:
 def _json(file: epath.Path, text: str) -> list[Any]:
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not valid JSON: {error}") from error
     if isinstance(content, dict):
         columns = list(content.values())

@@ -14,7 +14,7 @@ from data_pipeline.mixture import mixed_counts, nested_subset, repeated
 from data_pipeline.problem import Problem
 from data_pipeline.resample import Resample, resample
 from data_pipeline.settings import Settings, UsageError
-from data_pipeline.tasks import TASKS, unique
+from data_pipeline.tasks import TASKS
 from data_pipeline.templates import Template
 from data_pipeline.tokenized import UNKNOWN_STEPS, TokenizedRows, tokenize_cached
 from data_pipeline.tokenizer import Tokenizer
@@ -36,7 +36,9 @@ class Source(Settings):
     )
     resample: Resample | None = pydantic.Field(None, description="draw its rows by their number of steps")
     weight: pydantic.PositiveFloat | None = pydantic.Field(
-        None, description="its share of an epoch, beside the other datasets' weights; null: each of its rows once"
+        None,
+        allow_inf_nan=False,
+        description="its share of an epoch, beside the other datasets' weights; null: each of its rows once",
     )
     allow_evaluation_only: bool = pydantic.Field(
         False, description="train on data that is published for evaluation: see its licence"
@@ -52,7 +54,8 @@ class Source(Settings):
     @property
     def label(self) -> str:
         """What it is called."""
-        return self.name or self.path or f"{self.task}/{self.split}"
+        split = "" if self.split == "train" else f" ({self.split})"
+        return self.name or (f"{self.task}/{self.split}" if self.path is None else f"{self.path}{split}")
 
 
 class DataSettings(Settings):
@@ -62,7 +65,7 @@ class DataSettings(Settings):
     num_examples: pydantic.PositiveInt | None = pydantic.Field(
         None, description="of an epoch of weighted datasets; null: as many as need no row twice"
     )
-    seed: pydantic.NonNegativeInt = pydantic.Field(0, description="of counts, resampling and mixing")
+    seed: int = pydantic.Field(0, ge=0, lt=2**63, description="of counts, resampling and mixing")
     tokenizer: str | None = pydantic.Field(
         None, description="tokenizer.model file; null takes the one that came with init_from"
     )
@@ -94,9 +97,11 @@ class DataSettings(Settings):
                     f"sources.{index}.task={source.task!r} is for evaluation: {TASKS[source.task].about}. If you may "
                     f"train on it, set sources.{index}.allow_evaluation_only=true"
                 )
-        names = [source.name for source in self.sources if source.name is not None]
-        if len(set(names)) < len(names):
-            raise ValueError(f"sources: the name {max(names, key=names.count)!r} is given twice")
+        labels = [source.label for source in self.sources]
+        if len(set(labels)) < len(labels):
+            raise ValueError(
+                f"sources: {max(labels, key=labels.count)!r} is there twice: give each a name, if that is meant"
+            )
         return self
 
 
@@ -174,7 +179,10 @@ def load_epoch(settings: DataSettings, tokenizer: Tokenizer, template: Template)
             fits = fits[nested_subset(len(fits), source.count, settings.seed)]
         drawn = None
         if source.resample is not None:
-            drawn = resample(rows.num_steps[fits], source.resample, settings.seed)
+            try:
+                drawn = resample(rows.num_steps[fits], source.resample, settings.seed)
+            except UsageError as error:
+                raise UsageError(f"{source.label}: {error}") from error
             fits = fits[drawn.indices]
         parts.append(rows.select(fits))
         reports.append((source, len(rows), len(rows) - int((rows.input_lengths <= settings.context).sum()), drawn))
@@ -209,7 +217,7 @@ def _tokenized(source: Source, settings: DataSettings, tokenizer: Tokenizer, tem
     task = TASKS[source.task]
 
     def problems() -> Iterator[Problem]:
-        for problem in unique(task.problems(source.split, source.path), source.label):
+        for problem in task.problems(source.split, source.path):
             if not problem.solution:
                 raise UsageError(f"{source.label}: {problem.id!r} has no worked solution to learn from")
             yield problem

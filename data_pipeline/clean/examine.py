@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -17,6 +17,16 @@ from data_pipeline.templates import Template
 from data_pipeline.workers import serve
 
 NEAR_N_GRAM = 3  # words of a row's own n-grams, whose numbers and names count
+
+
+class Malformed(NamedTuple):
+    """A row that is no problem: what is wrong with it, and itself."""
+
+    error: str
+    row: dict[str, Any]
+
+
+Row = Problem | Malformed
 
 
 class Rules(NamedTuple):
@@ -40,17 +50,17 @@ class Examined:
     shingles: Shingles
 
 
-def begin(rules: Rules) -> Callable[[Sequence[Problem | str]], Examined]:
-    """What a process does with a chunk of problems, or what is wrong with a row that is none."""
+def begin(rules: Rules) -> Callable[[Sequence[Row]], Examined]:
+    """What a process does with a chunk of problems, or of rows that are none."""
     tests = TestSets(rules.questions) if rules.questions else None
     template = Template()
 
-    def examine(rows: Sequence[Problem | str]) -> Examined:
+    def examine(rows: Sequence[Row]) -> Examined:
         reasons: dict[int, tuple[str, str]] = {}
         texts, questions = [], []
         for place, row in enumerate(rows):
-            if isinstance(row, str):
-                reasons[place] = ("malformed", row)
+            if isinstance(row, Malformed):
+                reasons[place] = ("malformed", row.error)
                 texts.append("")
                 questions.append("")
                 continue
@@ -59,7 +69,7 @@ def begin(rules: Rules) -> Callable[[Sequence[Problem | str]], Examined]:
             reason = _reason(row, rules, template)
             if reason is not None:
                 reasons[place] = reason
-        matches = tests.matches(tests.shingles(questions), rules.threshold) if tests is not None else []
+        matches = tests.matches(tests.grams(questions), rules.threshold) if tests is not None else []
         return Examined(reasons, matches, _digests(texts), shingles([_own_words(text) for text in texts], NEAR_N_GRAM))
 
     return examine
@@ -74,7 +84,7 @@ def _reason(problem: Problem, rules: Rules, template: Template) -> tuple[str, st
             return f"{name} too {'short' if length < rules.min_chars else 'long'}", f"{length} characters"
     wrong = graded_wrong(problem, rules.kind, template)
     if wrong is not None:
-        return "answer not found in its own text", f"gold {problem.answer!r}, read {wrong.answer!r}"
+        return "its text is graded wrong", f"gold {problem.answer!r}, read {wrong.answer!r}"
     return None
 
 

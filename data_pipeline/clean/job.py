@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
 import pickle
+import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -18,11 +20,11 @@ from etils import epath
 from jaxtyping import Int
 
 from data_pipeline.clean.duplicates import exact_duplicates, near_duplicates
-from data_pipeline.clean.examine import Examined, Rules, begin
+from data_pipeline.clean.examine import Examined, Malformed, Row, Rules, begin
 from data_pipeline.clean.report import Pair, write_report
 from data_pipeline.clean.shingles import Shingles
-from data_pipeline.cli import logger, make_folder
-from data_pipeline.dataset import write_dataset
+from data_pipeline.cli import logger
+from data_pipeline.dataset import check_out, write_dataset
 from data_pipeline.files import write_json
 from data_pipeline.problem import Problem
 from data_pipeline.progress import Progress
@@ -33,8 +35,6 @@ from data_pipeline.workers import in_processes
 _CHUNK = 1000
 _ROWS_A_PROCESS = 10_000  # fewer are not worth processes
 _EXAMPLES = 20  # of each reason in the report
-
-Row = Problem | str  # or what is wrong with it
 
 
 class CleanSettings(Settings):
@@ -57,12 +57,18 @@ class CleanSettings(Settings):
         0.8, gt=0, le=1, description="Jaccard similarity of n-grams of words from which two rows are one; 1: exact only"
     )
     duplicates: Literal["example", "question"] = pydantic.Field(
-        "example", description="what makes rows alike: question and solution, or the question alone"
+        "example", description="what makes rows alike: example (question and solution), or question (it alone)"
     )
     min_chars: pydantic.PositiveInt = pydantic.Field(
         4, description="characters of a question, and a solution, at least"
     )
     max_chars: pydantic.PositiveInt = pydantic.Field(20_000, description="and at most")
+
+    @pydantic.model_validator(mode="after")
+    def _chars_in_order(self) -> "CleanSettings":
+        if self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars={self.min_chars} must not be above max_chars={self.max_chars}")
+        return self
 
 
 class Removed(NamedTuple):
@@ -85,9 +91,16 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     """Decides row by row and of all together, then writes what is left. Returns the report. Raises UsageError.
 
     Of rows that repeat each other the first is kept. The result is the same for any number of processes. Rows wait on
-    the disk meanwhile, beside `out`; memory holds their n-grams, about 2 GB for a million of GSM8K's length.
+    the disk meanwhile, beside `out`; memory holds their n-grams, about 4 GB for a million of GSM8K's length.
     """
     task = get_task(settings.task)
+    sources = [
+        settings.source,
+        *(spec[2] for name in ("against", "beside") for spec in _named(name, getattr(settings, name))),
+    ]
+    if any(_same(settings.out, source) for source in sources):
+        raise UsageError(f"out={settings.out} is, or lies in, what is read: choose another folder")
+    check_out(settings.out, settings.task, [settings.split])
     others = Others(
         *(
             [problem for spec in _named(name, getattr(settings, name)) for problem in read_problems(*spec)]
@@ -98,19 +111,19 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
         task.graded_as, settings.min_chars, settings.max_chars, [problem.question for problem in others.tests],
         settings.contamination, whole=settings.duplicates == "example",
     )  # fmt: skip
-    local = "://" not in settings.out
-    if local:
-        make_folder(epath.Path(settings.out).parent, "out")
-    with tempfile.TemporaryFile(dir=Path(settings.out).parent if local else None) as waiting:
+    beside_out = None if "://" in settings.out else Path(settings.out).parent
+    with tempfile.TemporaryFile(dir=beside_out) as waiting:
         removed, num_rows = _decide(_rows(task, settings), waiting, others.beside, rules, settings.similarity)
         if not num_rows:
             raise UsageError(f"source={settings.source}: there are no rows")
         if len(removed) == num_rows:
+            first = removed[0]
             raise UsageError(
-                f"source={settings.source}: nothing is left of {num_rows} rows; they were {_said(removed)}"
+                f"source={settings.source}: nothing is left of {num_rows} rows; they were {_said(removed)}; the first: "
+                f"{first.reason}{first.detail and f', {first.detail}'}"
             )
         waiting.seek(0)
-        report = _write(_read_back(waiting), settings, removed, num_rows, others)
+        report = _write(_read_back(waiting), settings, removed, num_rows, others, beside_out)
     logger.info(
         "%s of %s rows are left; removed: %s", f"{report['num_kept']:,}", f"{num_rows:,}", _said(removed) or "none"
     )
@@ -123,16 +136,14 @@ def _decide(
 ) -> tuple[dict[int, Removed], int]:
     """What is removed, by the row's number; and how many rows there are. They are written to `waiting`."""
     removed: dict[int, Removed] = {}
-    ids: dict[str, int] = {}
+    ids: list[bytes] = []
     counted = 0
 
     def chunks() -> Iterator[list[Row]]:
         nonlocal counted
         while chunk := list(itertools.islice(rows, _CHUNK)):
-            for row in chunk:
-                if isinstance(row, Problem) and ids.setdefault(row.id, counted) != counted:
-                    removed[counted] = Removed("id there already", ids[row.id], row.id)
-                counted += 1
+            ids.extend(_id_digest(row) for row in chunk)
+            counted += len(chunk)
             pickle.dump(chunk, waiting, protocol=pickle.HIGHEST_PROTOCOL)
             yield chunk
 
@@ -166,9 +177,13 @@ def _decide(
     numbers = left()
     digests = np.concatenate([np.zeros((0, 2), np.uint64), *(part.digests for part in parts)])
     remove(exact_duplicates(digests[numbers]), numbers, "", "exactly")
+    numbers = left()[len(beside) :] - len(beside)
+    digests_of_ids = np.frombuffer(b"".join(ids), np.uint64).reshape(counted, 2)
+    for place, like in exact_duplicates(digests_of_ids[numbers]).items():
+        removed[int(numbers[place])] = Removed("id there already", int(numbers[like]), "")
     if similarity < 1 and parts:
         numbers = left()
-        every = _select(_join([part.shingles for part in parts]), numbers)
+        every = Shingles.join([part.shingles for part in parts]).select(numbers)
         remove(near_duplicates(every, similarity), numbers, "nearly ", "")
     return removed, counted
 
@@ -183,6 +198,12 @@ def _examined(chunks: Iterator[list[Row]], rules: Rules) -> Iterator[Examined]:
         yield from map(begin(rules), every)
 
 
+def _id_digest(row: Row) -> bytes:
+    """16 bytes of a row's id."""
+    name = row.id if isinstance(row, Problem) else ""
+    return hashlib.blake2b(name.encode(errors="replace"), digest_size=16).digest()
+
+
 def _read_back(waiting: BinaryIO) -> Iterator[Row]:
     """The rows that this process wrote."""
     with contextlib.suppress(EOFError):
@@ -191,19 +212,17 @@ def _read_back(waiting: BinaryIO) -> Iterator[Row]:
 
 
 def _write(
-    rows: Iterator[Row], settings: CleanSettings, removed: dict[int, Removed], num_rows: int, others: Others
-) -> dict[str, Any]:
+    rows: Iterator[Row], settings: CleanSettings, removed: dict[int, Removed], num_rows: int, others: Others,
+    beside_out: Path | None,
+) -> dict[str, Any]:  # fmt: skip
     """The dataset of what is left, then removed.jsonl, report.json and report.html in its folder."""
     shown = _examples(removed)
-    needed: dict[int, Row] = dict.fromkeys(shown, "")  # rows that the report shows, by number
+    needed: dict[int, Row] = dict.fromkeys(shown, Malformed("", {}))  # rows that the report shows, by number
     for found in (removed[number] for number in shown):
         if found.like is not None and found.among == "rows":
-            needed[found.like] = ""
+            needed[found.like] = Malformed("", {})
 
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        (Path(scratch) / "removed.jsonl").open("w", encoding="utf-8") as apart,
-    ):
+    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=beside_out) as apart:
 
         def kept() -> Iterator[Problem]:
             for number, row in enumerate(rows):
@@ -223,29 +242,34 @@ def _write(
             "removed": dict(Counter(found.reason for found in removed.values()).most_common()),
             "settings": settings.model_dump(),
         }
-        write_dataset(settings.out, settings.task, {settings.split: kept()}, {"cleaned": report})
-        apart.flush()
-        folder = epath.Path(settings.out)
-        epath.Path(apart.name).copy(folder / "removed.jsonl", overwrite=True)
-        write_json(folder / "report.json", report)
-        pairs = [
-            Pair(removed[number].reason, removed[number].detail, *_texts(number, needed, removed[number], others))
-            for number in shown
-        ]
-        write_report(folder / "report.html", report, pairs)
+
+        def add(folder: Path) -> None:
+            apart.seek(0)
+            with (folder / "removed.jsonl").open("w", encoding="utf-8") as file:
+                shutil.copyfileobj(apart, file)
+            write_json(folder / "report.json", report)
+            pairs = [
+                Pair(removed[number].reason, removed[number].detail, *_texts(number, needed, removed[number], others))
+                for number in shown
+            ]
+            write_report(epath.Path(folder / "report.html"), report, pairs)
+
+        write_dataset(settings.out, settings.task, {settings.split: kept()}, {"cleaned": report}, add)
     return report
 
 
 def _texts(number: int, rows: dict[int, Row], found: Removed, others: Others) -> tuple[str, str]:
     """The row that was removed, and what it repeats."""
-    like: Row = ""
-    if found.like is not None:
-        like = rows[found.like] if found.among == "rows" else getattr(others, found.among)[found.like]
+    if found.like is None:
+        return _shown(rows[number]), ""
+    like = rows[found.like] if found.among == "rows" else getattr(others, found.among)[found.like]
     return _shown(rows[number]), _shown(like)
 
 
 def _shown(row: Row) -> str:
-    return f"{row.question}\n\n{row.solution}".strip() if isinstance(row, Problem) else row
+    if isinstance(row, Malformed):
+        return f"{row.error}\n\n{json.dumps(row.row, ensure_ascii=False, default=str)}"
+    return f"{row.question}\n\n{row.solution}".strip()
 
 
 def _told(number: int, row: Row, found: Removed, others: Others) -> dict[str, Any]:
@@ -254,7 +278,9 @@ def _told(number: int, row: Row, found: Removed, others: Others) -> dict[str, An
     if found.like is not None:
         like = found.like + 1 if found.among == "rows" else getattr(others, found.among)[found.like].id
     told = {"row": number + 1, "reason": found.reason, "detail": found.detail, "like": like}
-    return told | (dataclasses.asdict(row) if isinstance(row, Problem) else {})
+    if isinstance(row, Malformed):
+        return told | {"detail": row.error, "found": row.row}
+    return told | dataclasses.asdict(row)
 
 
 def _examples(removed: dict[int, Removed]) -> list[int]:
@@ -270,11 +296,15 @@ def _examples(removed: dict[int, Removed]) -> list[int]:
 
 def _rows(task: Task, settings: CleanSettings) -> Iterator[Row]:
     """Every row of the source as a problem, or what is wrong with it."""
-    for where, problem, error in task.examined(settings.split, settings.source):
-        if problem is not None:
-            yield problem
-        else:
-            yield f"{where}: {error or 'of no use'}"
+    for where, problem, error, row in task.examined(settings.split, settings.source):
+        yield problem or Malformed(f"{where}: {error or 'of no use'}", row)
+
+
+def _same(out: str, source: str) -> bool:
+    """Whether `out` is what `source` names, or lies in it."""
+    if "://" in out or "://" in source:
+        return out.rstrip("/") == source.rstrip("/")
+    return Path(out).resolve().is_relative_to(Path(source).resolve())
 
 
 def _named(name: str, value: str | None) -> Iterator[tuple[str, str, str]]:
@@ -290,15 +320,3 @@ def _named(name: str, value: str | None) -> Iterator[tuple[str, str, str]]:
 def _said(removed: dict[int, Removed]) -> str:
     counts = Counter(found.reason for found in removed.values())
     return ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
-
-
-def _join(parts: Iterable[Shingles]) -> Shingles:
-    every = list(parts)
-    sizes = np.concatenate([np.diff(part.offsets) for part in every])
-    return Shingles(np.concatenate([part.hashes for part in every]), np.concatenate([[0], np.cumsum(sizes)]))
-
-
-def _select(texts: Shingles, chosen: np.ndarray) -> Shingles:
-    sizes = np.diff(texts.offsets)[chosen]
-    starts = np.repeat(texts.offsets[chosen] - (np.cumsum(sizes) - sizes), sizes)
-    return Shingles(texts.hashes[starts + np.arange(int(sizes.sum()))], np.concatenate([[0], np.cumsum(sizes)]))

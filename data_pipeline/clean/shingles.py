@@ -1,8 +1,9 @@
 """Texts as sets of hashed n-grams of words, so that they are compared by numbers.
 
-Words are small letters without accents and punctuation. A number, in digits or in words, is "0", so that problems which
-differ in their numbers only are alike; with `names` so is a name, as far as it can be told: a capitalised word that
-does not begin a sentence, or one that was met as such in the same text.
+Words are small letters without accents and punctuation; signs of arithmetic and LaTeX commands are words, too. Masked,
+a number, in digits or in words, is "0", so that problems which differ in their numbers only are alike, and so is a
+name, as far as it can be told: a capitalised word that does not begin a sentence, or one that was met as such in the
+same text.
 """
 
 import dataclasses
@@ -17,7 +18,10 @@ from jaxtyping import Int
 
 from data_pipeline.answers.counting import NUMBER_WORDS
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?|\d[\d,.]*")
+_WORD = re.compile(
+    r"\\?[^\W\d_]+(?:['’][^\W\d_]+)?|\d(?:[\d,.]*\d)?|[+*/=^<>|!()\[\]]|\\[{}]"
+    r"|-(?![^\W\d_])|(?<![^\W\d_])-"  # no hyphen between two letters
+)
 _SENTENCE_END = re.compile(r"[.!?:]\s*[\"'”’)]*\s*$")
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 NUMBER, NAME = "0", "\x01"
@@ -36,14 +40,26 @@ class Shingles:
     def __getitem__(self, text: int) -> Int[np.ndarray, " hashes"]:
         return self.hashes[self.offsets[text] : self.offsets[text + 1]]
 
+    def select(self, chosen: Int[np.ndarray, " chosen"]) -> "Shingles":
+        """Those of these texts, in this order."""
+        sizes = np.diff(self.offsets)[chosen]
+        starts = np.repeat(self.offsets[chosen] - (np.cumsum(sizes) - sizes), sizes)
+        return Shingles(self.hashes[starts + np.arange(int(sizes.sum()))], np.concatenate([[0], np.cumsum(sizes)]))
 
-def words(text: str, names: bool = False) -> list[str]:
-    """The words of a text, normalised."""
+    @staticmethod
+    def join(parts: Sequence["Shingles"]) -> "Shingles":
+        """Those of all texts, one part after another."""
+        sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+        return Shingles(np.concatenate([part.hashes for part in parts]), np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def words(text: str, masked: bool) -> list[str]:
+    """The words of a text, normalised; numbers and names as they are, or masked."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text)
         text = "".join(c for c in text if not unicodedata.combining(c))
-    if not names:
-        return [_small(word) for word in _WORD.findall(text)]
+    if not masked:
+        return [_bare(word) for word in _WORD.findall(text)]
     found = [(match[0], match.start()) for match in _WORD.finditer(text)]
     known = {
         _bare(word)

@@ -3,8 +3,6 @@
 A task is one file that makes one `Task`; it is listed in `TASKS` below.
 """
 
-from collections.abc import Iterable, Iterator
-
 from data_pipeline.problem import Problem
 from data_pipeline.settings import UsageError
 from data_pipeline.tasks import asdiv, college_math, gsm8k, hungarian, math, own, puzzle, svamp
@@ -32,20 +30,10 @@ def read_problems(task: str, split: str, source: str | None) -> list[Problem]:
     Raises UsageError where the source is missing, a row is malformed (its line is named), ids repeat, or
     nothing is in it.
     """
-    problems = list(unique(get_task(task).problems(split, source), f"task={task} source={source}"))
+    problems = list(get_task(task).problems(split, source))
     if not problems:
         raise UsageError(f"task={task} split={split} source={source}: the dataset is empty, no problem was read")
     return problems
 
 
-def unique(problems: Iterable[Problem], where: str) -> Iterator[Problem]:
-    """`problems`. Raises UsageError, which begins with `where`, at the first id that was there before."""
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.id in seen:
-            raise UsageError(f"{where}: the id {problem.id!r} occurs twice; ids must be unique")
-        seen.add(problem.id)
-        yield problem
-
-
-__all__ = ["TASKS", "Problem", "Task", "get_task", "read_problems", "unique"]
+__all__ = ["TASKS", "Problem", "Task", "get_task", "read_problems"]

@@ -5,13 +5,22 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.answers import Kind
 from data_pipeline.dataset import dataset_task, is_dataset, read_dataset
 from data_pipeline.problem import Problem
 from data_pipeline.rows import Located, Row, files_of, read_rows
 from data_pipeline.settings import UsageError
+
+
+class ExaminedRow(NamedTuple):
+    """A row of a source: where it stands, its problem, what is wrong with it, and itself (not of a dataset)."""
+
+    where: str
+    problem: Problem | None
+    error: str | None
+    row: Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +50,23 @@ class Task:
         return self.kind
 
     def problems(self, split: str, source: str | None) -> Iterator[Problem]:
-        """The problems of a split. Raises UsageError, which names the line, where a row is malformed."""
-        for where, problem, error in self.examined(split, source):
+        """The problems of a split. Raises UsageError, which names the line, where a row is malformed, or an id repeats.
+
+        `source` as in `examined`.
+        """
+        seen: set[str] = set()
+        for where, problem, error, _ in self.examined(split, source):
             if error is not None:
                 raise UsageError(f"{where}: {error}")
-            if problem is not None:
-                yield problem
+            if problem is None:
+                continue
+            if problem.id in seen:
+                raise UsageError(f"{where}: the id {problem.id!r} was there before; ids must be unique")
+            seen.add(problem.id)
+            yield problem
 
-    def examined(self, split: str, source: str | None) -> Iterator[tuple[str, Problem | None, str | None]]:
-        """Where each row stands, and its problem or what is wrong with it; neither, where it is known to be no use.
+    def examined(self, split: str, source: str | None) -> Iterator[ExaminedRow]:
+        """Each row as a problem, or what is wrong with it; neither, where it is known to be of no use.
 
         `source` is a file or folder of rows as they are published, or a dataset; None takes the public place.
         Raises UsageError where nothing can be read at all.
@@ -59,13 +76,13 @@ class Task:
             if holds != self.name:
                 raise UsageError(f"task={self.name!r}: the dataset {source} holds problems of the task {holds!r}")
             for problem in read_dataset(source, split):
-                yield source, problem, None
+                yield ExaminedRow(source, problem, None, {})
             return
         for located in self._rows(split, source):
             try:
-                yield located.where, self._problem(located, split), None
+                yield ExaminedRow(located.where, self._problem(located, split), None, located.row)
             except ValueError as error:
-                yield located.where, None, str(error)
+                yield ExaminedRow(located.where, None, str(error), located.row)
 
     def fingerprint(self, split: str, source: str | None) -> str:
         """Identifies the problems of a split without reading them as problems: the files' bytes, and the code's.
@@ -111,6 +128,10 @@ def text_field(row: Mapping[str, Any], *keys: str) -> str:
     """The non-empty text (or number) under the first of `keys` that the row has. Raises ValueError."""
     key = next((key for key in keys if row.get(key) is not None), keys[0])
     value = row.get(key)
+    if value is None and key not in row:
+        raise ValueError(
+            f"there is no {' or '.join(map(repr, keys))}; the row has {', '.join(map(str, row)) or 'nothing'}"
+        )
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():

@@ -5,6 +5,7 @@ A row is {"question": …, "answer": …}, the answer ending in a line `#### 72`
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from data_pipeline.answers import parse_number
 from data_pipeline.cli import Stopped
@@ -13,6 +14,7 @@ from data_pipeline.settings import UsageError
 from data_pipeline.tasks.base import Problem, Task, count_lines, text_field
 
 # The public solutions carry calculator marks such as 48/2 = <<48/2=24>>24, which no model should learn.
+_PLACE = "https://raw.githubusercontent.com"  # where TFDS has it from
 CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
 
@@ -29,10 +31,13 @@ def parse(row: Row) -> Problem:
 
 
 def _download(split: str) -> Iterator[Located]:
+    import requests
     from tensorflow_datasets.text.gsm8k import gsm8k  # slow to import
 
     try:
         builder = gsm8k.Gsm8k(file_format="array_record")
+        if not Path(builder.data_dir).exists():
+            requests.head(_PLACE, timeout=10)  # without a network TFDS tries for minutes
         builder.download_and_prepare()
     except Stopped:
         raise

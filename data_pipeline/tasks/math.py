@@ -46,7 +46,7 @@ TASK = Task(
     "math",
     kind="latex",
     parse=parse,
-    about="MATH (Hendrycks et al. 2021), MIT licence; its split math500 is the 500 test problems of MATH-500",
+    about="MATH (Hendrycks et al. 2021), MIT licence; split math500: the 500 test problems in MATH-500's own file",
     splits={"train": 7500, "test": 5000, "math500": 500},
     advice="as Hugging Face has it: EleutherAI/hendrycks_math, HuggingFaceH4/MATH-500",
 )

@@ -21,8 +21,8 @@ def _parse(row: Row, kind: Kind) -> Problem:
         )
     check_gold(answer, kind)
     steps = row.get("num_steps")
-    if steps is not None and (not isinstance(steps, int) or steps < 0):
-        raise ValueError(f"'num_steps' must be a whole number, got {steps!r}")
+    if steps is not None and (type(steps) is not int or not 0 <= steps < 2**31):
+        raise ValueError(f"'num_steps' must be a whole number from 0 to {2**31 - 1}, got {steps!r}")
     return Problem(
         id="",
         question=text_field(row, "question"),

@@ -22,7 +22,9 @@ def test_a_text_that_is_not_right_is_listed(write_rows, tmp_path, capsys):
     # A template that leaves the answer to the solution: the last number counts.
     (tmp_path / "bare.yaml").write_text('prompt: "{question}"\nresponse: "{solution} {answer}?"\n')
     count, wrong = check("jsonl", CheckSettings(source=path))
-    assert (count, wrong) == (3, [])
+    # The solution of one announces another answer than its last line has.
+    assert count == 3 and [(each.problem.id, each.answer, each.rule) for each in wrong] == [("odd", "3", "answer_line")]
+    assert check("jsonl", CheckSettings(source=write_rows(row, name="right.jsonl"))) == (1, [])
     (tmp_path / "first.yaml").write_text('prompt: "{question}"\nresponse: "{answer}. {solution}"\n')
     count, wrong = check("jsonl", CheckSettings(source=path, template=str(tmp_path / "first.yaml")))
     assert [(each.problem.id, each.answer, each.rule) for each in wrong] == [("odd", "3", "answer_line")]

@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +15,29 @@ from data_pipeline.clean.contamination import TestSets
 from data_pipeline.clean.duplicates import exact_duplicates, near_duplicates
 from data_pipeline.clean.job import CleanSettings, clean
 from data_pipeline.clean.shingles import NAME, jaccard, shingles, words
-from data_pipeline.dataset import read_dataset
+from data_pipeline.dataset import dataset_splits, read_dataset, write_dataset
+from data_pipeline.problem import Problem
 from data_pipeline.settings import UsageError
+from data_pipeline.tasks import read_problems
 
 pytestmark = pytest.mark.usefixtures("logging_left_as_it_was")
 
+PROBLEM = Problem("p", "1 + 1?", "1 + 1 = 2", "2", 1)
 QUESTION = "Ann has 12 red pens and buys 3 boxes of 5 pens each. How many pens does Ann have in the end?"
 
 
 def test_words_are_small_numbers_are_masked_and_names_if_asked():
     text = "Mary's café sold 1,200 buns to Tom and twenty-five to Mary. Then Tom left."
-    assert words(text) == "mary cafe sold 0 buns to tom and 0 0 to mary then tom left".split()
-    assert words(text, names=True) == [NAME, *f"cafe sold 0 buns to {NAME} and 0 0 to {NAME} then {NAME} left".split()]
+    plain = "mary cafe sold 1,200 buns to tom and twenty five to mary then tom left".split()
+    assert words(text, masked=False) == plain
+    assert words(text, masked=True) == [
+        NAME, *f"cafe sold 0 buns to {NAME} and 0 0 to {NAME} then {NAME} left".split()
+    ]  # fmt: skip
+
+
+def test_signs_and_commands_of_a_formula_are_words():
+    text = r"Simplify $\frac{x^2-9}{x+3}$ for $x>10.5$."
+    assert words(text, masked=True) == [*r"simplify \frac x ^ 0 - 0 x + 0 for x > 0".split()]
 
 
 def test_shingles_are_the_sets_of_n_grams():
@@ -89,7 +102,7 @@ def renumbered(text):
 )
 def test_a_row_that_holds_a_test_question_is_caught(row, caught):
     tests = TestSets([QUESTION, "How many legs do 5 cows and 7 hens have together on the farm of Bob?"])
-    matches = tests.matches(tests.shingles([row]), 0.4)
+    matches = tests.matches(tests.grams([row]), 0.4)
     assert [match.problem for match in matches] == ([0] if caught else [])
 
 
@@ -100,8 +113,8 @@ def test_boilerplate_makes_nothing_contaminated():
         f"{word} cost {i} dollars and {word}s were on sale. {ending}" for i, word in enumerate("abcdefghijklmnopqrst")
     ]
     tests = TestSets(questions)
-    assert tests.matches(tests.shingles([f"Hats are dear. {ending}"]), 0.4) == []
-    assert [match.problem for match in tests.matches(tests.shingles([questions[3]]), 0.4)] == [3]
+    assert tests.matches(tests.grams([f"Hats are dear. {ending}"]), 0.4) == []
+    assert [match.problem for match in tests.matches(tests.grams([questions[3]]), 0.4)] == [3]
 
 
 def row(i, **changes):
@@ -175,6 +188,112 @@ def test_rows_that_differ_in_their_solution_are_two_unless_asked_otherwise(write
     )
     assert clean(CleanSettings(source=source, out=str(tmp_path / "a")))["num_kept"] == 2
     assert clean(CleanSettings(source=source, out=str(tmp_path / "b"), duplicates="question"))["num_kept"] == 1
+
+
+def test_questions_that_say_little_are_found_word_by_word_and_only_so():
+    """Of nine alike no n-gram tells one from another; each is found as it is, and a tenth is none of them."""
+    questions = [f"What is {i} plus {i + 1}?" for i in range(9)]
+    tests = TestSets(questions)
+    rows = [*questions, "what is 3  PLUS 4", "What is 30 plus 31?", "What is three?"]
+    found = {match.row: match.problem for match in tests.matches(tests.grams(rows), 0.4)}
+    assert found == {i: i for i in range(9)} | {9: 3}
+    assert TestSets(["Why?"] * 20).matches(tests.grams(["Because."]), 0.4) == []
+
+
+@pytest.mark.slow
+def test_every_question_of_math_is_found_as_it_is_and_few_training_questions_are_taken_for_one(test_data):
+    train, test = (
+        [p.question for p in read_problems("math", split, str(test_data / f"math_{split}.jsonl.gz"))]
+        for split in ("train", "test")
+    )
+    tests = TestSets(test)
+    assert len(tests.matches(tests.grams(test), 0.4)) == len(test)
+    # A good part of MATH's training problems are test problems with other numbers.
+    assert len(tests.matches(tests.grams(train), 0.4)) < 0.14 * len(train)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9])
+def test_pairs_at_any_threshold_are_found(threshold):
+    rng = random.Random(1)
+    words = [f"w{i}" for i in range(5000)]
+    texts = []
+    for _ in range(600):
+        text = [rng.choice(words) for _ in range(80)]
+        other = list(text)
+        for _ in range(int(80 * (1 - threshold) / (1 + threshold) / 3)):
+            other[rng.randrange(80)] = rng.choice(words)
+        texts += [text, other]
+    grams = shingles(texts, 3)
+    sets = [{tuple(text[i : i + 3]) for i in range(78)} for text in texts]
+    alike = [len(sets[i] & sets[i + 1]) / len(sets[i] | sets[i + 1]) >= threshold for i in range(0, len(texts), 2)]
+    assert sum(alike) > 300
+    assert len(near_duplicates(grams, threshold)) >= 0.98 * sum(alike)
+
+
+def test_rows_that_begin_alike_take_no_time_that_grows_with_their_square():
+    """Sixty words in common and fourteen of their own: J = 0.67, so each is a candidate for every other."""
+    rng = random.Random(2)
+    words = [f"w{i}" for i in range(5000)]
+    common = [rng.choice(words) for _ in range(60)]
+    grams = shingles([common + [rng.choice(words) for _ in range(14)] for _ in range(8000)], 3)
+    started = time.process_time()
+    assert near_duplicates(grams, 0.8) == {}
+    assert time.process_time() - started < 30  # 32 million comparisons, one after another, take ten minutes
+
+
+def test_rows_beside_what_is_there_already(write_rows, tmp_path):
+    there = [row(i, question=" ".join(f"w{i}{j}" for j in range(12)) + "?") for i in range(3)]
+    near = there[1]["question"].replace("w13 ", "w13 very ")
+    new = [there[0] | {"id": "again"}, row(7, id="near", question=near, solution="1 + 1 = 2", answer="2"), row(8)]
+    beside = f"jsonl:train={write_rows(*there, name='there.jsonl')}"
+    out = tmp_path / "out"
+    settings = CleanSettings(
+        source=write_rows(*new), out=str(out), beside=beside, duplicates="question", similarity=0.6
+    )
+    report = clean(settings)
+    assert report["removed"] == {"there beside it": 1, "nearly there beside it": 1}
+    removed = [json.loads(line) for line in (out / "removed.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["like"]) for line in removed] == [("again", "r0"), ("near", "r1")]
+    assert there[1]["question"] in (out / "report.html").read_text()
+
+
+def test_an_id_counts_among_rows_that_are_kept(write_rows, tmp_path):
+    rows = [row(1, id="x", question="Hm?"), row(2, id="x"), row(3, id="x", question="Another one, of its own?")]
+    clean(CleanSettings(source=write_rows(*rows), out=str(tmp_path / "out")))
+    removed = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["reason"], line["like"]) for line in removed] == [
+        (1, "question too short", None), (3, "id there already", 2)
+    ]  # fmt: skip
+
+
+def test_rows_that_are_none_are_kept_apart_as_they_are(write_rows, tmp_path):
+    source = write_rows(row(1), "{broken", row(2) | {"answer": "two"})
+    Path(source).write_bytes(Path(source).read_bytes() + b'{"question": "caf\xe9"}\n')
+    clean(CleanSettings(source=source, out=str(tmp_path / "out")))
+    removed = [json.loads(line) for line in (tmp_path / "out" / "removed.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in removed] == ["malformed"] * 3
+    assert removed[0]["found"] == {"line": "{broken"} and removed[1]["found"]["answer"] == "two"
+    assert "line 4: is not UTF-8 text (byte 18 of the line)" in removed[2]["detail"]
+
+
+def test_a_solution_that_announces_another_answer_goes(write_rows, tmp_path):
+    rows = [row(1), row(2, solution="2 + 1 = 4\nThe answer is: 4."), row(3, solution="so \\boxed{9}")]
+    report = clean(CleanSettings(source=write_rows(*rows), out=str(tmp_path / "out")))
+    assert report["removed"] == {"its text is graded wrong": 2}
+
+
+def test_what_is_read_is_never_written_over(write_rows, tmp_path):
+    source = str(tmp_path / "set")
+    write_dataset(source, "jsonl", {"train": [PROBLEM], "test": [PROBLEM]})
+    for out in (source, f"{source}/clean"):
+        with pytest.raises(UsageError, match="is, or lies in, what is read"):
+            clean(CleanSettings(source=source, out=out))
+    with pytest.raises(UsageError, match="holds the split test, which would be lost"):
+        clean(CleanSettings(source=write_rows(row(1)), out=source))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file: name a folder"):
+        clean(CleanSettings(source=write_rows(row(1)), out=str(tmp_path / "file")))
+    assert dataset_splits(source) == ["train", "test"]
 
 
 @pytest.mark.slow

@@ -53,13 +53,17 @@ def test_tensorflow_datasets_reads_them(tmp_path):
 def test_a_dataset_is_replaced_by_another_and_nothing_else_is(tmp_path):
     out = tmp_path / "set"
     write_dataset(str(out), "jsonl", {"train": PROBLEMS})
-    write_dataset(str(out), "jsonl", {"dev": PROBLEMS[:1]})
-    assert dataset_splits(str(out)) == ["dev"] and len(list(read_dataset(str(out), "dev"))) == 1
+    with pytest.raises(UsageError, match="holds the split train, which would be lost"):
+        write_dataset(str(out), "jsonl", {"dev": PROBLEMS[:1]})
+    write_dataset(str(out), "jsonl", {"train": PROBLEMS[:1], "dev": PROBLEMS[:1]})
+    assert dataset_splits(str(out)) == ["train", "dev"] and len(list(read_dataset(str(out), "train"))) == 1
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="exists and is no dataset"):
-        write_dataset(str(other), "jsonl", {"train": PROBLEMS})
+    for _ in range(2):
+        with pytest.raises(UsageError, match="exists and is no dataset of ours"):
+            write_dataset(str(other), "jsonl", {"train": PROBLEMS})
+        (other / "dataset_info.json").write_text("{}")  # as Hugging Face's save_to_disk leaves one, too
     assert (other / "chapter.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "thesis"]  # nothing of the making is left
 
@@ -134,7 +138,7 @@ def test_what_cannot_be_prepared_is_one_message(tmp_path, capsys, write_rows):
     assert f"{rows}, line 2: the answer has no last line" in capsys.readouterr().err
     twice = write_rows(*[{"question": "1 + 1?", "answer": "#### 2"}] * 2, name="train.jsonl")
     assert prepare("gsm8k", "--source", twice, "--out", out) == 2
-    assert "occurs twice" in capsys.readouterr().err
+    assert "line 2: the id" in capsys.readouterr().err
     assert prepare("math", "--out", out) == 2
     assert "math is read from a file of rows" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()

@@ -56,7 +56,7 @@ def test_an_answer_is_the_last_box(write_rows) -> None:
 
 
 def test_what_is_missing_is_said(write_rows) -> None:
-    with pytest.raises(UsageError, match="line 1: 'problem' must be a non-empty text"):
+    with pytest.raises(UsageError, match="line 1: there is no 'problem'; the row has solution"):
         read_problems("math", "test", write_rows({"solution": r"\boxed{1}"}))
     with pytest.raises(UsageError, match="math is read from a file of rows"):
         read_problems("math", "test", None)

@@ -46,7 +46,7 @@ def test_prepare_demo_writes_the_same_bytes_for_the_same_seed(tmp_path):
     ("arguments", "said"),
     [
         ((), "--out"),
-        (("--out", "x", "--num-train", "0"), "--num-train '0': Input should be greater than 0"),
+        (("--out", "x", "--num-train", "0"), "--num-train '0': Input should be greater than or equal to 1"),
         (("--out", "x", "--num-train", "many"), "--num-train 'many'"),
         (("--out", "x", "--vocab-size", "5"), "--vocab-size '5'"),
         (("--out", "x", "--num-train", "2", "--vocab-size", "9999"), "no tokenizer of 9999 pieces"),

@@ -64,8 +64,11 @@ def test_math500_as_published(write_rows):
 def test_college_math_as_published(write_rows):
     row = {"data_source": "a", "question_number": "exercise.1", "question": "Solve $x-1=0$.", "answer": "$x=1$",
            "license": "CC", "data_topic": "college_math.algebra"}  # fmt: skip
-    (problem,) = read_problems("college-math", "test", write_rows(row))
-    assert (problem.id, problem.answer, problem.subject, problem.solution) == ("exercise.1", "$x=1$", "algebra", "")
+    other = row | {"data_source": "b"}  # another book numbers its exercises alike
+    foreign = row | {"data_topic": "gsm8k.all"}  # the file holds other benchmarks, too
+    problem, second = read_problems("college-math", "test", write_rows(row, other, foreign))
+    assert (problem.id, problem.answer, problem.subject, problem.solution) == ("a/exercise.1", "$x=1$", "algebra", "")
+    assert second.id == "b/exercise.1"
 
 
 def test_the_hungarian_exam_is_asked_and_not_graded(tmp_path):
@@ -91,18 +94,21 @@ def test_own_rows_with_mathematics_and_their_own_step_counts(write_rows):
     assert (first.answer, first.num_steps, second.num_steps) == (r"\frac{\pi}{2}", 2, 7)
     with pytest.raises(UsageError, match="the task latex takes any mathematics"):
         read_problems("jsonl", "train", write_rows(row))
-    with pytest.raises(UsageError, match="'num_steps' must be a whole number, got 'many'"):
+    with pytest.raises(UsageError, match="'num_steps' must be a whole number from 0 to 2147483647, got 'many'"):
         read_problems("latex", "train", write_rows(row | {"num_steps": "many"}))
+    for steps in (True, 3_000_000_000, -1):
+        with pytest.raises(UsageError, match=f"got {steps}"):
+            read_problems("latex", "train", write_rows(row | {"num_steps": steps}))
 
 
 @pytest.mark.parametrize(
     ("task", "row", "said"),
     [
         ("svamp", {"Body": "b", "Question": "q", "Answer": "many"}, "'Answer' must be a number, got 'many'"),
-        ("svamp", {"Question": "q", "Answer": 1}, "'Body' must be a non-empty text"),
+        ("svamp", {"Question": "q", "Answer": 1}, "there is no 'Body'; the row has Question, Answer"),
         ("asdiv", {"Body": "b", "Question": "q", "Answer": "(hens)"}, "must be more than a unit"),
-        ("college-math", {"question": "q"}, "'answer' must be a non-empty text"),
-        ("hungarian", {"text": "q"}, "'question' must be a non-empty text"),
+        ("college-math", {"question": "q"}, "there is no 'answer'; the row has question"),
+        ("hungarian", {"text": "q"}, "there is no 'question' or 'Question'; the row has text"),
     ],
 )
 def test_a_malformed_row_names_its_line_and_what_is_wrong(write_rows, task, row, said):
@@ -117,5 +123,5 @@ def test_every_task_says_what_it_is(tmp_path):
     for task in TASKS.values():
         assert task.about and (task.kind is not None or task.evaluation_only)
         split = next(iter(task.splits), "train")
-        with pytest.raises(UsageError, match="must be a non-empty text"):
+        with pytest.raises(UsageError, match=r"line 1: there is no .*; the row has nothing"):
             read_problems(task.name, split, str(path))

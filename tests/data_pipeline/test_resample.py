@@ -83,8 +83,8 @@ def test_a_seed_gives_one_result_and_another_another():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"mode": "target"}, "mode=target and target go together"),
-        ({"target": {2: 1}}, "mode=target and target go together"),
+        ({"mode": "target"}, "target belongs to mode=target"),
+        ({"target": {2: 1}}, "target belongs to mode=target"),
         ({"mode": "target", "target": {2: 0}}, "greater than 0"),
         ({"mode": "target", "target": {2: -1}}, "greater than 0"),
         ({"max_repeats": 0}, "greater than 0"),
@@ -94,3 +94,21 @@ def test_a_seed_gives_one_result_and_another_another():
 def test_settings_that_cannot_be_meant_are_refused(settings, said):
     with pytest.raises(pydantic.ValidationError, match=said):
         Resample(**settings)
+
+
+def test_what_does_not_come_out_as_asked_is_said(caplog):
+    steps = np.repeat([2, 4, 6], [500, 400, 30])
+    drawn = resample(steps, Resample(mode="target", target={2: 1, 4: 2, 6: 2}), seed=0)
+    assert drawn.after[6] == 120
+    assert "come 4 times each (resample.max_repeats) and are still too few (6: 40.0 % asked, 12.9 % had)" in caplog.text
+    caplog.clear()
+    resample(np.repeat([2, 3, 4], 10), Resample(power=8), seed=0)
+    assert "resampling changes nothing" in caplog.text and "resample.min_bin=20" in caplog.text
+    caplog.clear()
+    resample(steps, Resample(power=1), seed=0)
+    assert not caplog.text
+
+
+def test_steps_that_no_row_has_are_refused():
+    with pytest.raises(UsageError, match="no row has 40 steps; there are rows of 2, 4"):
+        resample(np.repeat([2, 4], 50), Resample(mode="target", target={2: 1, 40: 1}), seed=0)

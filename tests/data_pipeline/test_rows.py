@@ -119,17 +119,20 @@ def test_a_line_that_is_no_row_does_not_hide_the_next(tmp_path):
     [
         ("rows.parquet", b"PAR1 no", "is not a whole Parquet file"),
         ("rows.json", b"{", "is not valid JSON"),
+        ("rows.json", b"[" + b"1" * 5000 + b"]", "is not valid JSON"),
         ("rows.json", b"7", "must hold a list of objects, not int"),
         ("rows.xml", b"<a><b></a>", "is not valid XML"),
         ("rows.csv", b"a\n" + b"x" * 200_000, "is not valid CSV"),
-        ("rows.jsonl", b'{"a": "caf\xe9"}', "is not UTF-8 text (byte 10)"),
-        ("rows.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}', "is not UTF-8 text (byte 19)"),
+        ("rows.jsonl", b'{"a": "caf\xe9"}', "line 1: is not UTF-8 text (byte 11 of the line)"),
+        ("rows.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}', "line 2: is not UTF-8 text (byte 11 of the line)"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_one_message(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
-        list(read_rows(str(tmp_path / name), "train"))
+        for located in read_rows(str(tmp_path / name), "train"):
+            if located.error is not None:  # what a task makes of it
+                raise UsageError(f"{located.where}: {located.error}")
     assert str(tmp_path / name) in str(caught.value) and said in str(caught.value)
 
 

@@ -186,9 +186,18 @@ def test_what_has_no_solution_is_not_trained_on(tmp_path, write_rows, small_toke
         ({"sources": [{"task": "jsonl"}], "num_examples": 5}, "num_examples is that of weighted datasets"),
         ({"sources": [{"task": "jsonl", "weight": 0}]}, "sources.0.weight=0: Input should be greater than 0"),
         ({"sources": [{"task": "jsonl", "weight": -1}]}, "sources.0.weight=-1: Input should be greater than 0"),
+        (
+            {"sources": [{"task": "jsonl", "weight": float("inf")}]},
+            "sources.0.weight=inf: Input should be a finite number",
+        ),
+        ({"sources": [{"task": "jsonl", "path": "a"}, {"task": "jsonl", "path": "a"}]}, "'a' is there twice"),
+        ({"sources": [{"task": "jsonl", "path": "a"}], "seed": 2**64}, "seed="),
         ({"sources": [{"task": "jsonl", "count": 0}]}, "sources.0.count=0"),
         ({"sources": [{"task": "asdiv", "split": "test"}]}, "sources.0.allow_evaluation_only=true"),
-        ({"sources": [{"task": "jsonl", "name": "a"}, {"task": "demo", "name": "a"}]}, "the name 'a' is given twice"),
+        (
+            {"sources": [{"task": "jsonl", "name": "a"}, {"task": "demo", "name": "a"}]},
+            "'a' is there twice: give each a name",
+        ),
         ({"sources": [{"task": "jsonl", "wieght": 1}]}, "did you mean sources.0.weight"),
     ],
 )

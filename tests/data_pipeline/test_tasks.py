@@ -94,9 +94,9 @@ def test_own_rows_are_read_plain_or_compressed(tmp_path, task, name):
         ('{"question": ', "is not valid JSON"),
         ("[1, 2]", "must be a JSON object, not list"),
         ("7", "must be a JSON object, not int"),
-        ({"question": "q", "solution": "s"}, "'answer' must be a non-empty text, got None"),
-        ({"solution": "s", "answer": "1"}, "'question' must be a non-empty text, got None"),
-        ({"question": "q", "answer": "1"}, "'solution' must be a non-empty text, got None"),
+        ({"question": "q", "solution": "s"}, "there is no 'answer'; the row has question, solution"),
+        ({"solution": "s", "answer": "1"}, "there is no 'question'; the row has solution, answer"),
+        ({"question": "q", "answer": "1"}, "there is no 'solution'; the row has question, answer"),
         (ROW | {"answer": ""}, "'answer' must be a non-empty text, got ''"),
         (ROW | {"answer": " \n"}, "'answer' must be a non-empty text"),
         (ROW | {"question": ["q"]}, "'question' must be a non-empty text, got ['q']"),
@@ -115,7 +115,7 @@ def test_a_malformed_own_row_names_its_line(write_rows, bad, said):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"question": "q"}, "'answer' must be a non-empty text, got None"),
+        ({"question": "q"}, "there is no 'answer'; the row has question"),
         ({"question": "q", "answer": "1 + 1 = 2"}, "no last line of the form '#### 72'"),
         ({"question": "q", "answer": "1 + 1 = 2\n####"}, "no last line of the form '#### 72'"),
         ({"question": "q", "answer": "1 + 1 = 2\n#### two"}, "must be a number, got 'two'"),
@@ -130,7 +130,9 @@ def test_a_malformed_gsm8k_row_names_its_line(write_rows, bad, said):
 
 def test_text_that_is_not_utf_8_is_refused_with_its_place(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}\n')
-    assert refusal("jsonl", str(tmp_path / "latin.jsonl")).endswith("latin.jsonl is not UTF-8 text (byte 17)")
+    assert refusal("jsonl", str(tmp_path / "latin.jsonl")).endswith(
+        "latin.jsonl, line 1: is not UTF-8 text (byte 18 of the line)"
+    )
 
 
 def test_a_gzip_file_damaged_anywhere_is_never_read_as_if_whole(tmp_path):
@@ -161,7 +163,7 @@ def test_an_empty_file_is_refused(tmp_path, content):
 
 def test_an_id_that_occurs_twice_is_named(write_rows):
     path = write_rows(ROW | {"id": "a"}, ROW | {"id": 7}, ROW | {"id": "7"})
-    assert "the id '7' occurs twice" in refusal("jsonl", path)
+    assert "line 3: the id '7' was there before" in refusal("jsonl", path)
 
 
 def test_an_unknown_task_names_the_known_ones():
@@ -204,7 +206,22 @@ def test_gsm8k_through_tensorflow_datasets_is_gsm8k_from_its_file(
         return {name: str(tmp_path / f"{name.removesuffix('_socratic')}.jsonl") for name in urls}
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", from_files)
+    monkeypatch.setattr("requests.head", lambda *_, **__: None)  # the network is there
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
     through_tfds = read_problems("gsm8k", "test", None)
     from_file = read_problems("gsm8k", "test", str(test_data / "gsm8k_test.jsonl.gz"))
     assert sorted(through_tfds, key=lambda p: p.id) == sorted(from_file, key=lambda p: p.id)
+
+
+def test_without_a_network_gsm8k_is_said_at_once_to_be_out_of_reach(tmp_path, monkeypatch):
+    import requests
+    import tensorflow_datasets as tfds
+
+    def unreachable(*_, **__):
+        raise requests.ConnectionError("no route")
+
+    monkeypatch.setattr("requests.head", unreachable)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda *_: pytest.fail("was tried"))
+    with pytest.raises(UsageError, match=r"could not be had.*give a downloaded .jsonl file instead"):
+        read_problems("gsm8k", "test", None)
