@@ -1,5 +1,6 @@
 """Strategies: how a seed becomes a new problem. Each is one YAML file in strategies/, or the user's own."""
 
+import functools
 import hashlib
 import json
 import random
@@ -133,5 +134,6 @@ def filled(text: str, values: Mapping[str, str]) -> str:
     return _PLACE.sub(lambda place: values.get(place[1], place[0]), text).strip()
 
 
+@functools.cache
 def _prompt(name: str) -> str:
     return (_FOLDER / "prompts" / f"{name}.txt").read_text(encoding="utf-8").strip()
