@@ -53,9 +53,10 @@ class TestSets:
 
     def grams(self, texts: Iterable[str]) -> Grams:
         """The n-grams of rows, as `matches` compares them."""
-        every = list(texts)
-        masked, plain = ([words(text, masked=mask) for text in every] for mask in (True, False))
-        return Grams(shingles(masked, self._n), shingles(plain, self._n))
+        every = [words(text) for text in texts]
+        return Grams(
+            shingles([masked for masked, _ in every], self._n), shingles([plain for _, plain in every], self._n)
+        )
 
     def matches(self, rows: Grams, threshold: float) -> list[Match]:
         """Of each row that holds at least `threshold` of a problem's n-grams, the problem that it holds most of."""

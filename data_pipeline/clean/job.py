@@ -91,19 +91,19 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     """Decides row by row and of all together, then writes what is left. Returns the report. Raises UsageError.
 
     Of rows that repeat each other the first is kept. The result is the same for any number of processes. Rows wait on
-    the disk meanwhile, beside `out`; memory holds their n-grams, about 4 GB for a million of GSM8K's length.
+    the disk meanwhile, beside `out`; memory holds their n-grams, about 5 GB for a million of GSM8K's length.
     """
     task = get_task(settings.task)
     sources = [
         settings.source,
-        *(spec[2] for name in ("against", "beside") for spec in _named(name, getattr(settings, name))),
+        *(spec[2] for name in ("against", "beside") for spec in named_problems(name, getattr(settings, name))),
     ]
     if any(_same(settings.out, source) for source in sources):
         raise UsageError(f"out={settings.out} is, or lies in, what is read: choose another folder")
     check_out(settings.out, settings.task, [settings.split])
     others = Others(
         *(
-            [problem for spec in _named(name, getattr(settings, name)) for problem in read_problems(*spec)]
+            [problem for spec in named_problems(name, getattr(settings, name)) for problem in read_problems(*spec)]
             for name in ("against", "beside")
         )
     )
@@ -307,7 +307,7 @@ def _same(out: str, source: str) -> bool:
     return Path(out).resolve().is_relative_to(Path(source).resolve())
 
 
-def _named(name: str, value: str | None) -> Iterator[tuple[str, str, str]]:
+def named_problems(name: str, value: str | None) -> Iterator[tuple[str, str, str]]:
     """Task, split and source of each data set that a setting names."""
     for spec in value.split(",") if value else []:
         where, equals, source = spec.partition("=")

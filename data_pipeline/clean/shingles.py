@@ -53,20 +53,19 @@ class Shingles:
         return Shingles(np.concatenate([part.hashes for part in parts]), np.concatenate([[0], np.cumsum(sizes)]))
 
 
-def words(text: str, masked: bool) -> list[str]:
-    """The words of a text, normalised; numbers and names as they are, or masked."""
+def words(text: str) -> tuple[list[str], list[str]]:
+    """The words of a text, normalised: with numbers and names masked, and as they are."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text)
         text = "".join(c for c in text if not unicodedata.combining(c))
-    if not masked:
-        return [_bare(word) for word in _WORD.findall(text)]
     found = [(match[0], match.start()) for match in _WORD.finditer(text)]
     known = {
         _bare(word)
         for word, at in found
         if word[0].isupper() and len(word) > 1 and not word.isupper() and at and not _begins(text, at)
     }
-    return [NAME if _bare(word) in known else _small(word) for word, _ in found]
+    plain = [_bare(word) for word, _ in found]
+    return [NAME if bare in known else _small(word) for (word, _), bare in zip(found, plain, strict=True)], plain
 
 
 def shingles(texts: Sequence[Sequence[str]], n: int) -> Shingles:

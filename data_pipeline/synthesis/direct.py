@@ -3,26 +3,37 @@
 import asyncio
 import email.utils
 import json
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 
-from data_pipeline.cli import RunError, StopSignal, first_line
+from data_pipeline.cli import RunError, StopSignal, first_line, logger
 from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent, on_disk
 from data_pipeline.synthesis.requests import Request, cost_of, read_reply, usage_of
 from data_pipeline.synthesis.settings import Limits, Teacher
 
 _FIRST_WAIT = 1.0  # seconds after the first error; doubled from one to the next
 OUT_OF_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated")
+_TRIES_IF_BUSY = 0.1
+_FIRST_PATIENCE = 15.0  # seconds for a server that never answered
+_SILENCE = 30.0  # seconds between two warnings
 _POOL = 16  # connections of a client
 _MOST_REFUSED = 20  # requests that are refused as malformed, one after another, before all is given up
 
 
 class _Ended(Exception):
     """No more requests: asked to stop, out of budget, or something that no request can survive."""
+
+
+class _Again(NamedTuple):
+    """A request that is to be sent again: after how many seconds, and how many of its tries that took."""
+
+    wait: float = 0.0
+    tries: float = 1.0
 
 
 class Rate:
@@ -60,6 +71,8 @@ class DirectTeacher:
         self._num_open = 0
         self._refused = 0
         self._down_since: float | None = None
+        self._was_up = False
+        self._silent_until = 0.0
         self.ended: Exception | None = None  # why no more requests are sent
         self.num_failed = 0
 
@@ -91,29 +104,31 @@ class DirectTeacher:
             del self._under_way[request.key]
 
     async def _ask(self, request: Request) -> bool:
-        for attempt in range(self._limits.retries + 1):
+        tries, failures = 0.0, 0
+        while True:
             await self._wait_turn(request)
             client = await self._free.get()
             try:
+                self._check_over()
                 sent = await self._sent(request)
                 try:
-                    wait = await self._once(client, request, sent)
+                    again = await self._once(client, request, sent)
                 finally:
                     self._num_open -= 1
             finally:
                 self._free.put_nowait(client)
-            if wait is None:
+            if again is None:
                 return True
-            if wait < 0:
-                break
-            if attempt < self._limits.retries:
-                backoff = random.uniform(0.5, 1) * _FIRST_WAIT * 2**attempt
-                await self._sleep(min(self._limits.longest_wait, max(wait, backoff)))
-        self.num_failed += 1
-        return False
+            tries += again.tries
+            failures += 1
+            if tries > self._limits.retries:
+                self.num_failed += 1
+                return False
+            backoff = random.uniform(0.5, 1) * _FIRST_WAIT * 2 ** min(failures - 1, 20)
+            await self._sleep(min(self._limits.longest_wait, max(again.wait, backoff)))
 
-    async def _once(self, client: openai.AsyncOpenAI, request: Request, sent: Sent) -> float | None:
-        """None where it was answered; else seconds to wait before the next try, less than 0 where there is none."""
+    async def _once(self, client: openai.AsyncOpenAI, request: Request, sent: Sent) -> "_Again | None":
+        """None where it was answered."""
         started = time.monotonic()
         try:
             response = await client.chat.completions.with_raw_response.create(**request.body)
@@ -130,9 +145,9 @@ class DirectTeacher:
                 )
             )  # fmt: skip
             self._check_down(error)
-            return 0.0
+            return _Again()
         seconds = time.monotonic() - started
-        self._down_since = None
+        self._down_since, self._was_up = None, True
         reply = read_reply(content, sent.bounds, self._price)
         if reply is None:
             tokens = usage_of(content, sent.bounds)
@@ -146,9 +161,11 @@ class DirectTeacher:
         await on_disk(self._ledger.settle(sent, "reply", reply, seconds=seconds))
         return None
 
-    async def _answered_with_error(self, error: openai.APIStatusError, sent: Sent, seconds: float) -> float:
-        await on_disk(self._ledger.settle(sent, "unpaid", seconds=seconds, detail=_told(error)))
+    async def _answered_with_error(self, error: openai.APIStatusError, sent: Sent, seconds: float) -> "_Again":
         code, status = str(error.code or ""), error.status_code
+        paid = sent.held if status == 504 else 0  # a gateway gave up waiting: what it waited for may be there
+        told = "unknown" if paid else "unpaid"
+        await on_disk(self._ledger.settle(sent, told, cost=paid, seconds=seconds, detail=_told(error)))
         if code in OUT_OF_QUOTA or status == 402:
             self._end(RunError(f"{self._where} says that the account is out of quota: {first_line(error)}"))
         if status in (401, 403):
@@ -163,24 +180,36 @@ class DirectTeacher:
         if status == 429 or status == 503:
             wait = retry_after(error)
             pause = min(self._limits.longest_wait, wait if wait is not None else _FIRST_WAIT)
-            if status == 429:  # too much for all of us, not for this request
-                self._resume_at = max(self._resume_at, time.monotonic() + pause)
-            return pause
+            if status == 503:
+                self._check_down(error)
+                return _Again(pause)
+            # Too much for all of us, which is no fault of this request: it may be told so many times.
+            self._resume_at = max(self._resume_at, time.monotonic() + pause)
+            self._say(f"{self._where} says that it is too much: {first_line(error)}; waiting {pause:.0f} s")
+            return _Again(pause, _TRIES_IF_BUSY)
         if status in (408, 409) or status >= 500:
             self._check_down(error)
-            return 0.0
+            return _Again()
         self._refused += 1
         if self._refused >= _MOST_REFUSED:
             self._end(RunError(f"{self._where} refuses one request after another: {first_line(error)}"))
-        return -1.0
+        return _Again(tries=math.inf)
 
     def _check_down(self, error: Exception) -> None:
-        """Gives up where nothing at all was answered for as long as a request is tried."""
+        """Gives up where nothing at all was answered for some time: a short one, where nothing ever was."""
         now = time.monotonic()
         self._down_since = self._down_since or now
-        patience = max(60.0, 2 * self._limits.longest_wait) if self._limits.retries else 0.0
-        if now - self._down_since > patience:
+        patience = max(60.0, 2 * self._limits.longest_wait) if self._was_up else _FIRST_PATIENCE
+        if now - self._down_since > patience * bool(self._limits.retries):
             self._end(RunError(f"{self._where} does not answer: {_told(error)}"))
+        self._say(f"{self._where} does not answer ({_told(error)}): trying again")
+
+    def _say(self, what: str) -> None:
+        """A warning, now and then."""
+        now = time.monotonic()
+        if now >= self._silent_until:
+            self._silent_until = now + _SILENCE
+            logger.warning("%s", what)
 
     async def _sent(self, request: Request) -> Sent:
         """Holds what the request may cost, and has it on the disk."""
@@ -210,12 +239,15 @@ class DirectTeacher:
         """Sleeps, and wakes where all is over."""
         until = time.monotonic() + seconds
         while True:
-            if self.ended is not None or self._stop.exit_code is not None:
-                raise _Ended
+            self._check_over()
             left = until - time.monotonic()
             if left <= 0:
                 return
             await asyncio.sleep(min(left, 0.25))
+
+    def _check_over(self) -> None:
+        if self.ended is not None or self._stop.exit_code is not None:
+            raise _Ended
 
     def _end(self, error: Exception) -> None:
         self.ended = self.ended or error

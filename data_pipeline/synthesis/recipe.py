@@ -164,7 +164,7 @@ class Recipe:
                 return Needs((request,))
             if found.finish_reason in ("length", "refusal"):  # it would be cut, or refused, again: paid for nothing
                 return Lost(stage, {"length": "was cut", "refusal": "was refused"}[found.finish_reason], found.text)
-            content = read(found.text)
+            content = read(found.text.rpartition("</think>")[2])  # what a reasoning model thinks aloud is no reply
             if not isinstance(content, _Unread):
                 return _Read(content, request, found, attempt)
             lost = Lost(stage, content.reason, found.text)

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
-from data_pipeline.clean.job import CleanSettings, clean
+from data_pipeline.clean.job import CleanSettings, clean, named_problems
 from data_pipeline.cli import RunError, Stopped, StopSignal, logger, make_folder
-from data_pipeline.dataset import read_dataset, write_dataset
+from data_pipeline.dataset import check_out, read_dataset, write_dataset
 from data_pipeline.files import damage_named, json_line, locked, write_atomically, write_json
 from data_pipeline.problem import Problem
 from data_pipeline.progress import Progress
@@ -48,6 +48,8 @@ def synthesize(settings: SynthesisSettings, dry_run: bool = False) -> dict[str, 
     strategy = load_strategy(settings.strategy)
     settings.teacher.prices()
     seeds = read_problems(settings.seeds.task, settings.seeds.split, settings.seeds.path)
+    for spec in named_problems("against", settings.against):
+        read_problems(*spec)  # what is wrong with it is said now, and not when all is paid
     recipe = Recipe(settings, strategy)
     num_items = settings.num_items or len(seeds)
     folder = Path(settings.out)
@@ -61,6 +63,7 @@ def synthesize(settings: SynthesisSettings, dry_run: bool = False) -> dict[str, 
                 print(described(estimate(settings, recipe, ledger, every), settings), flush=True)
         return {}
     settings.teacher.key()
+    check_out(str(folder / DATASET), settings.rows_task, ["train"])
     make_folder(epath.Path(folder), "out")
     with locked(epath.Path(folder), "out"):
         _check_unchanged(folder, determining)

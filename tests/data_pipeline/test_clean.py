@@ -29,15 +29,13 @@ QUESTION = "Ann has 12 red pens and buys 3 boxes of 5 pens each. How many pens d
 def test_words_are_small_numbers_are_masked_and_names_if_asked():
     text = "Mary's café sold 1,200 buns to Tom and twenty-five to Mary. Then Tom left."
     plain = "mary cafe sold 1,200 buns to tom and twenty five to mary then tom left".split()
-    assert words(text, masked=False) == plain
-    assert words(text, masked=True) == [
-        NAME, *f"cafe sold 0 buns to {NAME} and 0 0 to {NAME} then {NAME} left".split()
-    ]  # fmt: skip
+    masked = [NAME, *f"cafe sold 0 buns to {NAME} and 0 0 to {NAME} then {NAME} left".split()]
+    assert words(text) == (masked, plain)
 
 
 def test_signs_and_commands_of_a_formula_are_words():
     text = r"Simplify $\frac{x^2-9}{x+3}$ for $x>10.5$."
-    assert words(text, masked=True) == [*r"simplify \frac x ^ 0 - 0 x + 0 for x > 0".split()]
+    assert words(text)[0] == [*r"simplify \frac x ^ 0 - 0 x + 0 for x > 0".split()]
 
 
 def test_shingles_are_the_sets_of_n_grams():

@@ -300,6 +300,45 @@ def test_too_many_requests_silence_everybody_for_as_long_as_is_asked(server, set
     assert len(books.times) == 61
 
 
+def test_a_busy_server_may_say_so_more_often_than_a_broken_one(server, settings_of):
+    class Busy(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if times <= 12:
+                self.error(429, "rate_limit_exceeded", Retry_After="0")
+                return True
+            return False
+
+    url, books = server(Busy, rules=HONEST)
+    assert synthesize(settings_of(url, num_items=3, limits={"retries": 2}))["num_rows"] == 3
+    assert books.num_asked == 3 * 2 * 13
+
+
+def test_what_a_model_thinks_aloud_is_no_part_of_its_reply(server, settings_of):
+    class Thinker(Teacher):
+        def complete(self, body, prompt):
+            text = "<think>SOLUTION: perhaps 5?\nFINAL ANSWER: 5</think>\nSOLUTION: 3 + 4 = 7\nFINAL ANSWER: 7"
+            if "FINAL CREATED QUESTION" in prompt:
+                text = f"<think>CREATED QUESTION: hm</think>CREATED QUESTION: How much are 3 and 4, {body['seed']}?"
+            self.answer(200, completion(text, body, prompt))
+
+    url, _ = server(Thinker)
+    settings = settings_of(url, num_items=3)
+    synthesize(settings)
+    assert [(row["solution"], row["answer"]) for row in rows_in(settings.out)] == [("3 + 4 = 7", "7")] * 3
+    assert all(row["question"].startswith("How much are 3 and 4") for row in rows_in(settings.out))
+
+
+def test_a_test_set_that_is_not_there_is_said_before_anything_is_asked(server, settings_of):
+    url, books = server()
+    for against, said in (
+        ("gsm8k:test=nowhere", "'nowhere' does not exist"),
+        ("gsm8k", "must look like gsm8k:test=FILE"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            synthesize(settings_of(url, against=against))
+    assert not books.num_asked
+
+
 def test_a_pace_is_kept(server, settings_of):
     url, books = server(rules=HONEST)
     started = time.monotonic()
