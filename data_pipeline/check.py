@@ -5,6 +5,7 @@ solution that itself announces another one (in a box, or as "The answer is …")
 """
 
 import dataclasses
+import re
 
 import pydantic
 
@@ -16,6 +17,7 @@ from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import get_task
 from data_pipeline.templates import Template, load_template
 
+_MAY_ANNOUNCE = re.compile(r"\\boxed|####|answer", re.IGNORECASE)  # what the rules below look for
 _ANNOUNCED = ("boxed", "answer_line", "hash_line")  # rules that find what is meant as an answer
 
 
@@ -56,9 +58,12 @@ def check(task: str, settings: CheckSettings) -> tuple[int, list[WrongRow]]:
 
 def graded_wrong(problem: Problem, kind: Kind, template: Template) -> WrongRow | None:
     """None where the problem's own text is graded right, and its solution announces no other answer."""
-    said = extract(problem.solution, kind)
-    for found in (extract(template.render_response(problem.solution, problem.answer), kind), said):
-        if found is said and said.rule not in _ANNOUNCED:
+    texts = [template.render_response(problem.solution, problem.answer)]
+    if _MAY_ANNOUNCE.search(problem.solution):
+        texts.append(problem.solution)
+    for text in texts:
+        found = extract(text, kind)
+        if text is not texts[0] and found.rule not in _ANNOUNCED:
             continue
         if found.answer is None or not is_equal(found.answer, problem.answer, kind):
             return WrongRow(problem, found.answer, found.rule or "no answer")

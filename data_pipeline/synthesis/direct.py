@@ -164,8 +164,9 @@ class DirectTeacher:
     async def _answered_with_error(self, error: openai.APIStatusError, sent: Sent, seconds: float) -> "_Again":
         code, status = str(error.code or ""), error.status_code
         paid = sent.held if status == 504 else 0  # a gateway gave up waiting: what it waited for may be there
-        told = "unknown" if paid else "unpaid"
-        await on_disk(self._ledger.settle(sent, told, cost=paid, seconds=seconds, detail=_told(error)))
+        await on_disk(
+            self._ledger.settle(sent, "unknown" if paid else "unpaid", cost=paid, seconds=seconds, detail=_told(error))
+        )
         if code in OUT_OF_QUOTA or status == 402:
             self._end(RunError(f"{self._where} says that the account is out of quota: {first_line(error)}"))
         if status in (401, 403):
