@@ -76,11 +76,17 @@ def _synthesize(parser: ArgumentParser) -> cli.Action:
     from data_pipeline.settings import describe, load_settings
     from data_pipeline.synthesis.run import synthesize
     from data_pipeline.synthesis.settings import SynthesisSettings
-    from data_pipeline.synthesis.strategies import strategies
+    from data_pipeline.synthesis.strategies import Strategy, strategies
 
     parser.formatter_class = RawDescriptionHelpFormatter
     named = [f"  {name}\n      {strategy.about}" for name, strategy in strategies().items()]
-    parser.epilog = "\n".join(["strategies:", *named, "", "settings:", *describe(SynthesisSettings)])
+    parser.epilog = "\n".join(
+        [
+            "strategies:", *named, "",
+            "a strategy of your own, a YAML file (a whole one stands in data_pipeline/synthesis/strategies/):",
+            *describe(Strategy), "", "settings:", *describe(SynthesisSettings),
+        ]
+    )  # fmt: skip
     parser.add_argument("--config", required=True, metavar="CONFIG", help="YAML file of settings")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be asked and what it may cost; send nothing"

@@ -108,7 +108,7 @@ class Hostile(Teacher):
                 return True
             if chance < 0.20:
                 whole = completion(reply_to(prompt, body, self.rules), body, prompt)
-                self.pay(f"{key} cut", whole, cut=True)
+                self.pay(key, whole, cut=True)
                 return True
             if chance < 0.22:
                 time.sleep(0.2)
@@ -170,15 +170,23 @@ class BatchTeacher(Teacher):
 
     def create(self, body: dict[str, Any]) -> None:
         name = f"batch-{len(self.store['batches'])}"
+        ending = self.endings[0] if self.endings else ""
+        if ending.startswith("busy") or ending.startswith("error"):
+            self.endings.pop(0)
+            if ending == "busy":
+                self.error(429, "rate_limit_exceeded")
+                return
         batch = {
             "id": name, "object": "batch", "completion_window": "24h", "created_at": 0, "endpoint": body["endpoint"],
             "input_file_id": body["input_file_id"], "status": "in_progress", "metadata": body.get("metadata"),
             "looks": 0,
         }  # fmt: skip
         self.store["batches"][name] = batch
-        if self.endings and self.endings[0] == "cut on creation":
+        if ending == "cut on creation":
             self.endings.pop(0)
             self.cut()
+        elif ending == "error on creation":
+            self.error(502, "bad_gateway")
         else:
             self.answer(200, batch)
 
@@ -208,6 +216,11 @@ class BatchTeacher(Teacher):
             output = [self.done(line) for line in done][::-1]  # in another order
             if ending == "damaged line":
                 output[0] = output[0][: len(output[0]) // 2]
+            if ending == "odd lines":
+                odd = [{"custom_id": 5}, [1], {"custom_id": "zz"}, {"custom_id": "00" * 32, "response": "x"}]
+                output += [json.dumps(line).encode() for line in odd]
+                mine = json.loads(output[0])["custom_id"]
+                output[0] = json.dumps({"custom_id": mine, "response": {"status_code": 500, "body": "<html>"}}).encode()
         if output:
             batch["output_file_id"] = self.file(b"\n".join(output) + b"\n")["id"]
         if failed:

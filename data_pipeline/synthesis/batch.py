@@ -26,6 +26,7 @@ _PATH: Final = "/v1/chat/completions"
 _NAME = "mathscale_batch"  # under which the name stands in a batch's metadata
 _RETRIES = 6  # of what costs nothing: looks, uploads, downloads
 _MOST_FAILURES = 3  # of one request in one run
+DOUBT = 180.0  # seconds that a batch is looked for, before it counts as never made
 _ENDED = ("completed", "expired", "cancelled", "failed")
 _TOO_MUCH = ("token_limit_exceeded", "request_limit_exceeded")  # of what may wait on the server at once
 
@@ -44,13 +45,15 @@ class BatchTeacher:
         self._max_requests, self._max_open = limits.max_requests, limits.max_open
         self._wait_until = 0.0  # the server has as much as it takes
         self._open = {number: remote for number, _, remote, _ in ledger.batches("open") if remote is not None}
-        self._waiting = {sent.key for number in self._open for sent in ledger.of_batch(number)}
+        self._doubtful = {number: (name, time.monotonic()) for number, name, _, _ in ledger.batches("new")}
+        self._waiting = {sent.key for number in (*self._open, *self._doubtful) for sent in ledger.of_batch(number)}
         self.budget_reached = False
+        self.errors: list[RunError] = []
 
     @property
     def num_open(self) -> int:
-        """Batches under way."""
-        return len(self._open)
+        """Batches under way, or perhaps under way."""
+        return len(self._open) + len(self._doubtful)
 
     @property
     def num_failed(self) -> int:
@@ -68,24 +71,31 @@ class BatchTeacher:
 
     def has_room(self) -> bool:
         """Whether another batch may be submitted now."""
-        return len(self._open) < self._max_open and not self.is_waiting and not self.budget_reached
+        return self.num_open < self._max_open and not self.is_waiting and not self.budget_reached
 
-    def adopt(self) -> None:
-        """Batches that a run made, or was about to make, when it died: found on the server, or void."""
-        lost = self._ledger.batches("new")
-        if not lost:
-            return
+    def adopt(self) -> int:
+        """Batches of which nobody knows whether they were made: found on the server, or void after some time.
+
+        They are those that a run was about to make when it, or its connection, died. Returns how many are void.
+        """
+        void = 0
+        if not self._doubtful:
+            return void
         there = {
             (batch.metadata or {}).get(_NAME): batch.id
-            for batch in self._told(lambda: list(self._client.batches.list(limit=100)))
+            for batch in self._asked(lambda: list(self._client.batches.list(limit=100)))
         }
-        for number, name, _, _ in lost:
+        for number, (name, since) in list(self._doubtful.items()):
             if name in there:
                 logger.info("batch %s was found on the server", there[name])
+                del self._doubtful[number]
                 self._opened(number, there[name])
-            else:
+            elif time.monotonic() - since > DOUBT:
+                del self._doubtful[number]
                 self._settle_rest(number, "was never made")
                 self._ledger.set_batch(number, "void")
+                void += 1
+        return void
 
     def submit(self, requests: Iterable[Request]) -> int:
         """Makes batches of `requests` while there is room; returns how many requests are on their way."""
@@ -97,13 +107,21 @@ class BatchTeacher:
         return submitted
 
     def collect(self) -> int:
-        """Looks at the batches under way, and takes what has ended; returns how many have."""
+        """Looks at the batches under way, and takes what has ended; returns how many have.
+
+        One that cannot be collected is left for the next run, and its error kept in `errors`.
+        """
         ended = 0
         for number, remote in list(self._open.items()):
-            batch = self._told(lambda remote=remote: self._client.batches.retrieve(remote))
-            if batch.status in _ENDED:
-                self._collect(number, batch)
-                ended += 1
+            try:
+                batch = self._asked(lambda remote=remote: self._client.batches.retrieve(remote))
+                if batch.status in _ENDED:
+                    self._collect(number, batch)
+                    ended += 1
+            except RunError as error:
+                logger.warning("%s", error)
+                self.errors.append(error)
+                self._open.pop(number, None)
         return ended
 
     def _chunks(self, requests: Iterable[Request]) -> Iterator[tuple[list[Request], bytes]]:
@@ -127,26 +145,30 @@ class BatchTeacher:
         room = self._budget - self._ledger.account.total
         fitting = sum(total <= room for total in itertools.accumulate(one.bounds.cost(self.price) for one in chunk))
         if not fitting:
-            self.budget_reached = not self._open  # others may turn out cheaper than what is held for them
+            self.budget_reached = not self.num_open  # others may turn out cheaper than what is held for them
             return 0
         if fitting < len(chunk):
             ((chunk, file),) = self._chunks(chunk[:fitting])
         name = uuid.uuid4().hex
-        upload = self._told(lambda: self._client.files.create(file=(f"{name}.jsonl", file), purpose="batch"))
+        upload = self._asked(lambda: self._client.files.create(file=(f"{name}.jsonl", file), purpose="batch"))
         number = self._ledger.add_batch(name)
         self._ledger.send(chunk, self.price, self._budget, batch=number)[1].result()
         try:
             batch = self._client.with_options(max_retries=0).batches.create(
                 input_file_id=upload.id, endpoint=_PATH, completion_window="24h", metadata={_NAME: name}
             )
-        except openai.APIConnectionError:  # it may be there all the same
-            logger.warning("%s: the connection was lost while a batch was made: looking for it", self._where)
-            self.adopt()
-            return 0
+        except (openai.APIConnectionError, openai.InternalServerError, openai.ConflictError) as error:
+            logger.warning(
+                "%s: a batch may have been made, or not (%s): looking for it", self._where, first_line(error)
+            )
+            self._doubtful[number] = (name, time.monotonic())
+            self._waiting |= {request.key for request in chunk}
+            return len(chunk)
         except openai.APIStatusError as error:
             self._settle_rest(number, first_line(error))
             self._ledger.set_batch(number, "void")
-            if error.status_code == 429 and str(error.code) not in OUT_OF_QUOTA:
+            if error.status_code == 429 and not any(word in f"{error.code} {error.type}" for word in OUT_OF_QUOTA):
+                logger.warning("%s takes no batch now (%s): waiting", self._where, first_line(error))
                 self._wait_until = time.monotonic() + self._limits.poll_seconds
                 return 0
             raise RunError(f"{self._where} refuses a batch: {first_line(error)}") from error
@@ -174,27 +196,27 @@ class BatchTeacher:
             return
         there = {sent.key: sent for sent in self._ledger.of_batch(number)}
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            content = self._told(lambda file=file: self._client.files.content(file).content)
+            content = self._asked(lambda file=file: self._client.files.content(file).content)
             for written in [self._take(line, there) for line in content.splitlines()]:
                 if written is not None:
                     written.result()
         if batch.status != "completed":
             logger.warning("batch %s is %s: %d of its requests are asked again", batch.id, batch.status, len(there))
-        self._settle_rest(number, batch.status)
+        # Of a batch that was done, what has no line that can be read may be paid all the same.
+        self._settle_rest(number, batch.status, in_doubt=batch.status == "completed")
         self._closed(number)
 
     def _take(self, line: bytes, there: dict[bytes, Sent]) -> "Future[None] | None":
         """One line of a file: lines come in any order, and may be damaged. What is returned is done on the disk."""
         try:
             row = json.loads(line)
-            sent = there.get(bytes.fromhex(row["custom_id"]))
-            response = row.get("response") or {}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            sent = there.pop(bytes.fromhex(row["custom_id"]), None)
+        except (ValueError, KeyError, TypeError):
             return None
         if sent is None:
             return None
-        del there[sent.key]
         self._waiting.discard(sent.key)
+        response = _mapping(row.get("response"))
         if response.get("status_code") == 200:
             body = response.get("body")
             reply = read_reply(body, sent.bounds, self.price)
@@ -204,14 +226,21 @@ class BatchTeacher:
             return self._ledger.settle(
                 sent, "unreadable", cost=cost_of(*tokens, self.price), tokens=tokens, detail="no choice with a text"
             )
-        error = row.get("error") or (response.get("body") or {}).get("error") or {}
+        error = row.get("error") or _mapping(response.get("body")).get("error") or response
         self._failures[sent.key] += 1
-        return self._ledger.settle(sent, "unpaid", detail=str(error.get("message") or error))
+        return self._ledger.settle(sent, "unpaid", detail=str(_mapping(error).get("message") or error))
 
-    def _settle_rest(self, number: int, why: str) -> int:
-        """What of a batch was not done, and not paid; how many requests that are."""
+    def _settle_rest(self, number: int, why: str, in_doubt: bool = False) -> int:
+        """What of a batch has no outcome: not done, and not paid, or `in_doubt`; how many requests that are."""
         rest = self._ledger.of_batch(number)
-        for done in [self._ledger.settle(sent, "unpaid", detail=why) for sent in rest]:
+        for sent in rest:
+            self._failures[sent.key] += in_doubt
+        for done in [
+            self._ledger.settle(sent, "unknown", cost=sent.held, detail=why)
+            if in_doubt
+            else self._ledger.settle(sent, "unpaid", detail=why)
+            for sent in rest
+        ]:
             done.result()
         self._waiting -= {sent.key for sent in rest}
         return len(rest)
@@ -229,11 +258,20 @@ class BatchTeacher:
             self._max_requests = max(1, size // 2)
         self._wait_until = time.monotonic() + self._limits.poll_seconds
 
-    def _told(self, call: Any) -> Any:
+    def _asked(self, call: Any) -> Any:
         """What `call` returns. Raises RunError where the server does not do it."""
         try:
             return call()
+        except openai.NotFoundError as error:
+            raise RunError(
+                f"{self._where}: {first_line(error)}: has it a Batch API? Without one, say transport=direct"
+            ) from error
         except openai.APIStatusError as error:
-            raise RunError(f"{self._where} answers {error.status_code}: {first_line(error)}") from error
+            raise RunError(f"{self._where}: {first_line(error)}") from error
         except openai.OpenAIError as error:
             raise RunError(f"{self._where} does not answer: {first_line(error)}") from error
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """`value`, where it is a mapping: a server may write anything."""
+    return value if isinstance(value, dict) else {}

@@ -13,7 +13,7 @@ import openai
 
 from data_pipeline.cli import RunError, StopSignal, first_line, logger
 from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent, on_disk
-from data_pipeline.synthesis.requests import Request, cost_of, read_reply, usage_of
+from data_pipeline.synthesis.requests import Reply, Request, cost_of, read_reply, usage_of
 from data_pipeline.synthesis.settings import Limits, Teacher
 
 _FIRST_WAIT = 1.0  # seconds after the first error; doubled from one to the next
@@ -22,6 +22,10 @@ _TRIES_IF_BUSY = 0.1
 _FIRST_PATIENCE = 15.0  # seconds for a server that never answered
 _SILENCE = 30.0  # seconds between two warnings
 _POOL = 16  # connections of a client
+# Answers behind which the work may have been done, and paid: time-outs of gateways between us and the server.
+_IN_DOUBT = (408, 502, 504, 520, 522, 524)
+_OF_THE_PROMPT = ("content_policy", "content_filter", "context_length_exceeded", "responsible_ai")
+_LONGEST_PAUSE = 3600.0  # seconds that a server may ask for
 _MOST_REFUSED = 20  # requests that are refused as malformed, one after another, before all is given up
 
 
@@ -58,6 +62,7 @@ class DirectTeacher:
         """`budget`: billionths of a dollar for everything in the ledger."""
         self._price, self._limits, self._ledger = teacher.prices(), limits, ledger
         self._budget, self._stop, self._where = budget, stop, teacher.base_url
+        self._key, self._extra = teacher.key(), set(teacher.extra)
         # A pool looks through all of its connections for each request: several small ones take a tenth of the time.
         sizes = [min(_POOL, limits.concurrency - start) for start in range(0, limits.concurrency, _POOL)]
         self._clients = [_client(teacher, limits, size) for size in sizes]
@@ -69,7 +74,7 @@ class DirectTeacher:
         self._resume_at = 0.0  # nothing is sent before, since the server said that it is too much
         self._under_way: dict[bytes, asyncio.Future[bool]] = {}
         self._num_open = 0
-        self._refused = 0
+        self._refused = self._unread = 0  # one after another
         self._down_since: float | None = None
         self._was_up = False
         self._silent_until = 0.0
@@ -106,10 +111,9 @@ class DirectTeacher:
     async def _ask(self, request: Request) -> bool:
         tries, failures = 0.0, 0
         while True:
-            await self._wait_turn(request)
             client = await self._free.get()
             try:
-                self._check_over()
+                await self._wait_turn(request)
                 sent = await self._sent(request)
                 try:
                     again = await self._once(client, request, sent)
@@ -125,29 +129,39 @@ class DirectTeacher:
                 self.num_failed += 1
                 return False
             backoff = random.uniform(0.5, 1) * _FIRST_WAIT * 2 ** min(failures - 1, 20)
-            await self._sleep(min(self._limits.longest_wait, max(again.wait, backoff)))
+            await self._sleep(max(again.wait, min(self._limits.longest_wait, backoff)))
 
     async def _once(self, client: openai.AsyncOpenAI, request: Request, sent: Sent) -> "_Again | None":
         """None where it was answered."""
         started = time.monotonic()
         try:
-            response = await client.chat.completions.with_raw_response.create(**request.body)
+            own = {name: value for name, value in request.body.items() if name not in self._extra}
+            extra = {name: value for name, value in request.body.items() if name in self._extra}
+            async with asyncio.timeout(self._limits.timeout):  # the client's own is one between two bytes
+                response = await client.chat.completions.with_raw_response.create(**own, extra_body=extra or None)
             content = _parsed(response.http_response.content)
         except openai.APIStatusError as error:
             return await self._answered_with_error(error, sent, time.monotonic() - started)
-        except openai.APIConnectionError as error:  # a time-out is one
+        except (openai.APIConnectionError, TimeoutError) as error:  # a time-out of the client is one
             seconds = time.monotonic() - started
             never_sent = _was_never_sent(error)
             await on_disk(
                 self._ledger.settle(
                     sent, "unpaid" if never_sent else "unknown", cost=0 if never_sent else sent.held, seconds=seconds,
-                    detail=_told(error),
+                    detail=self._told(error),
                 )
             )  # fmt: skip
             self._check_down(error)
             return _Again()
         seconds = time.monotonic() - started
         self._down_since, self._was_up = None, True
+        if isinstance(content, dict) and content.get("error") and not content.get("choices"):
+            said = f"an error with HTTP 200: {str(content['error'])[:200]}"
+            await on_disk(
+                self._ledger.settle(sent, "unknown", cost=sent.held, seconds=seconds, detail=self._clean(said))
+            )
+            self._say(f"{self._where} answers {self._clean(said)}")
+            return _Again()
         reply = read_reply(content, sent.bounds, self._price)
         if reply is None:
             tokens = usage_of(content, sent.bounds)
@@ -156,44 +170,55 @@ class DirectTeacher:
             await on_disk(
                 self._ledger.settle(sent, "unreadable", cost=cost, tokens=tokens, seconds=seconds, detail=said)
             )
+            self._unread += 1
+            if self._unread >= _MOST_REFUSED:
+                self._end(
+                    RunError(f"{self._where} answers one request after another with {said}: is it the right server?")
+                )
             return None
-        self._refused = 0
+        self._refused = self._unread = 0
         await on_disk(self._ledger.settle(sent, "reply", reply, seconds=seconds))
         return None
 
-    async def _answered_with_error(self, error: openai.APIStatusError, sent: Sent, seconds: float) -> "_Again":
-        code, status = str(error.code or ""), error.status_code
-        paid = sent.held if status == 504 else 0  # a gateway gave up waiting: what it waited for may be there
+    async def _answered_with_error(self, error: openai.APIStatusError, sent: Sent, seconds: float) -> "_Again | None":
+        code, status = f"{error.code} {error.type}", error.status_code
+        told = self._told(error)
+        if status == 400 and any(word in code or word in told for word in _OF_THE_PROMPT):
+            # It would be refused again: that is what it was answered.
+            refused = Reply(told, "refusal", "", 0, 0, 0)
+            await on_disk(self._ledger.settle(sent, "reply", refused, seconds=seconds, detail=code))
+            return None
+        paid = sent.held if status in _IN_DOUBT else 0
         await on_disk(
-            self._ledger.settle(sent, "unknown" if paid else "unpaid", cost=paid, seconds=seconds, detail=_told(error))
+            self._ledger.settle(sent, "unknown" if paid else "unpaid", cost=paid, seconds=seconds, detail=told)
         )
-        if code in OUT_OF_QUOTA or status == 402:
-            self._end(RunError(f"{self._where} says that the account is out of quota: {first_line(error)}"))
+        if any(name in code for name in OUT_OF_QUOTA) or status == 402:
+            self._end(RunError(f"{self._where} says that the account is out of quota: {told}"))
         if status in (401, 403):
-            self._end(RunError(f"{self._where} refuses the key (HTTP {status}): {first_line(error)}"))
+            self._end(RunError(f"{self._where} refuses the key (HTTP {status}): {told}"))
         if status == 404:
             self._end(
                 RunError(
-                    f"{self._where} answers 404: {first_line(error)}: does teacher.base_url end with /v1, and has it a "
+                    f"{self._where} answers 404: {told}: does teacher.base_url end with /v1, and has it a "
                     "model of this name?"
                 )
             )
         if status == 429 or status == 503:
             wait = retry_after(error)
-            pause = min(self._limits.longest_wait, wait if wait is not None else _FIRST_WAIT)
+            pause = _FIRST_WAIT if wait is None else min(_LONGEST_PAUSE, wait)
             if status == 503:
                 self._check_down(error)
                 return _Again(pause)
             # Too much for all of us, which is no fault of this request: it may be told so many times.
             self._resume_at = max(self._resume_at, time.monotonic() + pause)
-            self._say(f"{self._where} says that it is too much: {first_line(error)}; waiting {pause:.0f} s")
+            self._say(f"{self._where} says that it is too much: {told}; waiting {pause:.0f} s")
             return _Again(pause, _TRIES_IF_BUSY)
         if status in (408, 409) or status >= 500:
             self._check_down(error)
             return _Again()
         self._refused += 1
         if self._refused >= _MOST_REFUSED:
-            self._end(RunError(f"{self._where} refuses one request after another: {first_line(error)}"))
+            self._end(RunError(f"{self._where} refuses one request after another: {told}"))
         return _Again(tries=math.inf)
 
     def _check_down(self, error: Exception) -> None:
@@ -202,8 +227,22 @@ class DirectTeacher:
         self._down_since = self._down_since or now
         patience = max(60.0, 2 * self._limits.longest_wait) if self._was_up else _FIRST_PATIENCE
         if now - self._down_since > patience * bool(self._limits.retries):
-            self._end(RunError(f"{self._where} does not answer: {_told(error)}"))
-        self._say(f"{self._where} does not answer ({_told(error)}): trying again")
+            self._end(RunError(f"{self._where} does not answer: {self._told(error)}"))
+        self._say(f"{self._where} does not answer ({self._told(error)}): trying again")
+
+    def _told(self, error: BaseException) -> str:
+        """An error with its cause: the client's own words are "Connection error."."""
+        cause = error.__cause__
+        if isinstance(error, TimeoutError):
+            return f"no reply in {self._limits.timeout:g} s (limits.timeout)"
+        told = (
+            first_line(error) if cause is None else f"{first_line(error)} ({type(cause).__name__}: {first_line(cause)})"
+        )
+        return self._clean(told)
+
+    def _clean(self, text: str) -> str:
+        """Without the key, which a server may say again."""
+        return text.replace(self._key, "***") if self._key != "none" else text
 
     def _say(self, what: str) -> None:
         """A warning, now and then."""
@@ -232,7 +271,16 @@ class DirectTeacher:
 
     async def _wait_turn(self, request: Request) -> None:
         tokens = request.expected_prompt_tokens + request.bounds.reply_tokens
-        await self._sleep(max(self._requests.delay(1), self._tokens.delay(tokens)))
+        await self._cool_down()
+        delay = max(self._requests.delay(1), self._tokens.delay(tokens))
+        if delay > _SILENCE / 2:
+            self._say(f"waiting {delay:.0f} s for the limits of requests and tokens a minute (limits)")
+        await self._sleep(delay)
+        await self._cool_down()
+
+    async def _cool_down(self) -> None:
+        """Waits as long as the server asked everybody to."""
+        self._check_over()
         while (left := self._resume_at - time.monotonic()) > 0:
             await self._sleep(left + random.uniform(0, 0.25 * left))
 
@@ -269,6 +317,7 @@ async def each(
                 await work(item)
             except _Ended:
                 return
+            await asyncio.sleep(0)  # items that are done ask nothing: others have their turn
 
     async with asyncio.TaskGroup() as group:
         for _ in range(count):
@@ -312,12 +361,6 @@ def _parsed(content: bytes) -> Any:
         return None
 
 
-def _was_never_sent(error: openai.APIConnectionError) -> bool:
+def _was_never_sent(error: Exception) -> bool:
     """Whether a connection was not even made, so that nothing can have been paid."""
     return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
-
-
-def _told(error: BaseException) -> str:
-    """An error with its cause: the client's own words are "Connection error."."""
-    cause = error.__cause__
-    return first_line(error) if cause is None else f"{first_line(error)} ({type(cause).__name__}: {first_line(cause)})"

@@ -57,17 +57,17 @@ def estimate(settings: SynthesisSettings, recipe: Recipe, ledger: Ledger, items:
         price = Price(input=price.input * BATCH_SHARE, output=price.output * BATCH_SHARE)
     totals = [row for row in ledger.totals() if row["status"] == "reply"]
     stages = {name: StageEstimate(name) for name in ("question", "answer")}
-    lengths, latency, by_ledger = {}, _ASSUMED_SECONDS, True
+    lengths, by_ledger = {}, True
     for name in stages:
         of_stage = [row for row in totals if row["stage"] == name]
         count = sum(row["count"] for row in of_stage)
-        lengths[name] = _ASSUMED_TOKENS[name]
-        if count >= _ENOUGH:
-            lengths[name] = round(sum(row["completion_tokens"] for row in of_stage) / count)
-            latency = sum(row["seconds"] * row["count"] for row in of_stage) / count
-        lengths[name] = min(lengths[name], settings.teacher.max_tokens)
-    asked = [name for name in stages if any(row["stage"] == name for row in totals)]
-    by_ledger = bool(asked)
+        enough = count >= _ENOUGH
+        by_ledger = by_ledger and (enough or (name == "question" and not recipe.asks_question))
+        mean = round(sum(row["completion_tokens"] for row in of_stage) / count) if enough else _ASSUMED_TOKENS[name]
+        lengths[name] = min(mean, settings.teacher.max_tokens)
+    timed = [row for row in totals if row["seconds"] > 0]  # those of batches are not
+    count = sum(row["count"] for row in timed)
+    latency = sum(row["seconds"] * row["count"] for row in timed) / count if count >= _ENOUGH else _ASSUMED_SECONDS
     num_items = num_done = 0
     example: Request | None = None
     for item in items:
@@ -102,7 +102,7 @@ def described(found: Estimate, settings: SynthesisSettings) -> str:
         f"{found.num_items:,} items, of which {found.num_done:,} are done; {teacher.model} at {teacher.base_url}, "
         f"{settings.transport}",
         "",
-        f"{'stage':<10}{'requests':>12}{'prompt tokens':>16}{'reply tokens':>16}{'expected':>14}{'at most':>14}",
+        f"{'stage':<10}{'requests':>12}{'prompt tokens':>16}{'reply tokens':>16}{'expected':>14}{'if longest':>14}",
     ]
     lines += [
         f"{stage.stage:<10}{stage.requests:>12,}{stage.prompt_tokens:>16,}{stage.reply_tokens:>16,}"
@@ -115,7 +115,8 @@ def described(found: Estimate, settings: SynthesisSettings) -> str:
     source = "as long as those in the ledger" if found.by_ledger else "assumed to be of usual length"
     lines += [
         "",
-        f"Expected: {dollars(found.expected)} (replies are {source}), at most {dollars(found.at_most)}; "
+        f"Expected: {dollars(found.expected)} (replies are {source}), {dollars(found.at_most)} if every "
+        f"reply is as long as it may be; "
         f"spent or held before: {dollars(found.spent)}; budget: {dollars(round(settings.budget * NANO))}.",
         "Time: "
         + ("within a day a stage (Batch API)." if settings.transport == "batch" else f"{_said(found.seconds)}."),

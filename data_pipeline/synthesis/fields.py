@@ -8,14 +8,17 @@ from typing import Any
 _FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
 # What may stand before a label at the beginning of a line, and around it: heading marks, bullets, numbers, emphasis.
 _BEFORE = r"^[ \t>]*(?:#{1,6}[ \t]*)?(?:[-*+][ \t]+)?(?:\(?\d{1,2}[.)][ \t]*)?(?P<mark>[*_`]{0,3})[\[<]?"
-_AFTER = r"[\]>]?(?:(?P=mark)[ \t]*[:：]|[ \t]*[:：][ \t]*(?P=mark))[ \t]*"
-# A question that is left as it is, in the words of who was to write it again.
-_UNCHANGED = re.compile(
-    r"\W*(?:(?:the )?same(?: as)?(?: (?:above|before|the created question|created question))?"
-    r"|unchanged|no (?:change|modification)s?(?: (?:is|are))?(?: (?:needed|required|necessary))?"
-    r"|as above|see above|none|n/?a)\W*",
-    re.IGNORECASE,
+# A colon, within the emphasis or behind it; or nothing else on the line.
+_AFTER = r"[\]>]?(?:(?P=mark)[ \t]*[:：]|[ \t]*[:：][ \t]*(?:(?P=mark))?|(?P=mark)[ \t]*(?=\n))[ \t]*"
+_ONE_BACKSLASH = re.compile(
+    r"(?<!\\)\\(?=(?:frac|forall|begin|bar|binom|beta|boxed|big|bmod|text|times|theta|tan|tau|to|triangle|tfrac|right|rho"
+    r"|rangle|neq|nabla|not)(?![a-z])|[^\"\\/bfnrtu])"
 )
+# A question that is left as it is, in the words of who was to write it again: short, and it asks nothing.
+_UNCHANGED = re.compile(
+    r"\b(?:same|unchanged|as it is|as is|stays|remains|above|no (?:change|modification)s?|none|n/a)\b", re.I
+)
+_LONGEST_UNCHANGED = 120
 
 
 def find_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
@@ -49,10 +52,15 @@ def find_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
 def last_question(fields: dict[str, str], labels: Sequence[str]) -> str | None:
     """The question that a reply ends with: the last field, or the first where that is missing or says "the same"."""
     last = fields.get(labels[-1])
-    if last is not None and not _UNCHANGED.fullmatch(last):
+    if last is not None and not _says_unchanged(last):
         return last
     first = fields.get(labels[0])
-    return None if first is None or _UNCHANGED.fullmatch(first) else first
+    return None if first is None or _says_unchanged(first) else first
+
+
+def _says_unchanged(text: str) -> bool:
+    short = len(text) <= _LONGEST_UNCHANGED and "?" not in text and not re.search(r"[\d$]", text)
+    return short and _UNCHANGED.search(text) is not None
 
 
 def schema(labels: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +87,8 @@ def _json_fields(text: str, labels: Sequence[str]) -> dict[str, str] | None:
     if not body.startswith("{"):
         return None
     try:
-        content = json.loads(body, strict=False)  # line ends within texts are met
+        # Line ends within texts are met, and LaTeX with one backslash, which JSON takes for control characters.
+        content = json.loads(_ONE_BACKSLASH.sub(r"\\\\", body), strict=False)
     except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict):
@@ -96,6 +105,8 @@ def _tidied(text: str) -> str:
     fenced = re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL)
     if fenced is not None:
         text = fenced[1].strip()
+    if text.count("**") % 2 and text.endswith("**"):  # the whole line, label and all, was emphasised
+        text = text[:-2].rstrip()
     for mark in ("**", "__", "*", "_", "`"):
         if (
             len(text) > 2 * len(mark)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.cli import RunError
-from data_pipeline.synthesis.requests import Bounds, Reply, Request
+from data_pipeline.synthesis.requests import Bounds, Reply, Request, as_text
 from data_pipeline.synthesis.settings import Price
 
 FORMAT_VERSION = 1
 # reply: with a text; it is asked no more. unreadable: paid, without a text. unpaid: an error of the server, which
 # takes no money for it. unknown: it may have been paid, and nobody knows.
-Status = Literal["reply", "unreadable", "unpaid", "unknown"]
+Status = Literal["reply", "unreadable", "unpaid", "unknown"]  # and "duplicate", a second reply to one request
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS sent (
   id INTEGER PRIMARY KEY, key BLOB NOT NULL, stage TEXT NOT NULL, max_prompt_tokens INTEGER NOT NULL,
@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS batches (
 PRAGMA user_version = {FORMAT_VERSION};
 """
 _SENT = "INSERT INTO sent VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_OUTCOME = "INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_OUTCOME = "INSERT INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class BudgetReached(Exception):
@@ -190,7 +190,7 @@ class Ledger:
         self.account.held -= sent.held
         self.account.spent += cost
         said = (None, None, None) if reply is None else (reply.finish_reason, reply.text, reply.model)
-        row = (sent.id, sent.key, status, *said, *tokens, cost, seconds, time.time(), detail[:500])
+        row = (sent.id, sent.key, status, *said, *tokens, cost, seconds, time.time(), as_text(detail)[:500])
         return self._submit([(_OUTCOME, row)])
 
     def add_batch(self, name: str) -> int:
@@ -209,6 +209,7 @@ class Ledger:
 
     def _submit(self, rows: list[tuple[str, tuple[Any, ...]]]) -> "Future[None]":
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # who stops waiting for it does not stop it
         self._jobs.put((rows, done))
         return done
 
@@ -222,20 +223,33 @@ class Ledger:
                     jobs.append(self._jobs.get_nowait())
             work = [job for job in jobs if job is not None]
             try:
-                with self._explained(), connection:
-                    connection.execute("BEGIN")
-                    for rows, _ in work:
-                        for statement, values in rows:
-                            connection.execute(statement, values)
-            except Exception as error:
-                for _, done in work:
-                    done.set_exception(error)
+                self._commit(connection, [row for rows, _ in work for row in rows])
+            except Exception:  # whose fault it is shows when each is written alone
+                for rows, done in work:
+                    try:
+                        self._commit(connection, rows)
+                    except Exception as error:
+                        done.set_exception(error)
+                    else:
+                        done.set_result(None)
             else:
                 for _, done in work:
                     done.set_result(None)
             if None in jobs:
                 connection.close()
                 return
+
+    def _commit(self, connection: sqlite3.Connection, rows: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
+        """One transaction. A second reply to a request, which cannot be one, is still paid: its cost is kept."""
+        with self._explained(), connection:
+            connection.execute("BEGIN")
+            for statement, values in rows:
+                try:
+                    connection.execute(statement, values)
+                except sqlite3.IntegrityError:
+                    if statement != _OUTCOME:
+                        raise
+                    connection.execute(f"INSERT OR IGNORE{_OUTCOME[6:]}", (*values[:2], "duplicate", *values[3:]))
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
@@ -269,4 +283,4 @@ class Ledger:
 
 async def on_disk(done: "Future[None]") -> None:
     """Waits for a write."""
-    await asyncio.wrap_future(done)
+    await asyncio.shield(asyncio.wrap_future(done))

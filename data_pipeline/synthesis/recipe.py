@@ -72,6 +72,11 @@ class Recipe:
         self._settings, self._strategy, self._kind = settings, strategy, settings.kind
         self._digest = strategy.digest(settings.kind)
 
+    @property
+    def asks_question(self) -> bool:
+        """Whether questions take a call."""
+        return self._strategy.asks
+
     def advance(self, item: Item, reply: Replies, unreadable: Callable[[Request], int]) -> Outcome:
         """What becomes of an item, or what it needs next. Deterministic."""
         hidden = masked(item.seed, item.variation, self._settings.seed) if self._strategy.mask else None
@@ -97,12 +102,11 @@ class Recipe:
     ) -> Outcome:  # fmt: skip
         """The outcome of an item whose question is there."""
         count = self._settings.answers
-        # A question that the teacher wrote is answered from the first sample on; one of the seed's, which others of
-        # its items have, too, from their next.
-        first = 0 if self._strategy.asks else item.variation * count
         prompt = answer_prompt(question, self._kind)
+        # Other tries of a seed may ask its own question, too: their answers are other samples.
+        prefix = f"{item.variation}." if self._strategy.keeps_question else ""
         every = [
-            self._asked("answer", prompt, f"{first + place}", reply, unreadable, self._solved) for place in range(count)
+            self._asked("answer", prompt, f"{prefix}{place}", reply, unreadable, self._solved) for place in range(count)
         ]
         needs = [request for asked in every if isinstance(asked, Needs) for request in asked.requests]
         if needs:
@@ -112,8 +116,9 @@ class Recipe:
             return next(asked for asked in every if isinstance(asked, Lost))
         votes = Votes(self._kind)
         voted = [votes.of(asked.content[1]) for asked in found]
-        (winner, most), *_ = Counter(voted).most_common(1)
-        if count > 1 and most < self._settings.agreement * count:
+        (winner, most), *others = Counter(voted).most_common(2)
+        tied = bool(others) and others[0][1] == most
+        if count > 1 and (most < self._settings.agreement * count or tied):
             said = ", ".join(dict.fromkeys(asked.content[1] for asked in found))
             return Lost("answer", "answers disagree", f"{question}\n\n{said}")
         chosen = next(asked for asked, vote in zip(found, voted, strict=True) if vote == winner)

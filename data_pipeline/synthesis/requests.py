@@ -11,6 +11,7 @@ from data_pipeline.synthesis.fields import schema
 from data_pipeline.synthesis.settings import Price, Teacher
 
 _TOKENS_A_MESSAGE = 32  # more than any chat template puts around one
+_BELIEVABLE = 10  # times a bound, above which a usage is no usage
 _BYTES_A_TOKEN = 4  # of English; for expectations, never for bounds
 NANO = 1_000_000_000  # dollars are counted in whole billionths: sums of them are exact
 
@@ -113,13 +114,15 @@ def read_reply(content: Any, bounds: Bounds, price: Price) -> Reply | None:
         text, finish_reason = refusal, "refusal"
     elif finish_reason == "content_filter":
         text, finish_reason = text if isinstance(text, str) else "", "refusal"
+    if text is None and finish_reason == "length":  # all of it went into thinking
+        text = ""
     if not isinstance(text, str) or not (text.strip() or finish_reason in ("refusal", "length")):
         return None
     prompt_tokens, completion_tokens = usage_of(content, bounds)
     return Reply(
-        text=text,
-        finish_reason=finish_reason,
-        model=str(content.get("model") or ""),
+        text=as_text(text),
+        finish_reason=as_text(finish_reason),
+        model=as_text(str(content.get("model") or "")),
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         cost=cost_of(prompt_tokens, completion_tokens, price),
@@ -127,11 +130,24 @@ def read_reply(content: Any, bounds: Bounds, price: Price) -> Reply | None:
 
 
 def usage_of(content: Any, bounds: Bounds) -> tuple[int, int]:
-    """Tokens of prompt and reply that a server says it took; the bounds where it does not say, or cannot have."""
+    """Tokens of prompt and reply that a server says it took; the bounds where it does not say, or cannot have.
+
+    What is somewhat above a bound is counted as it is said: a server's template may be a long one. What a model thought
+    and is told in the total only counts as reply.
+    """
     usage = content.get("usage") if isinstance(content, dict) else None
 
-    def said(name: str, most: int) -> int:
+    def said(name: str, most: int) -> int | None:
         tokens = usage.get(name) if isinstance(usage, dict) else None
-        return tokens if type(tokens) is int and 0 <= tokens <= most else most
+        return tokens if type(tokens) is int and 0 <= tokens <= _BELIEVABLE * most else None
 
-    return said("prompt_tokens", bounds.prompt_tokens), said("completion_tokens", bounds.reply_tokens)
+    prompt, reply = said("prompt_tokens", bounds.prompt_tokens), said("completion_tokens", bounds.reply_tokens)
+    total = said("total_tokens", sum(bounds))
+    if prompt is not None and reply is not None and total is not None:
+        reply = max(reply, total - prompt)
+    return bounds.prompt_tokens if prompt is None else prompt, bounds.reply_tokens if reply is None else reply
+
+
+def as_text(text: str) -> str:
+    """Text that can be written: a reply may name half of a character."""
+    return text.encode(errors="replace").decode()

@@ -22,7 +22,11 @@ from data_pipeline.word_problems import generate_problems, solve
 
 
 class RuleTeacher(Settings):
-    """`teacher`: word problems by rule, as an OpenAI-compatible server on this machine; its model is called "rules"."""
+    """`teacher`: word problems by rule, as an OpenAI-compatible server on this machine.
+
+    Its model is called "rules". It knows problems of its own only: asked about others, as rephrasing and MetaMath's
+    masked numbers do, it guesses.
+    """
 
     port: int = pydantic.Field(8765, ge=0, le=65535, description="of localhost; 0: any free one")
     wrong_questions: float = pydantic.Field(
@@ -100,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Chat completions."""
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if not self.path.endswith("/chat/completions"):
+        if self.path != "/v1/chat/completions":
             self.answer(404, {"error": {"message": f"there is no {self.path}", "code": "not_found"}})
             return
         try:
@@ -113,6 +117,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The list of models, by which people look whether a server is there."""
+        if self.path != "/v1/models":
+            self.answer(404, {"error": {"message": f"there is no {self.path}", "code": "not_found"}})
+            return
         self.answer(200, {"object": "list", "data": [{"id": "rules", "object": "model"}]})
 
     def complete(self, body: dict[str, Any], prompt: str) -> None:

@@ -69,9 +69,18 @@ def synthesize(settings: SynthesisSettings, dry_run: bool = False) -> dict[str, 
         _check_unchanged(folder, determining)
         write_json(folder / RUN_FILE, {"determining": determining, "settings": settings.model_dump(mode="json")})
         with Ledger(folder / LEDGER_FILE) as ledger:
+            if settings.transport == "direct" and (under_way := ledger.batches("new", "open")):
+                raise UsageError(
+                    f"transport=direct: {len(under_way)} batches of this folder are under way, and would be paid "
+                    "again: run it with transport=batch until they are collected"
+                )
             run = _Run(settings, recipe, ledger, seeds, num_items)
             ended = run.ask()
             report = _finish(run, folder)
+    if ended is None and report["num_open"]:
+        ended = RunError(f"{report['num_open']:,} items are not done: run the same command again")
+    if ended is None and not report["num_kept"]:
+        ended = RunError(f"no row is kept of {num_items:,} items: {folder / 'report.html'} shows why")
     if ended is not None:
         raise ended
     return report
@@ -140,7 +149,12 @@ class _Run:
 
         async def work(item: Item) -> None:
             while isinstance(outcome := self.outcome(item), Needs):
-                if not all(await asyncio.gather(*map(teacher.ask, outcome.requests))):
+                # Each is waited for, whatever becomes of the others: it may be under way, and paid.
+                answered = await asyncio.gather(*map(teacher.ask, outcome.requests), return_exceptions=True)
+                for failure in answered:
+                    if isinstance(failure, BaseException):
+                        raise failure
+                if not all(answered):
                     return  # it stays open: the next run asks again
             bar.update(1, note())
 
@@ -155,23 +169,27 @@ class _Run:
 
     def _ask_in_batches(self, stop: StopSignal, bar: Progress, note: Callable[[], str]) -> RunError | None:
         teacher = BatchTeacher(self.settings.teacher, self.settings.batch, self.ledger, self.budget, stop)
-        teacher.adopt()
         more = True  # there may be requests that are not on their way
         while stop.exit_code is None:
+            more = bool(teacher.adopt()) or more
             if more and teacher.has_room():
-                missing = _Missing(self, teacher)
+                missing = _Missing(self, teacher, stop)
                 submitted = teacher.submit(missing)
-                more = not missing.is_complete
+                more = not missing.is_complete or submitted < missing.num_given
                 if missing.is_complete:
                     bar.update(missing.num_done - bar.done, note())
                 if not submitted and not teacher.num_open and not teacher.is_waiting:
                     break  # all is there, or the budget is reached, or what is missing failed too often
+            elif not teacher.num_open and not teacher.is_waiting:
+                break
             if teacher.collect():
                 more = True
             else:
                 _sleep(self.settings.batch.poll_seconds, stop)
         if stop.exit_code is not None and teacher.num_open:
             logger.warning("%d batches go on at the server: the same command collects them", teacher.num_open)
+        if teacher.errors:
+            return teacher.errors[0]
         return self._why(BudgetReached() if teacher.budget_reached else None, teacher.num_failed)
 
     def _why(self, ended: Exception | None, num_failed: int) -> RunError | None:
@@ -194,13 +212,15 @@ class _Run:
 class _Missing:
     """The requests of all items that no batch has, each once. Iterate it once."""
 
-    def __init__(self, run: _Run, teacher: BatchTeacher):
-        self._run, self._teacher = run, teacher
-        self.num_done, self.is_complete = 0, False
+    def __init__(self, run: _Run, teacher: BatchTeacher, stop: StopSignal):
+        self._run, self._teacher, self._stop = run, teacher, stop
+        self.num_done, self.num_given, self.is_complete = 0, 0, False
 
     def __iter__(self) -> Iterator[Request]:
         met: set[bytes] = set()
         for item in self._run.items():
+            if self._stop.exit_code is not None:
+                return
             outcome = self._run.outcome(item)
             if not isinstance(outcome, Needs):
                 self.num_done += 1
@@ -208,6 +228,7 @@ class _Missing:
             for request in outcome.requests:
                 if request.key not in met and not self._teacher.is_asked(request):
                     met.add(request.key)
+                    self.num_given += 1
                     yield request
         self.is_complete = True
 
@@ -254,6 +275,9 @@ def _finish(run: _Run, folder: Path) -> dict[str, Any]:
     samples, steps = _of_dataset(run, folder) if report["num_kept"] else ([], {})
     seed_steps = histogram(np.array([UNKNOWN_STEPS if s.num_steps is None else s.num_steps for s in run.seeds]))
     write_report(folder / "report.html", report, samples, lost_samples, {"seeds": seed_steps, "rows": steps})
+    if losses:
+        said = ", ".join(f"{count:,} {stage} {reason}" for (stage, reason), count in losses.most_common(6))
+        logger.info("lost: %s", said)
     kept, items = f"{report['num_kept']:,}", f"{run.num_items:,}"
     logger.info("%s rows are kept of %s items%s", kept, items, f", {num_open:,} of them not done" if num_open else "")
     if report["num_kept"]:
@@ -316,12 +340,22 @@ def _check_unchanged(folder: Path, determining: dict[str, Any]) -> None:
     with damage_named(epath.Path(file), "choose another out; the ledger beside it has what was paid"):
         before = json.loads(file.read_text())["determining"]
     changed = differences(before, determining)
-    if changed:
+    if changed and _has_replies(folder):
         raise UsageError(
             f"out={folder} is another synthesis, which these settings would change:\n  "
             + "\n  ".join(changed)
-            + "\nchoose another out; num_items, answers, attempts, limits, transport and budget may change"
+            + "\nchoose another out; num_items, answers, agreement, attempts, limits, transport, price and budget may "
+            "change"
         )
+
+
+def _has_replies(folder: Path) -> bool:
+    """Whether anything was answered yet: until then, another synthesis may take the folder."""
+    if not (folder / LEDGER_FILE).exists():
+        return False
+    with Ledger(folder / LEDGER_FILE) as ledger:
+        answered = any(row["status"] != "unpaid" for row in ledger.totals())
+        return bool(answered or ledger.account.total or ledger.batches("new", "open"))
 
 
 def _sleep(seconds: float, stop: StopSignal) -> None:

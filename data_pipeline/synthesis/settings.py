@@ -11,6 +11,7 @@ from data_pipeline.sources import Source
 from data_pipeline.tasks import TASKS
 
 PRICES = "configs/synthesis/prices.yaml"
+_COSTLY = ("service_tier", "tools", "functions", "web_search_options", "modalities", "audio", "best_of", "prediction")
 BATCH_SHARE = 0.5  # of the price, for what the Batch API does within a day
 
 
@@ -26,7 +27,9 @@ class Teacher(Settings):
 
     model: str = pydantic.Field(description="its name on the server")
     base_url: str = pydantic.Field("https://api.openai.com/v1", description="the server, with /v1 at the end")
-    key_variable: str = pydantic.Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    key_variable: str | None = pydantic.Field(
+        None, description="environment variable that holds the key; null: OPENAI_API_KEY for OpenAI's own server"
+    )
     temperature: float | None = pydantic.Field(
         1.0, ge=0, le=2, description="of the draws (the paper's is 1.0); null: not said"
     )
@@ -37,7 +40,9 @@ class Teacher(Settings):
     )
     json_schema: bool = pydantic.Field(False, description="ask for JSON by a strict schema, where the model has that")
     send_seed: bool = pydantic.Field(True, description="send a seed, which is another one for each request")
-    extra: dict[str, Any] = pydantic.Field({}, description="further keys of a request's body")
+    extra: dict[str, Any] = pydantic.Field(
+        {}, description="further keys of a request's body, such as {top_k: 20} for vLLM"
+    )
     price: Price | None = pydantic.Field(
         None, description=f"dollars for a million tokens; null: the model's in {PRICES}"
     )
@@ -69,19 +74,28 @@ class Teacher(Settings):
         for name in extra:
             if name in ours | {"response_format"}:
                 raise ValueError(f"{name} is a setting of its own, or ours to say")
+            if name in _COSTLY:
+                raise ValueError(f"{name} changes what a request costs, which teacher.price cannot say")
+            if name.startswith("extra_") or name in ("timeout", "api_key", "authorization"):
+                raise ValueError(f"{name} is no key of a request's body")
         return extra
 
     def key(self) -> str:
         """The key, which is never kept. Raises UsageError where it is missing."""
-        key = os.environ.get(self.key_variable, "").strip()
-        if key:
-            return key
-        if urlsplit(self.base_url).hostname in ("localhost", "127.0.0.1", "::1"):
+        host = urlsplit(self.base_url).hostname or ""
+        variable = self.key_variable
+        if variable is None and host in ("localhost", "127.0.0.1", "::1"):
             return "none"
-        raise UsageError(
-            f"no key for {self.base_url}: set the environment variable {self.key_variable} (teacher.key_variable); a "
-            "server that wants none takes any"
-        )
+        if variable is None and host != "api.openai.com":
+            raise UsageError(
+                f"no key for {self.base_url}: say in teacher.key_variable which environment variable holds it "
+                "(OpenAI's is not sent elsewhere unasked; a server that wants none takes any)"
+            )
+        variable = variable or "OPENAI_API_KEY"
+        key = os.environ.get(variable, "").strip()
+        if not key:
+            raise UsageError(f"no key for {self.base_url}: set the environment variable {variable}")
+        return key
 
     def prices(self) -> Price:
         """What its tokens cost. Raises UsageError where that is not known."""

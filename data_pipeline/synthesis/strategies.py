@@ -16,6 +16,7 @@ from data_pipeline.settings import Settings, UsageError, read_yaml, validated
 
 _FOLDER = Path(__file__).parent
 _PLACE = re.compile(r"\{(create|rules|reference|question|answer|masked)\}")
+_WOULD_BE_PLACE = re.compile(r"(?<![\\\w}^_])\{([a-z]{3,})\}")  # not the argument of a LaTeX command
 _NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?![\w])")
 Kind = Literal["number", "latex"]
 ANSWER_FIELDS = ("solution", "final answer")
@@ -47,6 +48,11 @@ class Strategy(Settings):
         if (self.question is not None) != bool(self.fields):
             raise ValueError("question and fields go together")
         texts = f"{self.create or ''}{self.question or ''}{self.given or ''}"
+        unknown = [place for place in _WOULD_BE_PLACE.findall(texts) if place not in ("question", "answer", "masked")]
+        if unknown:
+            raise ValueError(f"{{{unknown[0]}}} is no place; there are {{question}}, {{answer}} and {{masked}}")
+        if self.create is None and "{question}" not in texts and "{masked}" not in texts:
+            raise ValueError("the text must hold {question} or {masked}: the seed is not in it")
         if self.mask != ("{masked}" in texts) or (self.expects == "masked" and not self.mask):
             raise ValueError("mask=true goes with {masked} in the text, and expects=masked with mask=true")
         return self
@@ -107,8 +113,10 @@ def load_strategy(name: str) -> Strategy:
         path = str(own)
     elif name.endswith((".yaml", ".yml")):
         path = name
+        if not Path(name).is_file():
+            raise UsageError(f"strategy={name!r}: there is no such file")
     else:
-        known = ", ".join(sorted(path.stem for path in own.parent.glob("*.yaml")))
+        known = ", ".join(sorted(path.stem for path in (_FOLDER / "strategies").glob("*.yaml")))
         raise UsageError(f"strategy={name!r} is unknown; allowed: {known}, or the path of a YAML file")
     return validated(Strategy, read_yaml(path), where=f"strategy {name}")
 

@@ -8,6 +8,7 @@ import pytest
 from teachers import BatchTeacher, Teacher, rows_in
 
 from data_pipeline.cli import RunError, Stopped, StopSignal
+from data_pipeline.settings import UsageError
 from data_pipeline.synthesis import batch as batch_module
 from data_pipeline.synthesis.rules import RuleTeacher
 from data_pipeline.synthesis.run import synthesize
@@ -16,8 +17,10 @@ HONEST = RuleTeacher(wrong_questions=0, wrong_answers=0)
 
 
 @pytest.fixture
-def batches(server, settings_of):
+def batches(server, settings_of, monkeypatch):
     """Starts a server with these endings; gives settings for it, its store and its books."""
+
+    monkeypatch.setattr(batch_module, "DOUBT", 0.1)
 
     def start(*endings, limits=None, **changes):
         store = {"files": {}, "batches": {}, "sizes": []}
@@ -68,15 +71,31 @@ def test_requests_are_split_by_number_and_by_size(batches, directly):
     assert sum(store["sizes"]) == 60
 
 
-@pytest.mark.parametrize("ending", ["no output file", "expired", "some fail", "damaged line", "cut on creation"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "no output file",
+        "expired",
+        "some fail",
+        "damaged line",
+        "cut on creation",
+        "error on creation",
+        "busy",
+        "odd lines",
+    ],
+)
 def test_whatever_a_batch_ends_in_what_was_not_done_is_asked_again_and_nothing_else(batches, directly, ending):
     settings, store, books = batches(ending)
     report = synthesize(settings)
     assert report["num_open"] == 0 and made(settings) == directly()
-    expected = {"no output file": 90, "expired": 75, "some fail": 70, "damaged line": 61, "cut on creation": 60}
-    assert sum(store["sizes"]) == expected[ending]
+    expected = {"no output file": 90, "expired": 75, "some fail": 70, "damaged line": 61, "odd lines": 61}
+    assert sum(store["sizes"]) == expected.get(ending, 60)
     twice = [times for times in books.answered.values() if times > 1]
-    assert twice == ([2] if ending == "damaged line" else []), "a line that cannot be read cannot be had again"
+    # A line that cannot be read cannot be had again: it counts as paid.
+    assert twice == ([2] if ending in ("damaged line", "odd lines") else [])
+    paid = (books.tokens[0] * 5 + books.tokens[1] * 15) / 1e6
+    assert report["dollars_held"] == 0
+    assert report["dollars"] >= paid - 1e-9 if ending != "odd lines" else report["dollars"] > 0
 
 
 def test_more_than_the_server_takes_at_once_is_sent_in_smaller_batches(batches, directly):
@@ -91,7 +110,31 @@ def test_a_batch_that_fails_for_good_ends_the_run_with_its_reason(batches, monke
     monkeypatch.setattr(batch_module, "_TOO_MUCH", ())
     with pytest.raises(RunError, match="failed: Enqueued token limit reached"):
         synthesize(settings)
-    monkeypatch.undo()
+
+
+def test_a_direct_run_waits_for_batches_that_are_under_way(batches, server, monkeypatch):
+    settings, store, books = batches()
+
+    class Death(BaseException):
+        pass
+
+    def die(self):
+        raise Death
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_module.BatchTeacher, "collect", die)
+        with pytest.raises(Death):
+            synthesize(settings)
+    with pytest.raises(UsageError, match="1 batches of this folder are under way, and would be paid again"):
+        synthesize(settings.model_copy(update={"transport": "direct"}))
+    assert synthesize(settings)["num_rows"] == 30 and max(books.answered.values()) == 1
+    assert len(store["batches"]) == 2
+
+
+def test_a_server_without_a_batch_api_is_said_to_have_none(server, settings_of):
+    url, _ = server(Teacher)
+    with pytest.raises(RunError, match="has it a Batch API\\? Without one, say transport=direct"):
+        synthesize(settings_of(url, transport="batch"))
 
 
 def test_a_request_that_fails_again_and_again_is_left_and_said(batches):

@@ -29,6 +29,9 @@ ANSWER = ("solution", "final answer")
         '{"solution": "3 + 4 = 7", "final_answer": "7"}',
         '```json\n{"Solution": "3 + 4 = 7", "Final Answer": 7}\n```',
         "SOLUTION: ```\n3 + 4 = 7\n```\nFINAL ANSWER: 7",
+        "**SOLUTION: 3 + 4 = 7**\n**FINAL ANSWER: 7**",
+        "### SOLUTION\n3 + 4 = 7\n\n### FINAL ANSWER\n7",
+        "**Solution**\n3 + 4 = 7\n\n**Final answer**\n7",
     ],
 )
 def test_a_field_is_found_in_any_dress(text):
@@ -72,6 +75,11 @@ def test_fields_that_are_missing_or_empty_are_not_there():
         ("FINAL CREATED QUESTION: How old is Bo?", "How old is Bo?"),
         ("FINAL CREATED QUESTION: Same as above.", "How old is Al?"),
         ("FINAL CREATED QUESTION: (unchanged)", "How old is Al?"),
+        ("FINAL CREATED QUESTION: The question remains unchanged.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: The created question stays as it is.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: Same as above; no changes needed.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: No modifications were needed.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: Find 3 times the same number as 4.", "Find 3 times the same number as 4."),
         ("FINAL CREATED QUESTION: No modification needed.", "How old is Al?"),
         ("FINAL CREATED QUESTION: The same question of Al's age has which answer?", None),
         ("", "How old is Al?"),
@@ -86,6 +94,13 @@ def test_a_last_field_that_is_missing_or_says_the_same_is_the_first(last, questi
 def test_nothing_is_no_question():
     assert last_question({}, QUESTION) is None
     assert last_question({"created question": "unchanged"}, QUESTION) is None
+
+
+def test_commands_of_latex_with_one_backslash_in_json_are_read_as_meant():
+    text = r'{"solution": "\frac{1}{2} \times x\nThen \(y\) and \\frac{3}{4}.\tSo.", "final_answer": "\sqrt{2}"}'
+    fields = find_fields(text, ANSWER)
+    assert fields["solution"] == "\\frac{1}{2} \\times x\nThen \\(y\\) and \\frac{3}{4}.\tSo."
+    assert fields["final answer"] == "\\sqrt{2}"
 
 
 def test_a_schema_asks_for_each_field_and_for_nothing_else():

@@ -65,9 +65,8 @@ def test_twenty_kills_at_random_moments_change_nothing_and_pay_for_nothing_twice
         process = start(file)
         wait_for(books, before + rng.randint(1, 30), process)
         time.sleep(rng.random() * 0.02)
-        assert process.poll() is None, process.communicate()[1]
         process.kill()
-        process.wait()
+        process.communicate()
     assert 0 < in_flight(settings.out) <= books.num_asked
     run(file)
     # The same rows, byte for byte but for the names of the requests, which know the server's address.
@@ -107,16 +106,17 @@ def test_kills_never_pass_the_budget(tmp_path, server, settings_of):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_lets_what_is_under_way_arrive_and_keeps_it(tmp_path, server, settings_of, number, code):
+@pytest.mark.parametrize("answers", [1, 4])
+def test_a_signal_lets_what_is_under_way_arrive_and_keeps_it(tmp_path, server, settings_of, number, code, answers):
     class Slow(Teacher):
         def trouble(self, key, times, body, prompt):
             time.sleep(0.3)
             return False
 
     url, books = server(Slow, rules=HONEST)
-    settings = settings_of(url, num_items=200)
+    settings = settings_of(url, num_items=200, answers=answers)
     process = start(config(tmp_path, settings))
-    wait_for(books, 20, process)
+    wait_for(books, 30, process)
     os.kill(process.pid, number)
     _, said = process.communicate(timeout=30)
     assert process.returncode == code

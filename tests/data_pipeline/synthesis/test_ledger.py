@@ -1,11 +1,13 @@
 """The ledger by itself: what is written is there, once, and what it costs adds up."""
 
+import asyncio
+import contextlib
 import sqlite3
 
 import pytest
 
 from data_pipeline.cli import RunError
-from data_pipeline.synthesis.ledger import BudgetReached, Ledger
+from data_pipeline.synthesis.ledger import BudgetReached, Ledger, on_disk
 from data_pipeline.synthesis.requests import Reply, Request, cost_of, make_request
 from data_pipeline.synthesis.settings import Price, Teacher
 
@@ -92,6 +94,45 @@ def test_many_writes_share_a_flush_and_none_is_lost(tmp_path):
             future.result()
         assert all(ledger.reply(one) == REPLY for one in every)
         assert ledger.account.spent == 70 * 2000 and ledger.account.held == 0
+
+
+def test_one_write_that_fails_takes_no_other_with_it(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        sent, done = ledger.send([request(f"{i}?") for i in range(5)], PRICE, 100 * HELD)
+        done.result()
+        futures = [ledger.settle(one, "reply", REPLY) for one in sent]
+        futures.append(ledger._submit([("INSERT INTO nowhere VALUES (1)", ())]))
+        assert [future.result() for future in futures[:5]] == [None] * 5
+        with pytest.raises(sqlite3.OperationalError):
+            futures[5].result()
+        assert ledger.reply(request("3?")) == REPLY
+
+
+def test_who_stops_waiting_stops_no_write(tmp_path):
+    async def give_up(ledger, sent):
+        task = asyncio.create_task(on_disk(ledger.settle(sent, "reply", REPLY)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        sent, done = ledger.send([request("1?"), request("2?")], PRICE, 100 * HELD)
+        done.result()
+        asyncio.run(give_up(ledger, sent[0]))
+        ledger.settle(sent[1], "reply", REPLY).result()
+        assert ledger.reply(request("1?")) == ledger.reply(request("2?")) == REPLY
+
+
+def test_a_second_reply_to_one_request_is_paid_and_kept_apart(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        sent, done = ledger.send([request(), request()], PRICE, 100 * HELD)
+        done.result()
+        for one in sent:
+            ledger.settle(one, "reply", REPLY).result()
+        assert sorted(row["status"] for row in ledger.totals()) == ["duplicate", "reply"]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert (ledger.account.spent, ledger.account.held) == (140, 0)
 
 
 def test_a_damaged_ledger_or_one_of_another_version_is_named(tmp_path):

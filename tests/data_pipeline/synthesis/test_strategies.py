@@ -17,6 +17,8 @@ from data_pipeline.synthesis.run import synthesize
 from data_pipeline.synthesis.settings import SynthesisSettings
 from data_pipeline.synthesis.strategies import answer_prompt, load_strategy, masked, strategies
 
+pytestmark = pytest.mark.usefixtures("logging_left_as_it_was")
+
 SEED = Problem("s", r"Ann has 12 pens and $\frac{1}{2}$ of 1,300 {cards}. How many in all?", "…", "662", 2)
 
 
@@ -82,7 +84,9 @@ def test_a_strategy_of_ones_own_is_one_file(tmp_path, server, settings_of):
     [
         ("about: x", "give one of create, question and given"),
         ("about: x\ncreate: a\ngiven: b", "give one of create, question and given"),
-        ("about: x\nquestion: a", "question and fields go together"),
+        ("about: x\nquestion: 'a {question}'", "question and fields go together"),
+        ("about: x\nquestion: 'Do {quesion}'\nfields: [q]", r"\{quesion\} is no place; there are \{question\}"),
+        ("about: x\nquestion: 'Do it'\nfields: [q]", "the seed is not in it"),
         ("about: x\ngiven: '{question}'\nmask: true", "mask=true goes with"),
         ("create: a", "about is required"),
         ("about: x\ncreate: a\nrule: b", "unknown key rule"),

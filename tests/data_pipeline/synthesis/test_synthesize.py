@@ -114,7 +114,9 @@ def test_known_answers_are_held_against_the_rows(server, settings_of, seeds):
     """Answers to the seeds' own questions: a wrong one is seen by the seed's answer."""
     url, _ = server(rules=RuleTeacher(wrong_answers=0.4))
     settings = settings_of(url, strategy="answer_augmentation", num_items=60)
-    report = synthesize(settings)
+    with pytest.raises(RunError, match="no row is kept"):  # its solutions are the seeds' own, word for word
+        synthesize(settings)
+    report = json.loads((Path(settings.out) / "report.json").read_text())
     known = {json.loads(line)["question"]: json.loads(line)["answer"] for line in Path(seeds).read_text().splitlines()}
     rows = rows_in(settings.out)
     assert all(known[row["question"]] == row["answer"] for row in rows)
@@ -167,7 +169,10 @@ def test_troubles_that_pass_change_nothing(server, settings_of):
     seen = {(status, reason) for status, reason, _ in outcomes(other.out)}
     assert {("unpaid", None), ("unknown", None), ("unreadable", None)} < seen
     assert {("reply", "stop"), ("reply", "length"), ("reply", "refusal")} < seen
-    assert max(books.answered.values()) == 1
+    # Twice were answered only those whose answer was cut on its way, which count as paid.
+    cut = sum(status == "unknown" for status, _, _ in outcomes(other.out))
+    assert sum(times - 1 for times in books.answered.values()) <= cut
+    assert paid(books) <= 1e9 * (report["dollars"] + report["dollars_held"])
 
 
 def test_replies_that_were_cut_or_refused_are_kept_and_not_asked_again(server, settings_of):
@@ -182,12 +187,15 @@ def test_replies_that_were_cut_or_refused_are_kept_and_not_asked_again(server, s
             return True
 
     url, books = server(Cutter)
-    report = synthesize(settings_of(url))
+    with pytest.raises(RunError, match="no row is kept of 30 items"):
+        synthesize(settings_of(url))
+    report = json.loads((Path(settings_of(url).out) / "report.json").read_text())
     assert books.num_asked == 30 and not report["num_kept"] and not report["num_rows"]
     assert {row["reason"] for row in report["lost"]} == {"was cut", "was refused"}
     assert sum(row["count"] for row in report["lost"]) == 30
     assert report["dollars"] * 1e9 == pytest.approx(paid(books))
-    synthesize(settings_of(url))
+    with pytest.raises(RunError, match="no row is kept"):
+        synthesize(settings_of(url))
     assert books.num_asked == 30
 
 
@@ -198,7 +206,9 @@ def test_what_cannot_be_read_is_asked_again_a_bounded_number_of_times(server, se
             return True
 
     url, books = server(Babbler)
-    report = synthesize(settings_of(url, num_items=10, attempts=3))
+    with pytest.raises(RunError, match="no row is kept of 10 items"):
+        synthesize(settings_of(url, num_items=10, attempts=3))
+    report = json.loads((Path(settings_of(url).out) / "report.json").read_text())
     assert books.num_asked == 30 and max(books.asked.values()) == 1  # each time another request
     assert report["lost"] == [{"stage": "question", "reason": "has no question", "count": 10}]
 
@@ -210,8 +220,8 @@ def test_the_budget_is_never_passed_and_a_larger_one_goes_on(server, settings_of
     assert 0.1e9 < paid(books) <= 0.2e9
     there = json.loads((Path(settings_of(url).out) / "report.json").read_text())
     assert there["num_open"] > 0 and there["num_rows"] > 0 and there["dollars"] + there["dollars_held"] <= 0.2
-    synthesize(settings_of(url, num_items=60, budget=100))
-    assert max(books.answered.values()) == 1
+    report = synthesize(settings_of(url, num_items=60, budget=100))
+    assert paid(books) <= 1e9 * (report["dollars"] + report["dollars_held"])
     quiet, _ = server(Hostile, troubles=False)
     synthesize(settings_of(quiet, "quiet", num_items=60))
     assert [r["question"] for r in rows_in(settings_of(url).out)] == [
@@ -385,6 +395,159 @@ def test_a_key_is_needed_sent_and_never_kept(server, settings_of, monkeypatch, c
     assert kept and not any(b"very-secret" in content for content in kept) and "very-secret" not in caplog.text
 
 
+def test_openais_key_is_not_sent_elsewhere_unasked(settings_of, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    with pytest.raises(UsageError, match=r"no key for https://other\.example/v1: say in teacher\.key_variable"):
+        synthesize(settings_of("https://other.example/v1"))
+
+
+def test_a_key_that_a_server_says_again_is_neither_kept_nor_shown(server, settings_of, monkeypatch):
+    class Echo(Teacher):
+        def trouble(self, key, times, body, prompt):
+            self.error(401, f"bad key {self.headers['Authorization']}")
+            return True
+
+    url, _ = server(Echo)
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    settings = settings_of(url, num_items=3, teacher={"key_variable": "MY_KEY"})
+    with pytest.raises(RunError, match="refuses the key") as error:
+        synthesize(settings)
+    assert "very-secret" not in str(error.value) and "***" in str(error.value)
+    assert not any(b"very-secret" in f.read_bytes() for f in Path(settings.out).rglob("*") if f.is_file())
+
+
+def test_half_of_a_character_in_a_reply_hurts_no_other(server, settings_of):
+    class Odd(Teacher):
+        def complete(self, body, prompt):
+            text = reply_to(prompt, body, self.rules)
+            self.answer(200, json.dumps(completion(text + "\nx", body, prompt)).replace("\\nx", "\\n\\ud83d").encode())
+
+    url, _ = server(Odd, rules=HONEST)
+    report = synthesize(settings_of(url, num_items=10))
+    assert report["num_open"] == 0 and {status for status, _, _ in outcomes(settings_of(url).out)} == {"reply"}
+
+
+def test_a_server_that_answers_something_else_ends_it_soon(server, settings_of):
+    class Page(Teacher):
+        def trouble(self, key, times, body, prompt):
+            self.answer(200, b"<html>maintenance</html>")
+            return True
+
+    url, books = server(Page)
+    with pytest.raises(RunError, match="answers one request after another with no JSON"):
+        synthesize(settings_of(url, num_items=200))
+    assert books.num_asked <= 28
+
+
+def test_an_error_in_an_answer_that_says_200_is_an_error(server, settings_of):
+    class Wrapped(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if times == 1:
+                self.answer(200, {"error": {"message": "upstream is busy", "code": 502}})
+                return True
+            return False
+
+    url, books = server(Wrapped, rules=HONEST)
+    assert synthesize(settings_of(url, num_items=5))["num_rows"] == 5
+    assert books.num_asked == 20
+
+
+def test_a_reply_that_never_ends_is_given_up(server, settings_of):
+    class Dripping(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if times > 1:
+                return False
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(50):
+                self.wfile.write(b"\n")
+                self.wfile.flush()
+                time.sleep(0.1)
+            self.cut()
+            return True
+
+    url, _ = server(Dripping, rules=HONEST)
+    started = time.monotonic()
+    assert synthesize(settings_of(url, num_items=2, limits={"timeout": 0.5}))["num_rows"] == 2
+    assert time.monotonic() - started < 5
+
+
+def test_further_keys_of_a_body_are_sent(server, settings_of):
+    bodies = []
+
+    class Seen(Teacher):
+        def trouble(self, key, times, body, prompt):
+            bodies.append(body)
+            return False
+
+    url, _ = server(Seen, rules=HONEST)
+    extra = {"top_k": 5, "chat_template_kwargs": {"enable_thinking": False}}
+    synthesize(settings_of(url, num_items=2, teacher={"extra": extra}))
+    assert all(body["top_k"] == 5 and body["chat_template_kwargs"] == {"enable_thinking": False} for body in bodies)
+    for name in ("service_tier", "extra_headers", "tools"):
+        with pytest.raises(UsageError, match=name):
+            settings_of(url, teacher={"extra": {name: "x"}})
+
+
+def test_a_prompt_that_a_policy_refuses_is_lost_and_not_asked_again(server, settings_of):
+    class Strict(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if int(key[0], 16) < 8 and "SOLUTION" not in prompt:
+                self.error(400, "content_policy_violation")
+                return True
+            return False
+
+    url, books = server(Strict, rules=HONEST)
+    report = synthesize(settings_of(url))
+    (lost,) = report["lost"]
+    assert lost["reason"] == "was refused" and 5 < lost["count"] < 25
+    asked = books.num_asked
+    synthesize(settings_of(url))
+    assert books.num_asked == asked
+
+
+@pytest.mark.parametrize("answers", [1, 3])
+def test_what_is_under_way_when_all_ends_is_kept(server, settings_of, answers):
+    class Ending(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if self.number > 20:
+                self.error(429, "insufficient_quota")
+                return True
+            time.sleep(0.05)
+            return False
+
+    url, books = server(Ending, rules=HONEST)
+    settings = settings_of(url, answers=answers)
+    with pytest.raises(RunError, match="out of quota"):
+        synthesize(settings)
+    assert sum(books.answered.values()) == sum(status == "reply" for status, _, _ in outcomes(settings.out))
+
+
+def test_a_tie_is_no_majority(server, settings_of):
+    class Torn(Teacher):
+        def complete(self, body, prompt):
+            text = reply_to(prompt, body, HONEST)
+            if "SOLUTION:" in prompt:
+                with self.books.lock:
+                    self.books.asked[prompt] += 1
+                    text = f"SOLUTION: so\nFINAL ANSWER: {self.books.asked[prompt] % 2}"
+            self.answer(200, completion(text, body, prompt))
+
+    url, _ = server(Torn)
+    with pytest.raises(RunError, match="no row is kept"):
+        synthesize(settings_of(url, num_items=5, answers=2))
+    report = json.loads((Path(settings_of(url).out) / "report.json").read_text())
+    assert report["lost"] == [{"stage": "answer", "reason": "answers disagree", "count": 5}]
+
+
+def test_a_folder_in_which_nothing_was_answered_takes_other_settings(server, settings_of):
+    with pytest.raises(RunError, match="does not answer"):
+        synthesize(settings_of("http://127.0.0.1:9/v1", limits={"retries": 0}))
+    url, _ = server(rules=HONEST)
+    assert synthesize(settings_of(url))["num_rows"] == 30
+
+
 def test_a_model_without_a_price_is_refused_before_anything_is_asked(server, settings_of):
     url, books = server()
     with pytest.raises(UsageError, match=r"'gpt-9' has no price: say teacher.price=.*gpt-4-turbo"):
@@ -395,7 +558,7 @@ def test_a_model_without_a_price_is_refused_before_anything_is_asked(server, set
 def test_a_bad_seed_is_named_before_anything_is_asked(server, settings_of, seeds):
     url, books = server()
     Path(seeds).write_text(Path(seeds).read_text() + '\n{"question": "?"}')
-    with pytest.raises(UsageError, match="line 31: 'solution' must be a non-empty text"):
+    with pytest.raises(UsageError, match="line 31: there is no 'solution'"):
         synthesize(settings_of(url))
     assert not books.num_asked and not Path(settings_of(url).out).exists()
 
