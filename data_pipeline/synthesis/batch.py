@@ -65,9 +65,13 @@ class BatchTeacher:
         """Whether the server takes no more just now."""
         return time.monotonic() < self._wait_until
 
+    def is_under_way(self, key: bytes) -> bool:
+        """Whether a request is in a batch that is under way."""
+        return key in self._waiting
+
     def is_asked(self, request: Request) -> bool:
         """Whether a request is under way, or failed as often as it may."""
-        return request.key in self._waiting or self._failures[request.key] >= _MOST_FAILURES
+        return self.is_under_way(request.key) or self._failures[request.key] >= _MOST_FAILURES
 
     def has_room(self) -> bool:
         """Whether another batch may be submitted now."""

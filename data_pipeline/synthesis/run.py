@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -170,10 +170,11 @@ class _Run:
     def _ask_in_batches(self, stop: StopSignal, bar: Progress, note: Callable[[], str]) -> RunError | None:
         teacher = BatchTeacher(self.settings.teacher, self.settings.batch, self.ledger, self.budget, stop)
         more = True  # there may be requests that are not on their way
+        seen = _Seen(bytearray(self.num_items), {})
         while stop.exit_code is None:
             more = bool(teacher.adopt()) or more
             if more and teacher.has_room():
-                missing = _Missing(self, teacher, stop)
+                missing = _Missing(self, teacher, stop, seen)
                 submitted = teacher.submit(missing)
                 more = not missing.is_complete or submitted < missing.num_given
                 if missing.is_complete:
@@ -209,22 +210,40 @@ class _Run:
         return None
 
 
+class _Seen(NamedTuple):
+    """What earlier looks at the items found, so that later ones are quick.
+
+    By an item's place: whether it needs nothing any more, and the requests that it waits for.
+    """
+
+    done: bytearray
+    waiting: dict[int, tuple[bytes, ...]]
+
+
 class _Missing:
     """The requests of all items that no batch has, each once. Iterate it once."""
 
-    def __init__(self, run: _Run, teacher: BatchTeacher, stop: StopSignal):
-        self._run, self._teacher, self._stop = run, teacher, stop
+    def __init__(self, run: _Run, teacher: BatchTeacher, stop: StopSignal, seen: _Seen):
+        self._run, self._teacher, self._stop, self._seen = run, teacher, stop, seen
         self.num_done, self.num_given, self.is_complete = 0, 0, False
 
     def __iter__(self) -> Iterator[Request]:
         met: set[bytes] = set()
-        for item in self._run.items():
+        for place, item in enumerate(self._run.items()):
             if self._stop.exit_code is not None:
                 return
-            outcome = self._run.outcome(item)
-            if not isinstance(outcome, Needs):
+            if self._seen.done[place]:
                 self.num_done += 1
                 continue
+            if any(map(self._teacher.is_under_way, self._seen.waiting.get(place, ()))):
+                continue
+            outcome = self._run.outcome(item)
+            if not isinstance(outcome, Needs):
+                self._seen.done[place] = 1
+                self._seen.waiting.pop(place, None)
+                self.num_done += 1
+                continue
+            self._seen.waiting[place] = tuple(request.key for request in outcome.requests)
             for request in outcome.requests:
                 if request.key not in met and not self._teacher.is_asked(request):
                     met.add(request.key)
