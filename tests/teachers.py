@@ -156,7 +156,11 @@ class BatchTeacher(Teacher):
         if found is not None:
             self.answer(200, self.store["files"][found[1]])
         elif batch is not None:
-            self.answer(200, self.look(batch[1]))
+            found_batch = self.look(batch[1])
+            if found_batch is None:
+                self.error(404, "not_found")
+            else:
+                self.answer(200, found_batch)
         else:
             self.answer(200, {"object": "list", "data": list(self.store["batches"].values()), "has_more": False})
 
@@ -171,8 +175,11 @@ class BatchTeacher(Teacher):
     def create(self, body: dict[str, Any]) -> None:
         name = f"batch-{len(self.store['batches'])}"
         ending = self.endings[0] if self.endings else ""
-        if ending.startswith("busy") or ending.startswith("error"):
+        if ending.startswith(("busy", "error", "refuses")):
             self.endings.pop(0)
+            if ending.startswith("refuses"):
+                self.error(403, ending)
+                return
             if ending == "busy":
                 self.error(429, "rate_limit_exceeded")
                 return
@@ -190,9 +197,12 @@ class BatchTeacher(Teacher):
         else:
             self.answer(200, batch)
 
-    def look(self, name: str) -> dict[str, Any]:
+    def look(self, name: str) -> dict[str, Any] | None:
         """A batch ends at the second look."""
-        batch = self.store["batches"][name]
+        batch = self.store["batches"].get(name)
+        if batch is None or (self.endings and self.endings[0] == "gone"):
+            self.endings[:1] = []
+            return None
         with self.books.lock:
             batch["looks"] += 1
             if batch["status"] != "in_progress" or batch["looks"] < 2:

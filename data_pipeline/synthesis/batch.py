@@ -19,7 +19,7 @@ import openai
 from data_pipeline.cli import RunError, StopSignal, first_line, logger
 from data_pipeline.synthesis.direct import OUT_OF_QUOTA
 from data_pipeline.synthesis.ledger import Ledger, Sent
-from data_pipeline.synthesis.requests import Request, cost_of, read_reply, usage_of
+from data_pipeline.synthesis.requests import Reply, Request, cost_of, of_the_prompt, read_reply, usage_of
 from data_pipeline.synthesis.settings import BATCH_SHARE, BatchLimits, Price, Teacher
 
 _PATH: Final = "/v1/chat/completions"
@@ -27,8 +27,13 @@ _NAME = "mathscale_batch"  # under which the name stands in a batch's metadata
 _RETRIES = 6  # of what costs nothing: looks, uploads, downloads
 _MOST_FAILURES = 3  # of one request in one run
 DOUBT = 180.0  # seconds that a batch is looked for, before it counts as never made
+_LONGEST_PAUSE = 1800.0  # seconds
 _ENDED = ("completed", "expired", "cancelled", "failed")
 _TOO_MUCH = ("token_limit_exceeded", "request_limit_exceeded")  # of what may wait on the server at once
+
+
+class _Gone(RunError):
+    """What was asked for is not on the server."""
 
 
 class BatchTeacher:
@@ -39,7 +44,8 @@ class BatchTeacher:
         whole = teacher.prices()
         self.price = Price(input=whole.input * BATCH_SHARE, output=whole.output * BATCH_SHARE)
         self._limits, self._ledger, self._budget, self._stop = limits, ledger, budget, stop
-        self._where = teacher.base_url
+        self._where, self._clean = teacher.base_url, teacher.without_key
+        self._pause = limits.poll_seconds / 2  # after being told that it is too much; doubled each time
         self._client = openai.OpenAI(base_url=teacher.base_url, api_key=teacher.key(), max_retries=_RETRIES)
         self._failures: Counter[bytes] = Counter()
         self._max_requests, self._max_open = limits.max_requests, limits.max_open
@@ -75,7 +81,7 @@ class BatchTeacher:
 
     def has_room(self) -> bool:
         """Whether another batch may be submitted now."""
-        return self.num_open < self._max_open and not self.is_waiting and not self.budget_reached
+        return self.num_open < self._max_open and not (self.is_waiting or self.budget_reached or self.errors)
 
     def adopt(self) -> int:
         """Batches of which nobody knows whether they were made: found on the server, or void after some time.
@@ -122,9 +128,13 @@ class BatchTeacher:
                 if batch.status in _ENDED:
                     self._collect(number, batch)
                     ended += 1
+            except _Gone as error:
+                logger.warning("batch %s, or what it brought, is gone: it counts as paid (%s)", remote, error)
+                self._settle_rest(number, "is gone", in_doubt=True)
+                self._closed(number)
+                ended += 1
             except RunError as error:
-                logger.warning("%s", error)
-                self.errors.append(error)
+                self.give_up(error)
                 self._open.pop(number, None)
         return ended
 
@@ -161,24 +171,37 @@ class BatchTeacher:
             batch = self._client.with_options(max_retries=0).batches.create(
                 input_file_id=upload.id, endpoint=_PATH, completion_window="24h", metadata={_NAME: name}
             )
-        except (openai.APIConnectionError, openai.InternalServerError, openai.ConflictError) as error:
-            logger.warning(
-                "%s: a batch may have been made, or not (%s): looking for it", self._where, first_line(error)
-            )
+            remote = batch.id
+        except (openai.APIStatusError, openai.APIConnectionError, ValueError, AttributeError) as error:
+            status = error.status_code if isinstance(error, openai.APIStatusError) else 500
+            if status < 500 and status not in (408, 409):
+                return self._refused(number, error)
+            said = self._clean(first_line(error))
+            logger.warning("%s: a batch may have been made, or not (%s): looking for it", self._where, said)
             self._doubtful[number] = (name, time.monotonic())
             self._waiting |= {request.key for request in chunk}
             return len(chunk)
-        except openai.APIStatusError as error:
-            self._settle_rest(number, first_line(error))
-            self._ledger.set_batch(number, "void")
-            if error.status_code == 429 and not any(word in f"{error.code} {error.type}" for word in OUT_OF_QUOTA):
-                logger.warning("%s takes no batch now (%s): waiting", self._where, first_line(error))
-                self._wait_until = time.monotonic() + self._limits.poll_seconds
-                return 0
-            raise RunError(f"{self._where} refuses a batch: {first_line(error)}") from error
-        self._opened(number, batch.id)
-        logger.info("batch %s: %s requests", batch.id, f"{len(chunk):,}")
+        self._opened(number, remote)
+        logger.info("batch %s: %s requests", remote, f"{len(chunk):,}")
         return len(chunk)
+
+    def _refused(self, number: int, error: Any) -> int:
+        """A batch that the server does not make: too much just now, or for good, which raises RunError."""
+        said = self._clean(first_line(error))
+        self._settle_rest(number, said)
+        self._ledger.set_batch(number, "void")
+        if error.status_code == 429 and not any(word in f"{error.code} {error.type}" for word in OUT_OF_QUOTA):
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            logger.warning("%s takes no batch now (%s): waiting %.0f s", self._where, said, self._pause)
+            self._wait_until = time.monotonic() + self._pause
+            return 0
+        raise RunError(f"{self._where} refuses a batch: {said}") from error
+
+    def give_up(self, error: RunError) -> int:
+        """No more is submitted, and what is under way collected; returns that nothing was submitted."""
+        logger.warning("%s", error)
+        self.errors.append(error)
+        return 0
 
     def _opened(self, number: int, remote: str) -> None:
         self._ledger.set_batch(number, "open", remote)
@@ -199,15 +222,19 @@ class BatchTeacher:
             self._make_smaller(size, said)
             return
         there = {sent.key: sent for sent in self._ledger.of_batch(number)}
+        read_all = True
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             content = self._asked(lambda file=file: self._client.files.content(file).content)
-            for written in [self._take(line, there) for line in content.splitlines()]:
+            lines = [line for line in content.splitlines() if line.strip()]
+            taken = [self._take(line, there) for line in lines]
+            read_all = read_all and None not in taken
+            for written in taken:
                 if written is not None:
                     written.result()
         if batch.status != "completed":
             logger.warning("batch %s is %s: %d of its requests are asked again", batch.id, batch.status, len(there))
-        # Of a batch that was done, what has no line that can be read may be paid all the same.
-        self._settle_rest(number, batch.status, in_doubt=batch.status == "completed")
+        # What has no line may be paid all the same, of a batch that was done or has a line that cannot be read.
+        self._settle_rest(number, batch.status, in_doubt=batch.status == "completed" or not read_all)
         self._closed(number)
 
     def _take(self, line: bytes, there: dict[bytes, Sent]) -> "Future[None] | None":
@@ -215,7 +242,7 @@ class BatchTeacher:
         try:
             row = json.loads(line)
             sent = there.pop(bytes.fromhex(row["custom_id"]), None)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
         if sent is None:
             return None
@@ -231,8 +258,11 @@ class BatchTeacher:
                 sent, "unreadable", cost=cost_of(*tokens, self.price), tokens=tokens, detail="no choice with a text"
             )
         error = row.get("error") or _mapping(response.get("body")).get("error") or response
+        said = self._clean(str(_mapping(error).get("message") or error))
+        if response.get("status_code") == 400 and of_the_prompt(f"{_mapping(error).get('code')} {said}"):
+            return self._ledger.settle(sent, "reply", Reply(said, "refusal", "", 0, 0, 0))
         self._failures[sent.key] += 1
-        return self._ledger.settle(sent, "unpaid", detail=str(_mapping(error).get("message") or error))
+        return self._ledger.settle(sent, "unpaid", detail=said)
 
     def _settle_rest(self, number: int, why: str, in_doubt: bool = False) -> int:
         """What of a batch has no outcome: not done, and not paid, or `in_doubt`; how many requests that are."""
@@ -267,13 +297,14 @@ class BatchTeacher:
         try:
             return call()
         except openai.NotFoundError as error:
-            raise RunError(
-                f"{self._where}: {first_line(error)}: has it a Batch API? Without one, say transport=direct"
-            ) from error
+            said = self._clean(first_line(error))
+            raise _Gone(f"{self._where}: {said}: has it a Batch API? Without one, say transport=direct") from error
         except openai.APIStatusError as error:
-            raise RunError(f"{self._where}: {first_line(error)}") from error
+            raise RunError(f"{self._where}: {self._clean(first_line(error))}") from error
+        except (ValueError, AttributeError) as error:
+            raise RunError(f"{self._where} answers with something that is no answer of a Batch API") from error
         except openai.OpenAIError as error:
-            raise RunError(f"{self._where} does not answer: {first_line(error)}") from error
+            raise RunError(f"{self._where} does not answer: {self._clean(first_line(error))}") from error
 
 
 def _mapping(value: Any) -> dict[str, Any]:

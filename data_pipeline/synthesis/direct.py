@@ -13,7 +13,7 @@ import openai
 
 from data_pipeline.cli import RunError, StopSignal, first_line, logger
 from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent, on_disk
-from data_pipeline.synthesis.requests import Reply, Request, cost_of, read_reply, usage_of
+from data_pipeline.synthesis.requests import Reply, Request, cost_of, of_the_prompt, read_reply, usage_of
 from data_pipeline.synthesis.settings import Limits, Teacher
 
 _FIRST_WAIT = 1.0  # seconds after the first error; doubled from one to the next
@@ -24,12 +24,11 @@ _SILENCE = 30.0  # seconds between two warnings
 _POOL = 16  # connections of a client
 # Answers behind which the work may have been done, and paid: time-outs of gateways between us and the server.
 _IN_DOUBT = (408, 502, 504, 520, 522, 524)
-_OF_THE_PROMPT = ("content_policy", "content_filter", "context_length_exceeded", "responsible_ai")
 _LONGEST_PAUSE = 3600.0  # seconds that a server may ask for
 _MOST_REFUSED = 20  # requests that are refused as malformed, one after another, before all is given up
 
 
-class _Ended(Exception):
+class Ended(Exception):
     """No more requests: asked to stop, out of budget, or something that no request can survive."""
 
 
@@ -62,7 +61,7 @@ class DirectTeacher:
         """`budget`: billionths of a dollar for everything in the ledger."""
         self._price, self._limits, self._ledger = teacher.prices(), limits, ledger
         self._budget, self._stop, self._where = budget, stop, teacher.base_url
-        self._key, self._extra = teacher.key(), set(teacher.extra)
+        self._clean, self._extra = teacher.without_key, set(teacher.extra)
         # A pool looks through all of its connections for each request: several small ones take a tenth of the time.
         sizes = [min(_POOL, limits.concurrency - start) for start in range(0, limits.concurrency, _POOL)]
         self._clients = [_client(teacher, limits, size) for size in sizes]
@@ -89,7 +88,7 @@ class DirectTeacher:
     async def ask(self, request: Request) -> bool:
         """Whether the ledger has what the server answered. Who asks the same at the same time waits for the same.
 
-        False: the server failed, for this request, as often as it may. Raises _Ended, of which `ended` has the reason.
+        False: the server failed, for this request, as often as it may. Raises Ended, of which `ended` has the reason.
         """
         same = self._under_way.get(request.key)
         if same is not None:
@@ -156,11 +155,10 @@ class DirectTeacher:
         seconds = time.monotonic() - started
         self._down_since, self._was_up = None, True
         if isinstance(content, dict) and content.get("error") and not content.get("choices"):
-            said = f"an error with HTTP 200: {str(content['error'])[:200]}"
-            await on_disk(
-                self._ledger.settle(sent, "unknown", cost=sent.held, seconds=seconds, detail=self._clean(said))
-            )
-            self._say(f"{self._where} answers {self._clean(said)}")
+            said = f"an error with HTTP 200: {self._clean(str(content['error']))[:200]}"
+            await on_disk(self._ledger.settle(sent, "unknown", cost=sent.held, seconds=seconds, detail=said))
+            self._say(f"{self._where} answers {said}")
+            self._count_unread(said)
             return _Again()
         reply = read_reply(content, sent.bounds, self._price)
         if reply is None:
@@ -170,11 +168,7 @@ class DirectTeacher:
             await on_disk(
                 self._ledger.settle(sent, "unreadable", cost=cost, tokens=tokens, seconds=seconds, detail=said)
             )
-            self._unread += 1
-            if self._unread >= _MOST_REFUSED:
-                self._end(
-                    RunError(f"{self._where} answers one request after another with {said}: is it the right server?")
-                )
+            self._count_unread(said)
             return None
         self._refused = self._unread = 0
         await on_disk(self._ledger.settle(sent, "reply", reply, seconds=seconds))
@@ -183,7 +177,7 @@ class DirectTeacher:
     async def _answered_with_error(self, error: openai.APIStatusError, sent: Sent, seconds: float) -> "_Again | None":
         code, status = f"{error.code} {error.type}", error.status_code
         told = self._told(error)
-        if status == 400 and any(word in code or word in told for word in _OF_THE_PROMPT):
+        if status == 400 and of_the_prompt(f"{code} {told}"):
             # It would be refused again: that is what it was answered.
             refused = Reply(told, "refusal", "", 0, 0, 0)
             await on_disk(self._ledger.settle(sent, "reply", refused, seconds=seconds, detail=code))
@@ -221,6 +215,12 @@ class DirectTeacher:
             self._end(RunError(f"{self._where} refuses one request after another: {told}"))
         return _Again(tries=math.inf)
 
+    def _count_unread(self, said: str) -> None:
+        """Gives up where one answer after another is none: each may be paid."""
+        self._unread += 1
+        if self._unread >= _MOST_REFUSED:
+            self._end(RunError(f"{self._where} answers one request after another with {said}: is it the right server?"))
+
     def _check_down(self, error: Exception) -> None:
         """Gives up where nothing at all was answered for some time: a short one, where nothing ever was."""
         now = time.monotonic()
@@ -239,10 +239,6 @@ class DirectTeacher:
             first_line(error) if cause is None else f"{first_line(error)} ({type(cause).__name__}: {first_line(cause)})"
         )
         return self._clean(told)
-
-    def _clean(self, text: str) -> str:
-        """Without the key, which a server may say again."""
-        return text.replace(self._key, "***") if self._key != "none" else text
 
     def _say(self, what: str) -> None:
         """A warning, now and then."""
@@ -296,11 +292,11 @@ class DirectTeacher:
 
     def _check_over(self) -> None:
         if self.ended is not None or self._stop.exit_code is not None:
-            raise _Ended
+            raise Ended
 
     def _end(self, error: Exception) -> None:
         self.ended = self.ended or error
-        raise _Ended
+        raise Ended
 
 
 async def each(
@@ -315,7 +311,7 @@ async def each(
                 return
             try:
                 await work(item)
-            except _Ended:
+            except Ended:
                 return
             await asyncio.sleep(0)  # items that are done ask nothing: others have their turn
 
@@ -345,12 +341,14 @@ def _client(teacher: Teacher, limits: Limits, size: int) -> openai.AsyncOpenAI:
     import httpx2
 
     pool = httpx2.Limits(max_connections=size, max_keepalive_connections=size)
+    # A connection that is not made in half of the time was not made: nothing was sent, and nothing paid.
+    timeout = httpx2.Timeout(limits.timeout, connect=min(30.0, limits.timeout / 2))
     return openai.AsyncOpenAI(
         base_url=teacher.base_url,
         api_key=teacher.key(),
         max_retries=0,  # every try is held, counted and recorded here
-        timeout=limits.timeout,
-        http_client=openai.DefaultAsyncHttpxClient(limits=pool, timeout=limits.timeout),
+        timeout=timeout,
+        http_client=openai.DefaultAsyncHttpxClient(limits=pool, timeout=timeout),
     )
 
 

@@ -10,13 +10,15 @@ _FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
 _BEFORE = r"^[ \t>]*(?:#{1,6}[ \t]*)?(?:[-*+][ \t]+)?(?:\(?\d{1,2}[.)][ \t]*)?(?P<mark>[*_`]{0,3})[\[<]?"
 # A colon, within the emphasis or behind it; or nothing else on the line.
 _AFTER = r"[\]>]?(?:(?P=mark)[ \t]*[:：]|[ \t]*[:：][ \t]*(?:(?P=mark))?|(?P=mark)[ \t]*(?=\n))[ \t]*"
+# A backslash that JSON would take for a control character, or not at all, and LaTeX means: before two letters of a
+# command, of which those with n are named, as lines of English begin behind \n.
 _ONE_BACKSLASH = re.compile(
-    r"(?<!\\)\\(?=(?:frac|forall|begin|bar|binom|beta|boxed|big|bmod|text|times|theta|tan|tau|to|triangle|tfrac|right|rho"
-    r"|rangle|neq|nabla|not)(?![a-z])|[^\"\\/bfnrtu])"
+    r"(?<!\\)\\(?=[bfrt][a-z]{2}|(?:to|ne|ni|nu|neq|not|notin|nmid|nabla|neg|nleq|ngeq|nsubseteq)(?![a-z])"
+    r"|u(?![0-9a-fA-F]{4})|[^\"\\/bfnrtu])"
 )
 # A question that is left as it is, in the words of who was to write it again: short, and it asks nothing.
 _UNCHANGED = re.compile(
-    r"\b(?:same|unchanged|as it is|as is|stays|remains|above|no (?:change|modification)s?|none|n/a)\b", re.I
+    r"\b(?:same|unchanged|as it is|as is|stays|remains|(?:as|see) above|no (?:change|modification)s?|none|n/a)\b", re.I
 )
 _LONGEST_UNCHANGED = 120
 
@@ -59,7 +61,8 @@ def last_question(fields: dict[str, str], labels: Sequence[str]) -> str | None:
 
 
 def _says_unchanged(text: str) -> bool:
-    short = len(text) <= _LONGEST_UNCHANGED and "?" not in text and not re.search(r"[\d$]", text)
+    told = re.sub(r"\b(?:job|step)\s*\d", "", text, flags=re.IGNORECASE)
+    short = len(text) <= _LONGEST_UNCHANGED and "?" not in text and not re.search(r"[\d$]", told)
     return short and _UNCHANGED.search(text) is not None
 
 

@@ -189,7 +189,9 @@ class Ledger:
             cost, tokens = reply.cost, (reply.prompt_tokens, reply.completion_tokens)
         self.account.held -= sent.held
         self.account.spent += cost
-        said = (None, None, None) if reply is None else (reply.finish_reason, reply.text, reply.model)
+        said = (
+            (None, None, None) if reply is None else tuple(map(as_text, (reply.finish_reason, reply.text, reply.model)))
+        )
         row = (sent.id, sent.key, status, *said, *tokens, cost, seconds, time.time(), as_text(detail)[:500])
         return self._submit([(_OUTCOME, row)])
 

@@ -148,6 +148,12 @@ def usage_of(content: Any, bounds: Bounds) -> tuple[int, int]:
     return bounds.prompt_tokens if prompt is None else prompt, bounds.reply_tokens if reply is None else reply
 
 
+def of_the_prompt(said: str) -> bool:
+    """Whether a refusal (HTTP 400) is one of this prompt, which would be refused again."""
+    marks = ("content_policy", "content_filter", "context_length_exceeded", "maximum context length", "responsible_ai")
+    return any(mark in said for mark in marks)
+
+
 def as_text(text: str) -> str:
     """Text that can be written: a reply may name half of a character."""
     return text.encode(errors="replace").decode()

@@ -22,7 +22,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.resample import histogram
 from data_pipeline.settings import UsageError, differences
 from data_pipeline.synthesis.batch import BatchTeacher
-from data_pipeline.synthesis.direct import DirectTeacher, each
+from data_pipeline.synthesis.direct import DirectTeacher, Ended, each
 from data_pipeline.synthesis.estimate import described, dollars, estimate
 from data_pipeline.synthesis.ledger import BudgetReached, Ledger
 from data_pipeline.synthesis.recipe import Item, Lost, Made, Needs, Outcome, Recipe, items
@@ -151,9 +151,9 @@ class _Run:
             while isinstance(outcome := self.outcome(item), Needs):
                 # Each is waited for, whatever becomes of the others: it may be under way, and paid.
                 answered = await asyncio.gather(*map(teacher.ask, outcome.requests), return_exceptions=True)
-                for failure in answered:
-                    if isinstance(failure, BaseException):
-                        raise failure
+                failures = [failure for failure in answered if isinstance(failure, BaseException)]
+                if failures:  # what is an error of its own, before what follows from another one
+                    raise min(failures, key=lambda failure: isinstance(failure, Ended))
                 if not all(answered):
                     return  # it stays open: the next run asks again
             bar.update(1, note())
@@ -172,10 +172,16 @@ class _Run:
         more = True  # there may be requests that are not on their way
         seen = _Seen(bytearray(self.num_items), {})
         while stop.exit_code is None:
-            more = bool(teacher.adopt()) or more
+            try:
+                more = bool(teacher.adopt()) or more
+            except RunError as error:
+                teacher.give_up(error)
             if more and teacher.has_room():
                 missing = _Missing(self, teacher, stop, seen)
-                submitted = teacher.submit(missing)
+                try:
+                    submitted = teacher.submit(missing)
+                except RunError as error:  # what is under way is collected all the same
+                    submitted = teacher.give_up(error)
                 more = not missing.is_complete or submitted < missing.num_given
                 if missing.is_complete:
                     bar.update(missing.num_done - bar.done, note())

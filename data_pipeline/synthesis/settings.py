@@ -97,6 +97,11 @@ class Teacher(Settings):
             raise UsageError(f"no key for {self.base_url}: set the environment variable {variable}")
         return key
 
+    def without_key(self, text: str) -> str:
+        """`text` without the key, which a server may say again."""
+        key = os.environ.get(self.key_variable or "OPENAI_API_KEY", "").strip()
+        return text.replace(key, "***") if len(key) > 4 else text
+
     def prices(self) -> Price:
         """What its tokens cost. Raises UsageError where that is not known."""
         if self.price is not None:

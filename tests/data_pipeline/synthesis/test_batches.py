@@ -131,6 +131,31 @@ def test_a_direct_run_waits_for_batches_that_are_under_way(batches, server, monk
     assert len(store["batches"]) == 2
 
 
+def test_batches_that_fail_for_good_end_a_run_that_has_more_to_send(batches, monkeypatch):
+    settings, store, _ = batches(limit=0, limits={"max_requests": 5, "max_open": 2})
+    monkeypatch.setattr(batch_module, "_TOO_MUCH", ())
+    with pytest.raises(RunError, match="failed: Enqueued token limit reached"):
+        synthesize(settings)
+    assert len(store["batches"]) <= 3
+
+
+def test_a_batch_that_is_gone_counts_as_paid_and_is_asked_again(batches):
+    settings, _, books = batches("gone")
+    report = synthesize(settings)
+    assert report["num_rows"] == 30 and report["dollars_held"] == 0
+    paid = (books.tokens[0] * 5 + books.tokens[1] * 15) / 1e6
+    assert report["dollars"] >= paid
+
+
+def test_a_key_that_a_batch_server_says_again_is_neither_kept_nor_shown(batches, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    settings, _, _ = batches("refuses sk-very-secret", teacher={"key_variable": "MY_KEY"})
+    with pytest.raises(RunError, match=r"refuses a batch: .*\*\*\*") as error:
+        synthesize(settings)
+    assert "very-secret" not in str(error.value)
+    assert not any(b"very-secret" in f.read_bytes() for f in Path(settings.out).rglob("*") if f.is_file())
+
+
 def test_a_server_without_a_batch_api_is_said_to_have_none(server, settings_of):
     url, _ = server(Teacher)
     with pytest.raises(RunError, match="has it a Batch API\\? Without one, say transport=direct"):

@@ -79,6 +79,8 @@ def test_fields_that_are_missing_or_empty_are_not_there():
         ("FINAL CREATED QUESTION: The created question stays as it is.", "How old is Al?"),
         ("FINAL CREATED QUESTION: Same as above; no changes needed.", "How old is Al?"),
         ("FINAL CREATED QUESTION: No modifications were needed.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: Same as the question in Job 1.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: Find the area above the axis.", "Find the area above the axis."),
         ("FINAL CREATED QUESTION: Find 3 times the same number as 4.", "Find 3 times the same number as 4."),
         ("FINAL CREATED QUESTION: No modification needed.", "How old is Al?"),
         ("FINAL CREATED QUESTION: The same question of Al's age has which answer?", None),
@@ -101,6 +103,9 @@ def test_commands_of_latex_with_one_backslash_in_json_are_read_as_meant():
     fields = find_fields(text, ANSWER)
     assert fields["solution"] == "\\frac{1}{2} \\times x\nThen \\(y\\) and \\frac{3}{4}.\tSo."
     assert fields["final answer"] == "\\sqrt{2}"
+    commands = r"\textbf \rightarrow \rfloor \notin \bullet \therefore \underline \ne \nu \beta \tan"
+    assert find_fields(f'{{"solution": "{commands}"}}', ANSWER)["solution"] == commands
+    assert find_fields(r'{"solution": "one\ntwo\n\n\u00e9"}', ANSWER)["solution"] == "one\ntwo\n\n\u00e9"
 
 
 def test_a_schema_asks_for_each_field_and_for_nothing_else():

@@ -452,6 +452,18 @@ def test_an_error_in_an_answer_that_says_200_is_an_error(server, settings_of):
     assert books.num_asked == 20
 
 
+def test_a_server_whose_every_answer_is_an_error_ends_it_soon(server, settings_of):
+    class Wrapped(Teacher):
+        def trouble(self, key, times, body, prompt):
+            self.answer(200, {"error": {"message": "no such plan", "code": 401}})
+            return True
+
+    url, books = server(Wrapped, rules=HONEST)
+    with pytest.raises(RunError, match="answers one request after another with an error with HTTP 200"):
+        synthesize(settings_of(url))
+    assert books.num_asked <= 28
+
+
 def test_a_reply_that_never_ends_is_given_up(server, settings_of):
     class Dripping(Teacher):
         def trouble(self, key, times, body, prompt):
