@@ -22,6 +22,7 @@ from benchmarks.worker import Limits, Worker, WorkerFailed
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.word_problems import generate_problems
 from mathscale_jax.config import ModelConfig
 
 TINY = ("--models", "demo", "--rows", "2", "--context", "64", "--loss-chunk", "32", "--rounds", "2", "--steps", "1")
@@ -261,3 +262,48 @@ def test_grading_is_measured_beside_math_verify(tmp_path: Path, test_data: Path)
     assert values["num_samples"] == 24 * 16 and values["job_seconds"] > 0
     _, missed, invented = values["rounds"]["ours"][0]
     assert missed == invented == 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_data_makes_every_trained_token_of_an_epoch(tmp_path: Path) -> None:
+    data, tokenizer = gsm8k_rows(tmp_path)
+    out = tmp_path / "results"
+    flags = ["--num-rows", "60", "--context", "256", "--cores", "1", "--rounds", "1", "--out", str(out)]
+    run_module("benchmarks.data", "--data", data, "--tokenizer", tokenizer, *flags)
+    rows = results(out)["rows"]
+    assert [(row["contestant"], row["cache"]) for row in rows] == [
+        ("ours", "cold"), ("ours", "cached"), ("ours, mixed", "cached")
+    ]  # fmt: skip
+    assert rows[0]["made"]["trained"] == rows[1]["made"]["trained"] > 0 and rows[0]["made"]["tokens"] > 60 * 10
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_cleaning_says_how_much_of_what_is_planted_is_found(tmp_path: Path) -> None:
+    problems = generate_problems(40, seed=1)
+    lines = [json.dumps({"question": p.question, "answer": f"{p.solution}\n#### {p.answer}"}) for p in problems]
+    data = str(tmp_path / "rows.jsonl")
+    Path(data).write_text("\n".join(lines))
+    out = tmp_path / "results"
+    run_module(
+        "benchmarks.clean", "--train", data, "--test", data, "--num-rows", "50", "--num-planted", "3", "--out", str(out)
+    )
+    measured = results(out)
+    assert measured["recall"]["verbatim"] == 1 and measured["num_rows"] == 50 + 4 * 3 and measured["memory_gb"] > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_synthesis_measures_both_at_each_concurrency(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    run_module(
+        "benchmarks.synthesis", "--num-requests", "40", "--concurrency", "2,4", "--rounds", "1", "--out", str(out)
+    )
+    rows = results(out)["rows"]
+    assert [(row["contestant"], row["concurrency"]) for row in rows] == [
+        ("openai alone", 2), ("ours", 2), ("openai alone", 4), ("ours", 4)
+    ]  # fmt: skip
+    assert all(row["requests_per_second"] > 1 for row in rows)
+
+
+def run_module(module: str, *flags: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
