@@ -107,6 +107,10 @@ class BatchTeacher:
                 void += 1
         return void
 
+    def leave_doubtful(self) -> None:
+        """No longer looks for batches that may have been made: the ledger keeps them for the next run."""
+        self._doubtful.clear()
+
     def submit(self, requests: Iterable[Request]) -> int:
         """Makes batches of `requests` while there is room; returns how many requests are on their way."""
         submitted = 0

@@ -174,8 +174,9 @@ class _Run:
         while stop.exit_code is None:
             try:
                 more = bool(teacher.adopt()) or more
-            except RunError as error:
+            except RunError as error:  # the next run looks for what may have been made
                 teacher.give_up(error)
+                teacher.leave_doubtful()
             if more and teacher.has_room():
                 missing = _Missing(self, teacher, stop, seen)
                 try:

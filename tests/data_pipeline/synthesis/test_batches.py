@@ -156,6 +156,22 @@ def test_a_key_that_a_batch_server_says_again_is_neither_kept_nor_shown(batches,
     assert not any(b"very-secret" in f.read_bytes() for f in Path(settings.out).rglob("*") if f.is_file())
 
 
+def test_a_batch_in_doubt_that_cannot_be_looked_for_is_left_for_the_next_run(batches, monkeypatch):
+    settings, store, books = batches("cut on creation")
+
+    def down(self):
+        if self._doubtful:
+            raise RunError("the server does not answer")
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_module.BatchTeacher, "adopt", down)
+        with pytest.raises(RunError, match="does not answer"):
+            synthesize(settings)
+    assert synthesize(settings)["num_rows"] == 30
+    assert max(books.answered.values()) == 1 and len(store["batches"]) == 2
+
+
 def test_a_server_without_a_batch_api_is_said_to_have_none(server, settings_of):
     url, _ = server(Teacher)
     with pytest.raises(RunError, match="has it a Batch API\\? Without one, say transport=direct"):
