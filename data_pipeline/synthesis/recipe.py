@@ -44,10 +44,9 @@ class Lost:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A row, and the replies that it took (several rows may share one)."""
+    """A row."""
 
     problem: Problem
-    keys: tuple[bytes, ...]
 
 
 Outcome = Needs | Lost | Made
@@ -150,7 +149,7 @@ class Recipe:
             subject=item.seed.subject,
             lineage=json.dumps(lineage),
         )
-        return Made(problem, tuple(request.key for request, _ in taken))
+        return Made(problem)
 
     def _asked(
         self, stage: Stage, prompt: str, sample: str, reply: Replies, unreadable: Callable[[Request], int],

@@ -191,5 +191,7 @@ def serve(rules: RuleTeacher) -> None:
     except OSError as error:
         raise UsageError(f"port={rules.port} is taken ({error.strerror}): choose another, or 0 for any") from error
     logger.info('the rule-based teacher listens: teacher: {model: rules, base_url: "%s"}; Ctrl-C ends it', server.url)
-    with server:
+    try:
         server.serve_forever()
+    finally:
+        server.server_close()
