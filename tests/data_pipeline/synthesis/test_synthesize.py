@@ -602,14 +602,14 @@ def test_a_full_disk_is_said_and_loses_nothing(server, settings_of, monkeypatch)
 
     monkeypatch.setattr(ledger.Ledger, "_connect", small)
     with pytest.raises(OSError, match="No space left on device for the ledger") as error:
-        synthesize(settings_of(url, limits={"concurrency": 4}))
+        synthesize(settings_of(url, num_items=150, limits={"concurrency": 4}))
     assert is_disk_full(error.value)
     monkeypatch.setattr(ledger.Ledger, "_connect", connect)
     there = sum(status == "reply" for status, _, _ in outcomes(settings_of(url).out))
-    assert 0 < there < 60
-    synthesize(settings_of(url))
-    assert len(rows_in(settings_of(url).out)) == 30
-    assert sum(books.answered.values()) <= 60 + 4  # replies to what was under way found no room
+    assert 0 < there < 300
+    synthesize(settings_of(url, num_items=150))
+    assert len(rows_in(settings_of(url).out)) == 150
+    assert sum(books.answered.values()) <= 300 + 4  # replies to what was under way found no room
 
 
 def test_a_dry_run_says_what_is_left_and_sends_nothing(server, settings_of, capsys):
