@@ -139,6 +139,8 @@ def _explain(settings: type[Settings], item: Any) -> str:
     if item["type"] == "missing":
         return f"{key} is required"
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "model_type":
+        message = "is a group of settings, of which each is named by itself: see --help"
     if not key:  # a contradiction between keys: its message names them
         return message
     shown = repr(item["input"])

@@ -22,14 +22,37 @@ from data_pipeline.tokenizer import Tokenizer
 logger = logging.getLogger("mathscale")
 
 
-class Source(Settings):
-    """One dataset of problems."""
+class ProblemSet(Settings):
+    """Where problems are read from."""
 
     task: str = pydantic.Field(description=f"one of {', '.join(TASKS)}")
     split: str = pydantic.Field("train", description="split of the task")
     path: str | None = pydantic.Field(
         None, description="dataset, or file or folder of rows; null takes the task's public source"
     )
+    allow_evaluation_only: bool = pydantic.Field(
+        False, description="take data that is published for evaluation: see its licence"
+    )
+
+    @pydantic.field_validator("task")
+    @classmethod
+    def _task_known(cls, task: str) -> str:
+        if task not in TASKS:
+            raise ValueError(f"unknown task; allowed: {', '.join(TASKS)}")
+        return task
+
+    def check_licence(self, key: str) -> None:
+        """Raises ValueError, which names `key`, where training on the task wants a word of the user's."""
+        if TASKS[self.task].evaluation_only and not self.allow_evaluation_only:
+            raise ValueError(
+                f"{key}.task={self.task!r} is for evaluation: {TASKS[self.task].about}. If you may train on it, set "
+                f"{key}.allow_evaluation_only=true"
+            )
+
+
+class Source(ProblemSet):
+    """One dataset of problems, and how much of it is read."""
+
     name: str | None = pydantic.Field(None, description="what logs call it; null: its path, or task and split")
     count: pydantic.PositiveInt | None = pydantic.Field(
         None, description="only so many of its rows, drawn by data.seed: smaller counts lie within larger ones"
@@ -40,16 +63,6 @@ class Source(Settings):
         allow_inf_nan=False,
         description="its share of an epoch, beside the other datasets' weights; null: each of its rows once",
     )
-    allow_evaluation_only: bool = pydantic.Field(
-        False, description="train on data that is published for evaluation: see its licence"
-    )
-
-    @pydantic.field_validator("task")
-    @classmethod
-    def _task_known(cls, task: str) -> str:
-        if task not in TASKS:
-            raise ValueError(f"unknown task; allowed: {', '.join(TASKS)}")
-        return task
 
     @property
     def label(self) -> str:
@@ -92,11 +105,7 @@ class DataSettings(Settings):
         if self.num_examples is not None and not any(weighted):
             raise ValueError("num_examples is that of weighted datasets: give every one of sources a weight")
         for index, source in enumerate(self.sources):
-            if TASKS[source.task].evaluation_only and not source.allow_evaluation_only:
-                raise ValueError(
-                    f"sources.{index}.task={source.task!r} is for evaluation: {TASKS[source.task].about}. If you may "
-                    f"train on it, set sources.{index}.allow_evaluation_only=true"
-                )
+            source.check_licence(f"sources.{index}")
         labels = [source.label for source in self.sources]
         if len(set(labels)) < len(labels):
             raise ValueError(

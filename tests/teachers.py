@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import socket
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -268,3 +269,14 @@ def serving(kind: type[Teacher], **changes: Any) -> tuple[Server, Books]:
 def rows_in(out: str) -> list[dict[str, Any]]:
     """The rows that a synthesis made."""
     return [json.loads(line) for line in (Path(out) / "rows.jsonl").read_text().splitlines()]
+
+
+def outcomes(out):
+    """Status, finish reason and cost of everything that a folder's ledger has."""
+    with sqlite3.connect(f"{out}/ledger.sqlite") as connection:
+        return connection.execute("SELECT status, finish_reason, cost FROM outcomes").fetchall()
+
+
+def paid(books):
+    """Billionths of a dollar by the server's own books, at $10 and $30 a million tokens."""
+    return books.tokens[0] * 10_000 + books.tokens[1] * 30_000

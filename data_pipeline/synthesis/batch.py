@@ -18,7 +18,7 @@ import openai
 
 from data_pipeline.cli import RunError, StopSignal, first_line, logger
 from data_pipeline.synthesis.direct import OUT_OF_QUOTA
-from data_pipeline.synthesis.ledger import Ledger, Sent
+from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent
 from data_pipeline.synthesis.requests import Reply, Request, cost_of, of_the_prompt, read_reply, usage_of
 from data_pipeline.synthesis.settings import BATCH_SHARE, BatchLimits, Price, Teacher
 
@@ -53,7 +53,7 @@ class BatchTeacher:
         self._open = {number: remote for number, _, remote, _ in ledger.batches("open") if remote is not None}
         self._doubtful = {number: (name, time.monotonic()) for number, name, _, _ in ledger.batches("new")}
         self._waiting = {sent.key for number in (*self._open, *self._doubtful) for sent in ledger.of_batch(number)}
-        self.budget_reached = False
+        self.budget_reached: BudgetReached | None = None
         self.errors: list[RunError] = []
 
     @property
@@ -163,7 +163,8 @@ class BatchTeacher:
         room = self._budget - self._ledger.account.total
         fitting = sum(total <= room for total in itertools.accumulate(one.bounds.cost(self.price) for one in chunk))
         if not fitting:
-            self.budget_reached = not self.num_open  # others may turn out cheaper than what is held for them
+            if not self.num_open:  # else others may turn out cheaper than what is held for them
+                self.budget_reached = BudgetReached(self._ledger.account.total, chunk[0].bounds.cost(self.price))
             return 0
         if fitting < len(chunk):
             ((chunk, file),) = self._chunks(chunk[:fitting])

@@ -253,9 +253,9 @@ class DirectTeacher:
             try:
                 (sent,), done = self._ledger.send([request], self._price, self._budget)
                 break
-            except BudgetReached:
+            except BudgetReached as reached:
                 if not self._num_open:
-                    self._end(BudgetReached())
+                    self._end(reached)
                 await self._sleep(0.05)  # others under way may turn out cheaper than what is held for them
         self._num_open += 1
         try:

@@ -115,8 +115,8 @@ def described(found: Estimate, settings: SynthesisSettings) -> str:
     source = "as long as those in the ledger" if found.by_ledger else "assumed to be of usual length"
     lines += [
         "",
-        f"Expected: {dollars(found.expected)} (replies are {source}), {dollars(found.at_most)} if every "
-        f"reply is as long as it may be; "
+        f"Expected: {dollars(found.expected)} (replies are {source}), {dollars(found.at_most)} if each "
+        f"request is asked once and every reply is as long as it may be; "
         f"spent or held before: {dollars(found.spent)}; budget: {dollars(round(settings.budget * NANO))}.",
         "Time: "
         + ("within a day a stage (Batch API)." if settings.transport == "batch" else f"{_said(found.seconds)}."),
@@ -130,7 +130,9 @@ def described(found: Estimate, settings: SynthesisSettings) -> str:
 def dollars(nano: float) -> str:
     """Billionths of a dollar as dollars."""
     value = nano / NANO
-    return f"${value:,.2f}" if value >= 0.1 or value == 0 else f"${value:.4f}"
+    if value >= 0.1 or value == 0:
+        return f"${value:,.2f}"
+    return f"${value:.4f}" if value >= 0.001 else f"${value:.6f}"
 
 
 def _seconds(settings: SynthesisSettings, stages: list[StageEstimate], latency: float) -> float:

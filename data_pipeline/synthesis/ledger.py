@@ -45,7 +45,11 @@ _OUTCOME = "INSERT INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class BudgetReached(Exception):
-    """A request might pass the budget."""
+    """A request might pass the budget: billionths of a dollar that are spent or held, and that it may cost."""
+
+    def __init__(self, taken: int, wanted: int):
+        super().__init__(taken, wanted)
+        self.taken, self.wanted = taken, wanted
 
 
 @dataclasses.dataclass
@@ -166,7 +170,7 @@ class Ledger:
         """
         held = [request.bounds.cost(price) for request in requests]
         if self.account.total + sum(held) > budget:
-            raise BudgetReached
+            raise BudgetReached(self.account.total, sum(held))
         self.account.held += sum(held)
         first, self._next = self._next, self._next + len(requests)
         now = time.time()

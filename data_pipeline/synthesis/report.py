@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from data_pipeline.pages import write_page
+from data_pipeline.synthesis.estimate import dollars
+from data_pipeline.synthesis.requests import NANO
 
 _MAX_CHARS = 1500  # of a text that is shown
 
 
 class Sample(NamedTuple):
-    """A seed's question, and what was made of it: a question with its solution, or the text that was lost."""
+    """A seed, and what was made of it: a problem, or the text that was lost."""
 
     seed: str
     text: str
-    solution: str = ""
 
 
 def write_report(
@@ -37,6 +38,7 @@ def write_report(
         lost=[(f"{stage} {reason}", texts) for (stage, reason), texts in lost.items()],
         steps=_step_rows(steps),
         max_chars=_MAX_CHARS,
+        dollars=lambda value: dollars(value * NANO),
     )
 
 

@@ -47,13 +47,13 @@ def synthesize(settings: SynthesisSettings, dry_run: bool = False) -> dict[str, 
     """
     strategy = load_strategy(settings.strategy)
     settings.teacher.prices()
-    seeds = read_problems(settings.seeds.task, settings.seeds.split, settings.seeds.path)
+    seeds = _read("seeds", settings.seeds.task, settings.seeds.split, settings.seeds.path)
     for spec in named_problems("against", settings.against):
-        read_problems(*spec)  # what is wrong with it is said now, and not when all is paid
+        _read("against", *spec)  # what is wrong with it is said now, and not when all is paid
     recipe = Recipe(settings, strategy)
     num_items = settings.num_items or len(seeds)
     folder = Path(settings.out)
-    determining = settings.determining() | {"prompts": strategy.digest(settings.kind)}
+    determining = settings.determining() | {"wording": strategy.digests(settings.kind)}
     if dry_run:
         _check_unchanged(folder, determining)
         every = items(seeds, num_items, settings.seed)
@@ -67,7 +67,9 @@ def synthesize(settings: SynthesisSettings, dry_run: bool = False) -> dict[str, 
     make_folder(epath.Path(folder), "out")
     with locked(epath.Path(folder), "out"):
         _check_unchanged(folder, determining)
-        write_json(folder / RUN_FILE, {"determining": determining, "settings": settings.model_dump(mode="json")})
+        _warn_of_fewer(folder, num_items, len(seeds))
+        now = {"settings": settings.model_dump(mode="json"), "num_items": num_items, "num_seeds": len(seeds)}
+        write_json(folder / RUN_FILE, {"determining": determining} | now)
         with Ledger(folder / LEDGER_FILE) as ledger:
             if settings.transport == "direct" and (under_way := ledger.batches("new", "open")):
                 raise UsageError(
@@ -198,14 +200,15 @@ class _Run:
             logger.warning("%d batches go on at the server: the same command collects them", teacher.num_open)
         if teacher.errors:
             return teacher.errors[0]
-        return self._why(BudgetReached() if teacher.budget_reached else None, teacher.num_failed)
+        return self._why(teacher.budget_reached, teacher.num_failed)
 
     def _why(self, ended: Exception | None, num_failed: int) -> RunError | None:
         """What a run that did not ask for everything ends with."""
         if isinstance(ended, BudgetReached):
             return RunError(
-                f"the budget of {dollars(self.budget)} is reached: another request might pass it. Raise budget and run "
-                "the same command again; nothing is paid twice"
+                f"the budget of {dollars(self.budget)} is reached: {dollars(ended.taken)} are spent or held, and the "
+                f"next request may cost {dollars(ended.wanted)}. Raise budget and run the same command again; nothing "
+                "is paid twice"
             )
         if isinstance(ended, RunError):
             return ended
@@ -277,7 +280,7 @@ def _finish(run: _Run, folder: Path) -> dict[str, Any]:
                 reason = (outcome.stage, outcome.reason)
                 losses[reason] += 1
                 if losses[reason] <= _LOST_SAMPLES:
-                    lost_samples.setdefault(reason, []).append(Sample(item.seed.question, outcome.detail))
+                    lost_samples.setdefault(reason, []).append(Sample(_told(item.seed), outcome.detail))
             else:
                 num_open += 1
 
@@ -346,8 +349,13 @@ def _of_dataset(run: _Run, folder: Path) -> tuple[list[Sample], dict[int, int]]:
         steps.append(UNKNOWN_STEPS if row.num_steps is None else row.num_steps)
         seed = seeds.get(json.loads(row.lineage)["seed"])
         if len(samples) < _SAMPLES and seed is not None:
-            samples.append(Sample(seed.question, row.question, f"{row.solution}\n\n{row.answer}"))
+            samples.append(Sample(_told(seed), _told(row)))
     return samples, histogram(np.array(steps))
+
+
+def _told(problem: Problem) -> str:
+    """A problem as the report shows it."""
+    return f"{problem.question}\n\n{problem.solution}\n\n{problem.answer}"
 
 
 def _row(problem: Problem) -> dict[str, Any]:
@@ -373,6 +381,27 @@ def _check_unchanged(folder: Path, determining: dict[str, Any]) -> None:
             + "\nchoose another out; num_items, answers, agreement, attempts, limits, transport, price and budget may "
             "change"
         )
+
+
+def _read(key: str, task: str, split: str, path: str | None) -> list[Problem]:
+    """The problems that a setting names. Raises UsageError, which says so."""
+    try:
+        return read_problems(task, split, path)
+    except UsageError as error:
+        advice = f" (`python -m data_pipeline prepare {task}` makes a dataset of it)" if path is not None else ""
+        raise UsageError(f"{key}: {error}{advice if 'does not exist' in str(error) else ''}") from error
+
+
+def _warn_of_fewer(folder: Path, num_items: int, num_seeds: int) -> None:
+    """Says where rows of an earlier run will not be there: fewer items, or more seeds for the same number."""
+    if not (folder / RUN_FILE).exists():
+        return
+    before = json.loads((folder / RUN_FILE).read_text())
+    if num_items / num_seeds < before["num_items"] / before["num_seeds"]:
+        logger.warning(
+            "%d items of %d seeds, after %d of %d: rows that were made of later variations of a seed are left out this "
+            "time (their replies stay in the ledger)", num_items, num_seeds, before["num_items"], before["num_seeds"],
+        )  # fmt: skip
 
 
 def _has_replies(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pydantic
 
 from data_pipeline.settings import Settings, UsageError, read_yaml
-from data_pipeline.sources import Source
+from data_pipeline.sources import ProblemSet
 from data_pipeline.tasks import TASKS
 
 PRICES = "configs/synthesis/prices.yaml"
@@ -143,7 +143,7 @@ class SynthesisSettings(Settings):
     """`synthesize --config CONFIG [key=value ...]`: new rows from seeds, by a teacher, within a budget."""
 
     out: str = pydantic.Field(description="folder of the ledger, the rows, the dataset and the report; on a local disk")
-    seeds: Source = pydantic.Field(description="problems that new ones are made from")
+    seeds: ProblemSet = pydantic.Field(description="problems that new ones are made from")
     strategy: str = pydantic.Field(
         "brand_new", description="how: a name in `synthesize --help`, or a YAML file of yours"
     )
@@ -187,10 +187,8 @@ class SynthesisSettings(Settings):
 
     @pydantic.field_validator("seeds")
     @classmethod
-    def _is_plain(cls, seeds: Source) -> Source:
-        for name in ("weight", "resample", "count"):
-            if getattr(seeds, name) is not None:
-                raise ValueError(f"{name} is for training: num_items says how many items are made")
+    def _may_be_used(cls, seeds: ProblemSet) -> ProblemSet:
+        seeds.check_licence("seeds")
         if TASKS[seeds.task].kind not in ("number", "latex"):
             raise ValueError(f"task={seeds.task!r}: its answers are neither numbers nor mathematics")
         return seeds

@@ -85,13 +85,15 @@ class Strategy(Settings):
         layout = _prompt("question_verified" if self.verify else "question_unverified")
         return filled(layout, values | {"create": self.create.strip(), "rules": _prompt(f"rules_{kind}")})
 
+    def digests(self, kind: Kind) -> dict[str, str]:
+        """Identifies the wording of each prompt file, and of each key of the strategy."""
+        names = ("question_verified", "question_unverified", f"rules_{kind}", f"answer_{kind}")
+        texts = {name: _prompt(name) for name in names} | self.model_dump(mode="json", exclude={"about"})
+        return {name: hashlib.sha256(json.dumps(text).encode()).hexdigest()[:12] for name, text in texts.items()}
+
     def digest(self, kind: Kind) -> str:
         """Identifies all wording."""
-        texts = [
-            _prompt(name) for name in ("question_verified", "question_unverified", f"rules_{kind}", f"answer_{kind}")
-        ]
-        whole = [texts, self.model_dump(mode="json", exclude={"about"})]
-        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.digests(kind)).encode()).hexdigest()[:16]
 
 
 class Masked(Settings):
