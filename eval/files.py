@@ -9,6 +9,7 @@ metrics.json, errors.json, report.html
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Container, Iterator
 from typing import Any
@@ -31,7 +32,7 @@ def part_name(problems: range) -> str:
 
 def problems_of(part: epath.Path) -> range:
     """The indices of the problems in a part file."""
-    first, last = part.name.removesuffix(".jsonl").split("-")[1:]
+    _, first, last = part.name.removesuffix(".jsonl").split("-")
     return range(int(first), int(last) + 1)
 
 
@@ -39,6 +40,35 @@ def parts(folder: epath.Path, kind: str) -> list[epath.Path]:
     """The part files under `kind` (samples or grades), in order."""
     directory = folder / kind
     return sorted(directory.glob("part-*.jsonl")) if directory.exists() else []
+
+
+def gaps(problems: range, covered: Container[int]) -> Iterator[range]:
+    """The problems that are not covered, as ranges."""
+    left = [index for index in problems if index not in covered]
+    begins = [index for index in left if index - 1 not in left]
+    ends = [index + 1 for index in left if index + 1 not in left]
+    yield from map(range, begins, ends)
+
+
+def what_is_missing(folder: epath.Path) -> str | None:
+    """What sampling and grading have not done yet, for people; None where that is nothing.
+
+    Raises UsageError where the folder is no eval folder.
+    """
+    num_problems, there = read_run(folder)["num_problems"], parts(folder, "samples")
+    try:
+        sampled = {index for part in there for index in problems_of(part)}
+    except ValueError:  # samples of another origin, whose files are called as they like
+        sampled = set(range(num_problems))
+    missing = list(gaps(range(num_problems), sampled))
+    if missing:
+        told = ", ".join(f"{gap[0]} to {gap[-1]}" for gap in missing[:_NAMED])
+        more = f" and {len(missing) - _NAMED} more gaps" if len(missing) > _NAMED else ""
+        minutes = [(time.time() - part.stat().mtime) / 60 for part in there]
+        age = f"; the newest file is {max(0, min(minutes)):.0f} minutes old" if minutes else ""
+        return f"{len(sampled):,} of {num_problems:,} problems have their samples; missing: {told}{more}{age}"
+    ungraded = {part.name for part in there} - {part.name for part in parts(folder, "grades")}
+    return f"all samples are there; {len(ungraded)} of {len(there)} files are not graded yet" if ungraded else None
 
 
 def read_run(folder: epath.Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from data_pipeline.tasks import TASKS, Problem
 from data_pipeline.tasks import read_problems as read_task
 from data_pipeline.templates import load_template
 from eval.endpoint import Endpoint
-from eval.files import part_name, parts, problems_of, read_problems, read_run
+from eval.files import gaps, part_name, parts, problems_of, read_problems, read_run
 from eval.local import Local, Row
 from eval.prompts import Prompts, PromptSettings
 from mathscale_jax.sampler import SamplingSettings
@@ -123,7 +123,8 @@ def sample(settings: SampleSettings) -> epath.Path:
             bar.update(1, f"{num_tokens / (time.monotonic() - started):,.0f} useful tokens/s")
 
         written: Future[None] | None = None  # while the next group is drawn
-        for group in (missing for whole in mine for missing in _missing(whole, covered)):
+        # Of a group that was cut off at the end of fewer problems, the others are left.
+        for group in (missing for whole in mine for missing in gaps(whole, covered)):
             of_group = [problems[index] for index in group]
             drawn = model.draw({problem.id: prompts.render(problem) for problem in of_group}, settings, one_more)
             if written is not None:
@@ -165,14 +166,6 @@ def _groups(num_problems: int, settings: SampleSettings) -> Iterator[range]:
     for number, first in enumerate(range(0, num_problems, size)):
         if number % shards == shard:
             yield range(first, min(first + size, num_problems))
-
-
-def _missing(group: range, covered: set[int]) -> Iterator[range]:
-    """What is left of a group; of one that was cut off at the end of fewer problems, the others."""
-    left = [index for index in group if index not in covered]
-    begins = [index for index in left if index - 1 not in left]
-    ends = [index + 1 for index in left if index + 1 not in left]
-    yield from map(range, begins, ends)
 
 
 def _run(

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,10 @@ def start_processes(settings: ProcessSettings | None = None) -> None:
             jax.distributed.initialize(
                 settings.coordinator, settings.num_processes, settings.process_id, **_WHERE_ONE_FAILS
             )
-        elif _on_several_slurm_tasks() or _on_tpu_vm():
+        elif _on_several_slurm_tasks():
+            gpus = gpus_of_slurm_task(os.environ)
+            jax.distributed.initialize(local_device_ids=gpus, **_WHERE_ONE_FAILS)
+        elif _on_tpu_vm():
             jax.distributed.initialize(**_WHERE_ONE_FAILS)
     except (RuntimeError, ValueError) as error:
         raise RunError(f"the processes of this run did not find each other: {error}") from error
@@ -182,6 +185,18 @@ def check_shared(folder: epath.Path, what: str) -> None:
 def _on_several_slurm_tasks() -> bool:
     # SLURM_JOB_ID alone says nothing: an interactive shell inside an allocation has it too.
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def gpus_of_slurm_task(environ: Mapping[str, str]) -> list[int] | None:
+    """The GPUs that a task of Slurm takes, of those that it sees; None leaves it to jax, which takes one a task.
+
+    A task that is alone on its node takes all; one that was bound to its own GPU sees only that, as number 0, where
+    jax would look for the number of the task.
+    """
+    visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if environ["SLURM_STEP_NUM_TASKS"] == environ.get("SLURM_STEP_NUM_NODES"):
+        return list(range(len(visible))) or None
+    return [0] if len(visible) == 1 else None
 
 
 def _on_tpu_vm() -> bool:

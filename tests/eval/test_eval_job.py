@@ -15,9 +15,10 @@ from small_run import command, environment, run, write_config
 
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
+from eval.files import gaps
 from eval.grade import grade, is_correct
 from eval.report import write_report
-from eval.sample import SampleSettings, _missing, sample
+from eval.sample import SampleSettings, sample
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,29 @@ def test_missing_samples_are_said_and_do_not_count(folder: epath.Path) -> None:
     assert "Pass@8" not in write_report(folder).read_text()
 
 
+def test_a_report_says_what_is_missing_while_shards_are_under_way(
+    folder: epath.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "metrics.json").unlink(missing_ok=True)
+    away = [folder / "samples" / f"part-0000{i}-0000{i}.jsonl" for i in (1, 2, 4)]
+    texts = [part.read_text() for part in away]
+    for part in away:
+        part.unlink()
+    with pytest.raises(UsageError, match="has no metrics"):
+        write_report(folder)
+    assert "3 of 6 problems have their samples; missing: 1 to 2, 4 to 4; the newest file is 0 minutes" in caplog.text
+    grade(folder)
+    for part, text in zip(away, texts, strict=True):
+        part.write_text(text)
+    caplog.clear()
+    write_report(folder)
+    assert "all samples are there; 3 of 6 files are not graded yet" in caplog.text
+    grade(folder)
+    caplog.clear()
+    write_report(folder)
+    assert not caplog.text
+
+
 def test_duplicates_and_unknown_problems_are_named_and_left_out(
     folder: epath.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -253,7 +277,7 @@ def test_more_problems_are_gone_on_with_where_a_job_ended_between_two_files(
     ("covered", "left"), [(set(), [range(8)]), ({0, 1, 2}, [range(3, 8)]), ({3, 4}, [range(3), range(5, 8)])]
 )
 def test_no_problem_of_a_group_is_drawn_twice(covered: set[int], left: list[range]) -> None:
-    assert list(_missing(range(8), covered)) == left
+    assert list(gaps(range(8), covered)) == left
 
 
 def test_a_sample_in_two_files_counts_once(folder: epath.Path) -> None:

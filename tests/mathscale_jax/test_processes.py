@@ -285,6 +285,25 @@ def test_processes_are_found_by_flags_or_slurm_and_not_where_there_is_one(
     assert calls == ([] if expected is None else [expected])
 
 
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "visible", "expected"),
+    [
+        (2, 2, "0,1,2,3", [0, 1, 2, 3]),  # one task a node: all of its GPUs
+        (2, 2, None, None),  # CPUs
+        (8, 2, "0,1,2,3", None),  # four tasks a node that see all: each the one of its number, by jax
+        (8, 2, "3", [0]),  # bound to one each, which is called 0 there
+        (8, 2, "GPU-3c1f", [0]),
+    ],
+)
+def test_a_slurm_task_takes_the_gpus_that_are_its_own(
+    tasks: int, nodes: int, visible: str | None, expected: list[int] | None
+) -> None:
+    environment = {"SLURM_STEP_NUM_TASKS": str(tasks), "SLURM_STEP_NUM_NODES": str(nodes)}
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    assert processes.gpus_of_slurm_task(environment) == expected
+
+
 def test_a_tpu_vm_is_known_by_its_chips_and_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: calls.append(arguments))
