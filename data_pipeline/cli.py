@@ -236,7 +236,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """What an error says, cut to a line; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 

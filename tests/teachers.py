@@ -162,14 +162,20 @@ class BatchTeacher(Teacher):
                 self.error(404, "not_found")
             else:
                 self.answer(200, found_batch)
-        else:
+        elif self.path.split("?")[0].endswith("/batches"):
             self.answer(200, {"object": "list", "data": list(self.store["batches"].values()), "has_more": False})
+        else:
+            name = self.path.rsplit("/", 1)[-1]
+            self.answer(200, self.described(name)) if name in self.store["files"] else self.error(404, "not_found")
 
     def file(self, content: bytes) -> dict[str, Any]:
         name = f"file-{len(self.store['files'])}"
         self.store["files"][name] = content
+        return self.described(name)
+
+    def described(self, name: str) -> dict[str, Any]:
         return {
-            "id": name, "object": "file", "bytes": len(content), "created_at": 0, "filename": name,
+            "id": name, "object": "file", "bytes": len(self.store["files"][name]), "created_at": 0, "filename": name,
             "purpose": "batch", "status": "processed",
         }  # fmt: skip
 

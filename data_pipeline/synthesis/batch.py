@@ -12,28 +12,32 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any
 
-import openai
-
-from data_pipeline.cli import RunError, StopSignal, first_line, logger
-from data_pipeline.synthesis.direct import OUT_OF_QUOTA
+from data_pipeline.cli import RunError, StopSignal, logger
+from data_pipeline.synthesis.batch_server import PATH, Batch, BatchServer, Busy, Down, Gone
 from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent
 from data_pipeline.synthesis.requests import Reply, Request, cost_of, of_the_prompt, read_reply, usage_of
 from data_pipeline.synthesis.settings import BATCH_SHARE, BatchLimits, Price, Teacher
 
-_PATH: Final = "/v1/chat/completions"
-_NAME = "mathscale_batch"  # under which the name stands in a batch's metadata
-_RETRIES = 6  # of what costs nothing: looks, uploads, downloads
 _MOST_FAILURES = 3  # of one request in one run
-DOUBT = 180.0  # seconds that a batch is looked for, before it counts as never made
+_MOST_UNCLEAR = 3  # creations, one after another, of which nobody knows whether they made a batch
+MOST_ALONE = 8  # batches of one request, one after another, that are too much where nothing else waits
+DOUBT = 180.0  # seconds that a batch, or what it brought, is looked for
+PATIENCE = 3600.0  # seconds without an answer, before what is under way is left for another run
 _LONGEST_PAUSE = 1800.0  # seconds
 _ENDED = ("completed", "expired", "cancelled", "failed")
 _TOO_MUCH = ("token_limit_exceeded", "request_limit_exceeded")  # of what may wait on the server at once
 
 
-class _Gone(RunError):
-    """What was asked for is not on the server."""
+_IS_IT_THE_KEY = (
+    "is this the key of the project that made it? If it is really gone, batch.count_gone_as_paid=true asks its "
+    "requests again"
+)
+
+
+class _Odd(RunError):
+    """What a batch brought cannot be its own: another look may find what is."""
 
 
 class BatchTeacher:
@@ -44,17 +48,20 @@ class BatchTeacher:
         whole = teacher.prices()
         self.price = Price(input=whole.input * BATCH_SHARE, output=whole.output * BATCH_SHARE)
         self._limits, self._ledger, self._budget, self._stop = limits, ledger, budget, stop
-        self._where, self._clean = teacher.base_url, teacher.without_key
-        self._pause = limits.poll_seconds / 2  # after being told that it is too much; doubled each time
-        self._client = openai.OpenAI(base_url=teacher.base_url, api_key=teacher.key(), max_retries=_RETRIES)
+        self._server = BatchServer(teacher)
         self._failures: Counter[bytes] = Counter()
         self._max_requests, self._max_open = limits.max_requests, limits.max_open
-        self._wait_until = 0.0  # the server has as much as it takes
+        self._pause = limits.poll_seconds / 2  # after being told that it is too much; doubled each time
+        self._wait_until = 0.0  # the server takes nothing before
+        self._num_unclear = self._num_alone = 0
+        self._down_since: float | None = None
+        self._missed: dict[int, float] = {}  # since when a batch, or what it brought, is not found
         self._open = {number: remote for number, _, remote, _ in ledger.batches("open") if remote is not None}
-        self._doubtful = {number: (name, time.monotonic()) for number, name, _, _ in ledger.batches("new")}
+        self._doubtful = {number: (name, upload, time.monotonic()) for number, name, upload, _ in ledger.batches("new")}
         self._waiting = {sent.key for number in (*self._open, *self._doubtful) for sent in ledger.of_batch(number)}
         self.budget_reached: BudgetReached | None = None
         self.errors: list[RunError] = []
+        self.refusal = ""  # what the last request that failed was told
 
     @property
     def num_open(self) -> int:
@@ -71,6 +78,11 @@ class BatchTeacher:
         """Whether the server takes no more just now."""
         return time.monotonic() < self._wait_until
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return not self.num_open and (bool(self.errors) or not self.is_waiting)
+
     def is_under_way(self, key: bytes) -> bool:
         """Whether a request is in a batch that is under way."""
         return key in self._waiting
@@ -86,38 +98,59 @@ class BatchTeacher:
     def adopt(self) -> int:
         """Batches of which nobody knows whether they were made: found on the server, or void after some time.
 
-        They are those that a run was about to make when it, or its connection, died. Returns how many are void.
+        They are those that a run was about to make when it, or its connection, died. Returns how many are void. Those
+        that cannot be looked for are left for the next run.
         """
-        void = 0
         if not self._doubtful:
-            return void
-        there = {
-            (batch.metadata or {}).get(_NAME): batch.id
-            for batch in self._asked(lambda: list(self._client.batches.list(limit=100)))
-        }
-        for number, (name, since) in list(self._doubtful.items()):
-            if name in there:
-                logger.info("batch %s was found on the server", there[name])
-                del self._doubtful[number]
-                self._opened(number, there[name])
-            elif time.monotonic() - since > DOUBT:
-                del self._doubtful[number]
-                self._settle_rest(number, "was never made")
-                self._ledger.set_batch(number, "void")
-                void += 1
+            return 0
+        void = 0
+        try:
+            there = self._server.named()
+            for number, (name, upload, since) in list(self._doubtful.items()):
+                if name in there:
+                    logger.info("batch %s was found on the server", there[name])
+                    del self._doubtful[number]
+                    self._opened(number, there[name])
+                elif time.monotonic() - since > DOUBT:
+                    self._void(number, upload)
+                    void += 1
+            self._down_since = None
+        except Down as error:
+            self._wait_for(error)
+        except RunError as error:
+            self._give_up(error)
+            self._doubtful.clear()
         return void
 
-    def leave_doubtful(self) -> None:
-        """No longer looks for batches that may have been made: the ledger keeps them for the next run."""
-        self._doubtful.clear()
+    def _void(self, number: int, upload: str | None) -> None:
+        """A batch that is not on the server, where the file that it was to be made of is."""
+        gone = None
+        try:
+            if upload is not None:
+                self._server.check_upload(upload)
+        except Gone as error:
+            if not self._limits.count_gone_as_paid:
+                raise RunError(f"{error}: {_IS_IT_THE_KEY}") from error
+            gone = error
+        del self._doubtful[number]
+        self._settle_rest(number, "was never made" if gone is None else "is gone", in_doubt=gone is not None)
+        self._ledger.set_batch(number, "void")
 
     def submit(self, requests: Iterable[Request]) -> int:
-        """Makes batches of `requests` while there is room; returns how many requests are on their way."""
+        """Makes batches of `requests` while there is room; returns how many requests are on their way.
+
+        What ends it for good is kept in `errors`: what is under way is collected all the same.
+        """
         submitted = 0
         for chunk, file in self._chunks(requests):
             if not self.has_room() or self._stop.exit_code is not None:
                 break
-            submitted += self._submit(chunk, file)
+            try:
+                submitted += self._submit(chunk, file)
+            except Down as error:
+                self._wait_for(error)
+            except RunError as error:
+                self._give_up(error)
         return submitted
 
     def collect(self) -> int:
@@ -127,27 +160,63 @@ class BatchTeacher:
         """
         ended = 0
         for number, remote in list(self._open.items()):
+            if self._stop.exit_code is not None:
+                break
             try:
-                batch = self._asked(lambda remote=remote: self._client.batches.retrieve(remote))
+                batch = self._server.batch(remote)
                 if batch.status in _ENDED:
                     self._collect(number, batch)
                     ended += 1
-            except _Gone as error:
-                logger.warning("batch %s, or what it brought, is gone: it counts as paid (%s)", remote, error)
-                self._settle_rest(number, "is gone", in_doubt=True)
-                self._closed(number)
-                ended += 1
+                self._missed.pop(number, None)
+                self._down_since = None
+            except Down as error:
+                self._wait_for(error)
+                break
+            except (Gone, _Odd) as error:
+                ended += self._miss(number, remote, error)
             except RunError as error:
-                self.give_up(error)
-                self._open.pop(number, None)
+                del self._open[number]
+                self._give_up(error)
         return ended
+
+    def _miss(self, number: int, remote: str, error: RunError) -> bool:
+        """A batch that is not found, or brought nothing of its own: whether it is given up as paid."""
+        since = self._missed.setdefault(number, time.monotonic())
+        if time.monotonic() - since <= DOUBT:
+            logger.info("batch %s: %s; looking again", remote, error)
+            return False
+        if not self._limits.count_gone_as_paid:
+            del self._open[number]
+            self._give_up(RunError(f"batch {remote}: {error}: {_IS_IT_THE_KEY}"))
+            return False
+        logger.warning("batch %s counts as paid, and its requests are asked again: %s", remote, error)
+        self._settle_rest(number, "is gone", in_doubt=True)
+        self._closed(number)
+        return True
+
+    def _wait_for(self, error: Down) -> None:
+        """Another try at the next look; after some time without any answer, the next run's."""
+        now = time.monotonic()
+        self._down_since = self._down_since or now
+        if now - self._down_since > PATIENCE:
+            self._give_up(error)
+            self._open.clear()
+            self._doubtful.clear()
+        else:
+            logger.warning("%s: trying again", error)
+            self._wait_until = max(self._wait_until, now + self._limits.poll_seconds)
+
+    def _give_up(self, error: RunError) -> None:
+        """No more is submitted, and what is under way collected."""
+        logger.warning("%s", error)
+        self.errors.append(error)
 
     def _chunks(self, requests: Iterable[Request]) -> Iterator[tuple[list[Request], bytes]]:
         """Requests that fit a batch and its file."""
         chunk: list[Request] = []
         file = io.BytesIO()
         for request in requests:
-            line = json.dumps({"custom_id": request.key.hex(), "method": "POST", "url": _PATH, "body": request.body})
+            line = json.dumps({"custom_id": request.key.hex(), "method": "POST", "url": PATH, "body": request.body})
             data = line.encode() + b"\n"
             if chunk and (
                 len(chunk) >= self._max_requests or file.tell() + len(data) > self._limits.max_megabytes * 1e6
@@ -169,86 +238,92 @@ class BatchTeacher:
         if fitting < len(chunk):
             ((chunk, file),) = self._chunks(chunk[:fitting])
         name = uuid.uuid4().hex
-        upload = self._asked(lambda: self._client.files.create(file=(f"{name}.jsonl", file), purpose="batch"))
-        number = self._ledger.add_batch(name)
+        upload = self._server.upload(f"{name}.jsonl", file)
+        number = self._ledger.add_batch(name, upload)
         self._ledger.send(chunk, self.price, self._budget, batch=number)[1].result()
         try:
-            batch = self._client.with_options(max_retries=0).batches.create(
-                input_file_id=upload.id, endpoint=_PATH, completion_window="24h", metadata={_NAME: name}
-            )
-            remote = batch.id
-        except (openai.APIStatusError, openai.APIConnectionError, ValueError, AttributeError) as error:
-            status = error.status_code if isinstance(error, openai.APIStatusError) else 500
-            if status < 500 and status not in (408, 409):
-                return self._refused(number, error)
-            said = self._clean(first_line(error))
-            logger.warning("%s: a batch may have been made, or not (%s): looking for it", self._where, said)
-            self._doubtful[number] = (name, time.monotonic())
+            remote = self._server.create(upload, name)
+        except Busy as error:
+            self._never_made(number, error)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            logger.warning("%s: waiting %.0f s", error, self._pause)
+            self._wait_until = time.monotonic() + self._pause
+            return 0
+        except Down as error:
+            self._doubtful[number] = (name, upload, time.monotonic())
             self._waiting |= {request.key for request in chunk}
+            self._num_unclear += 1
+            if self._num_unclear >= _MOST_UNCLEAR:
+                raise RunError(f"no batch is made: {error}") from error
+            logger.warning("%s: a batch may have been made, or not: looking for it", error)
             return len(chunk)
+        except RunError as error:
+            self._never_made(number, error)
+            raise RunError(f"a batch is refused: {error}") from error
         self._opened(number, remote)
+        self._num_unclear, self._pause = 0, self._limits.poll_seconds / 2
         logger.info("batch %s: %s requests", remote, f"{len(chunk):,}")
         return len(chunk)
 
-    def _refused(self, number: int, error: Any) -> int:
-        """A batch that the server does not make: too much just now, or for good, which raises RunError."""
-        said = self._clean(first_line(error))
-        self._settle_rest(number, said)
+    def _never_made(self, number: int, error: RunError) -> None:
+        self._settle_rest(number, str(error))
         self._ledger.set_batch(number, "void")
-        if error.status_code == 429 and not any(word in f"{error.code} {error.type}" for word in OUT_OF_QUOTA):
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-            logger.warning("%s takes no batch now (%s): waiting %.0f s", self._where, said, self._pause)
-            self._wait_until = time.monotonic() + self._pause
-            return 0
-        raise RunError(f"{self._where} refuses a batch: {said}") from error
-
-    def give_up(self, error: RunError) -> int:
-        """No more is submitted, and what is under way collected; returns that nothing was submitted."""
-        logger.warning("%s", error)
-        self.errors.append(error)
-        return 0
 
     def _opened(self, number: int, remote: str) -> None:
         self._ledger.set_batch(number, "open", remote)
         self._open[number] = remote
         self._waiting |= {sent.key for sent in self._ledger.of_batch(number)}
 
-    def _collect(self, number: int, batch: Any) -> None:
-        """Takes the lines of a batch that has ended; what has none was not done, and not paid."""
+    def _collect(self, number: int, batch: Batch) -> None:
+        """Takes the lines of a batch that has ended; what has none was not done, and not paid.
+
+        Raises _Odd where what it brought cannot be its own.
+        """
         if batch.status == "failed":
-            codes = [error.code or "" for error in (batch.errors.data or [] if batch.errors else [])]
-            said = "; ".join(
-                filter(None, (error.message for error in (batch.errors.data or [] if batch.errors else [])))
-            )
-            size = self._settle_rest(number, said or "failed")
+            size = self._settle_rest(number, batch.said or "failed")
             self._closed(number)
-            if not any(code in _TOO_MUCH for code in codes):
-                raise RunError(f"{self._where}: batch {batch.id} failed: {said or 'it does not say why'}")
-            self._make_smaller(size, said)
+            if any(code in _TOO_MUCH for code in batch.codes):
+                self._make_smaller(size, batch.said)
+            else:
+                said = batch.said or "it does not say why"
+                self._give_up(RunError(f"{self._server.where}: batch {batch.id} failed: {said}"))
             return
+        if batch.status == "completed" and not batch.files:
+            raise _Odd("it is completed and names no file")
+        ours = self._ledger.keys_of_batch(number)
+        contents = [self._lines(self._server.content(file), ours) for file in batch.files]
+        if any(lines and all(row is None for row in lines) for lines in contents):
+            raise _Odd("a file of it holds nothing of its own")
         there = {sent.key: sent for sent in self._ledger.of_batch(number)}
-        read_all = True
-        for file in filter(None, (batch.output_file_id, batch.error_file_id)):
-            content = self._asked(lambda file=file: self._client.files.content(file).content)
-            lines = [line for line in content.splitlines() if line.strip()]
-            taken = [self._take(line, there) for line in lines]
-            read_all = read_all and None not in taken
-            for written in taken:
-                if written is not None:
-                    written.result()
+        rows = [row for lines in contents for row in lines]
+        for written in [self._take(row, there) for row in rows if row is not None]:
+            if written is not None:
+                written.result()
         if batch.status != "completed":
             logger.warning("batch %s is %s: %d of its requests are asked again", batch.id, batch.status, len(there))
         # What has no line may be paid all the same, of a batch that was done or has a line that cannot be read.
-        self._settle_rest(number, batch.status, in_doubt=batch.status == "completed" or not read_all)
+        self._settle_rest(number, batch.status, in_doubt=batch.status == "completed" or None in rows)
         self._closed(number)
+        # What was too much may be none any more.
+        self._max_requests = min(self._limits.max_requests, self._max_requests * 5 // 4 + 1)
+        self._max_open = min(self._limits.max_open, self._max_open + 1)
+        self._num_alone = 0
 
-    def _take(self, line: bytes, there: dict[bytes, Sent]) -> "Future[None] | None":
-        """One line of a file: lines come in any order, and may be damaged. What is returned is done on the disk."""
-        try:
-            row = json.loads(line)
-            sent = there.pop(bytes.fromhex(row["custom_id"]), None)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
+    @staticmethod
+    def _lines(content: bytes, ours: set[bytes]) -> list[dict[str, Any] | None]:
+        """The lines of a file, in any order; None for one that is damaged, or of no request of the batch."""
+        lines: list[dict[str, Any] | None] = []
+        for line in filter(None, map(bytes.strip, content.splitlines())):
+            try:
+                row = json.loads(line)
+                lines.append(row if bytes.fromhex(row["custom_id"]) in ours else None)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                lines.append(None)
+        return lines or [None]
+
+    def _take(self, row: dict[str, Any], there: dict[bytes, Sent]) -> "Future[None] | None":
+        """One line of a file, if it was not taken before. What is returned is done on the disk."""
+        sent = there.pop(bytes.fromhex(row["custom_id"]), None)
         if sent is None:
             return None
         self._waiting.discard(sent.key)
@@ -263,10 +338,11 @@ class BatchTeacher:
                 sent, "unreadable", cost=cost_of(*tokens, self.price), tokens=tokens, detail="no choice with a text"
             )
         error = row.get("error") or _mapping(response.get("body")).get("error") or response
-        said = self._clean(str(_mapping(error).get("message") or error))
-        if response.get("status_code") == 400 and of_the_prompt(f"{_mapping(error).get('code')} {said}"):
+        self.refusal = said = self._server.cleaned(str(_mapping(error).get("message") or error), 300)
+        refused = response.get("status_code") == 400
+        if refused and of_the_prompt(f"{_mapping(error).get('code')} {said}"):
             return self._ledger.settle(sent, "reply", Reply(said, "refusal", "", 0, 0, 0))
-        self._failures[sent.key] += 1
+        self._failures[sent.key] += _MOST_FAILURES if refused else 1
         return self._ledger.settle(sent, "unpaid", detail=said)
 
     def _settle_rest(self, number: int, why: str, in_doubt: bool = False) -> int:
@@ -290,26 +366,17 @@ class BatchTeacher:
 
     def _make_smaller(self, size: int, said: str) -> None:
         """The server has more waiting than it takes: wait for what it has, or send less at once."""
-        logger.warning("%s takes no more at once (%s): waiting", self._where, said)
+        logger.warning("%s takes no more at once (%s): waiting", self._server.where, said)
         if self._open:
             self._max_open = len(self._open)
         else:
             self._max_requests = max(1, size // 2)
-        self._wait_until = time.monotonic() + self._limits.poll_seconds
-
-    def _asked(self, call: Any) -> Any:
-        """What `call` returns. Raises RunError where the server does not do it."""
-        try:
-            return call()
-        except openai.NotFoundError as error:
-            said = self._clean(first_line(error))
-            raise _Gone(f"{self._where}: {said}: has it a Batch API? Without one, say transport=direct") from error
-        except openai.APIStatusError as error:
-            raise RunError(f"{self._where}: {self._clean(first_line(error))}") from error
-        except (ValueError, AttributeError) as error:
-            raise RunError(f"{self._where} answers with something that is no answer of a Batch API") from error
-        except openai.OpenAIError as error:
-            raise RunError(f"{self._where} does not answer: {self._clean(first_line(error))}") from error
+            self._num_alone += size == 1
+        if self._num_alone >= MOST_ALONE:
+            self._give_up(RunError(f"{self._server.where} does not even take one request: {said}"))
+        if self._num_alone:
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        self._wait_until = time.monotonic() + max(self._pause, self._limits.poll_seconds)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

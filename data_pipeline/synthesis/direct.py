@@ -78,6 +78,7 @@ class DirectTeacher:
         self._was_up = False
         self._silent_until = 0.0
         self.ended: Exception | None = None  # why no more requests are sent
+        self.refusal = ""  # what the last request that failed was told
         self.num_failed = 0
 
     async def close(self) -> None:
@@ -156,6 +157,9 @@ class DirectTeacher:
         self._down_since, self._was_up = None, True
         if isinstance(content, dict) and content.get("error") and not content.get("choices"):
             said = f"an error with HTTP 200: {self._clean(str(content['error']))[:200]}"
+            if isinstance(content["error"], dict) and content["error"].get("code") == 429:  # a gateway's
+                await on_disk(self._ledger.settle(sent, "unpaid", seconds=seconds, detail=said))
+                return self._is_too_much(said, _FIRST_WAIT)
             await on_disk(self._ledger.settle(sent, "unknown", cost=sent.held, seconds=seconds, detail=said))
             self._say(f"{self._where} answers {said}")
             self._count_unread(said)
@@ -175,8 +179,10 @@ class DirectTeacher:
         return None
 
     async def _answered_with_error(self, error: openai.APIStatusError, sent: Sent, seconds: float) -> "_Again | None":
-        code, status = f"{error.code} {error.type}", error.status_code
-        told = self._told(error)
+        code, status = self._clean(f"{error.code} {error.type}"), error.status_code
+        self.refusal = told = self._told(error)
+        if status < 500 and status not in (408, 409):
+            self._down_since = None
         if status == 400 and of_the_prompt(f"{code} {told}"):
             # It would be refused again: that is what it was answered.
             refused = Reply(told, "refusal", "", 0, 0, 0)
@@ -201,19 +207,23 @@ class DirectTeacher:
             wait = retry_after(error)
             pause = _FIRST_WAIT if wait is None else min(_LONGEST_PAUSE, wait)
             if status == 503:
-                self._check_down(error)
+                self._check_down(error, pause)
                 return _Again(pause)
-            # Too much for all of us, which is no fault of this request: it may be told so many times.
-            self._resume_at = max(self._resume_at, time.monotonic() + pause)
-            self._say(f"{self._where} says that it is too much: {told}; waiting {pause:.0f} s")
-            return _Again(pause, _TRIES_IF_BUSY)
+            return self._is_too_much(told, pause)
         if status in (408, 409) or status >= 500:
             self._check_down(error)
             return _Again()
         self._refused += 1
+        self._say(f"{self._where} refuses a request (HTTP {status}): {told}")
         if self._refused >= _MOST_REFUSED:
             self._end(RunError(f"{self._where} refuses one request after another: {told}"))
         return _Again(tries=math.inf)
+
+    def _is_too_much(self, told: str, pause: float) -> _Again:
+        """Everybody waits. It is no fault of this request, which may be told so many times."""
+        self._resume_at = max(self._resume_at, time.monotonic() + pause)
+        self._say(f"{self._where} says that it is too much: {told}; waiting {pause:.0f} s")
+        return _Again(pause, _TRIES_IF_BUSY)
 
     def _count_unread(self, said: str) -> None:
         """Gives up where one answer after another is none: each may be paid."""
@@ -221,12 +231,15 @@ class DirectTeacher:
         if self._unread >= _MOST_REFUSED:
             self._end(RunError(f"{self._where} answers one request after another with {said}: is it the right server?"))
 
-    def _check_down(self, error: Exception) -> None:
-        """Gives up where nothing at all was answered for some time: a short one, where nothing ever was."""
+    def _check_down(self, error: Exception, pause: float = 0.0) -> None:
+        """Gives up where nothing at all was answered for some time: a short one, where nothing ever was.
+
+        `pause`: seconds that the server itself asks to wait.
+        """
         now = time.monotonic()
         self._down_since = self._down_since or now
         patience = max(60.0, 2 * self._limits.longest_wait) if self._was_up else _FIRST_PATIENCE
-        if now - self._down_since > patience * bool(self._limits.retries):
+        if now - self._down_since > max(patience, 2 * pause) * bool(self._limits.retries):
             self._end(RunError(f"{self._where} does not answer: {self._told(error)}"))
         self._say(f"{self._where} does not answer ({self._told(error)}): trying again")
 
@@ -235,10 +248,10 @@ class DirectTeacher:
         cause = error.__cause__
         if isinstance(error, TimeoutError):
             return f"no reply in {self._limits.timeout:g} s (limits.timeout)"
-        told = (
-            first_line(error) if cause is None else f"{first_line(error)} ({type(cause).__name__}: {first_line(cause)})"
-        )
-        return self._clean(told)
+        told = first_line(self._clean(str(error)) or type(error).__name__)
+        if cause is None:
+            return told
+        return f"{told} ({type(cause).__name__}: {first_line(self._clean(str(cause)) or 'nothing more is said')})"
 
     def _say(self, what: str) -> None:
         """A warning, now and then."""
@@ -361,4 +374,4 @@ def _parsed(content: bytes) -> Any:
 
 def _was_never_sent(error: Exception) -> bool:
     """Whether a connection was not even made, so that nothing can have been paid."""
-    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+    return type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError")

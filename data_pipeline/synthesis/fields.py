@@ -5,17 +5,25 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_FENCE = re.compile(r"^\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*$", re.DOTALL)
+_FENCE = re.compile(r"^(?:[^{\n]*\n)?\s*```(?:json)?\s*\n(\{.*?)\n?\s*```\s*$", re.DOTALL)
+_CONTROL = re.compile(r"[\x08\x0c\r]")  # what no text of a teacher holds, and LaTeX that was not escaped becomes
 # What may stand before a label at the beginning of a line, and around it: heading marks, bullets, numbers, emphasis.
-_BEFORE = r"^[ \t>]*(?:#{1,6}[ \t]*)?(?:[-*+][ \t]+)?(?:\(?\d{1,2}[.)][ \t]*)?(?P<mark>[*_`]{0,3})[\[<]?"
-# A colon, within the emphasis or behind it; or nothing else on the line.
-_AFTER = r"[\]>]?(?:(?P=mark)[ \t]*[:：]|[ \t]*[:：][ \t]*(?:(?P=mark))?|(?P=mark)[ \t]*(?=\n))[ \t]*"
-# A backslash that JSON would take for a control character, or not at all, and LaTeX means: before two letters of a
-# command, of which those with n are named, as lines of English begin behind \n.
-_ONE_BACKSLASH = re.compile(
-    r"(?<!\\)\\(?=[bfrt][a-z]{2}|(?:to|ne|ni|nu|neq|not|notin|nmid|nabla|neg|nleq|ngeq|nsubseteq)(?![a-z])"
-    r"|u(?![0-9a-fA-F]{4})|[^\"\\/bfnrtu])"
+_BEFORE = (
+    r"^[ \t>]*(?:#{1,6}[ \t]*)?(?:[-*+][ \t]+)?(?:\(?\d{1,2}[.)][ \t]*)?(?P<mark>[*_`]{0,3})"
+    r"(?:\\(?:textbf|textit|underline|(?:sub)*section\*?|paragraph)\{|[\[<])?"
 )
+# A colon, within the emphasis or behind it; or nothing else on the line.
+_AFTER = r"[\]>}]?(?:(?P=mark)[ \t]*[:：]\}?|[ \t]*[:：][ \t]*(?:(?P=mark))?|(?P=mark)[ \t]*(?=\n))[ \t]*"
+# A backslash that JSON would take for a control character, or not at all, and LaTeX means: before letters of a command.
+# Those with n and t are named, as lines and columns of words begin behind \n and \t; those that are words, too, count
+# only in a text that LaTeX was not escaped in. Backslashes that are escaped come in pairs, which are left alone.
+_COMMAND = (
+    r"[bf][a-zA-Z]|r[a-z]{2}|rm(?![a-z])|(?:neq|notin|nmid|nabla|nleq|ngeq|nsubseteq|nolimits)(?![a-z])"
+    r"|t(?:imes|ext(?:bf|it|rm|tt|sf|style)?|heta|anh?|au|riangle(?:q|left|right)?|herefore|frac|ilde|op)(?![a-z])"
+    r"|u(?![0-9a-fA-F]{4})|[^\"\\/bfnrtu]"
+)
+_ONE_BACKSLASH = re.compile(rf"\\\\|\\(?={_COMMAND})")
+_ONE_BACKSLASH_UNESCAPED = re.compile(rf"\\\\|\\(?={_COMMAND}|t[a-z]{{2}}|(?:ne|ni|nu|not|neg|to|tt)(?![a-z]))")
 # A question that is left as it is, in the words of who was to write it again: short, and it asks nothing.
 _UNCHANGED = re.compile(
     r"\b(?:same|unchanged|as it is|as is|stays|remains|(?:as|see) above|no (?:change|modification)s?|none|n/a)\b", re.I
@@ -85,21 +93,29 @@ def schema(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _json_fields(text: str, labels: Sequence[str]) -> dict[str, str] | None:
-    fenced = _FENCE.match(text)
+    fenced = _FENCE.search(text)
     body = (fenced[1] if fenced is not None else text).strip()
     if not body.startswith("{"):
         return None
-    try:
-        # Line ends within texts are met, and LaTeX with one backslash, which JSON takes for control characters.
-        content = json.loads(_ONE_BACKSLASH.sub(r"\\\\", body), strict=False)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict):
+    content = _as_json(body)
+    escaped = content is not None and not any(_CONTROL.search(str(value)) for value in content.values())
+    pattern = _ONE_BACKSLASH if escaped else _ONE_BACKSLASH_UNESCAPED
+    content = _as_json(pattern.sub(r"\\\\", body))
+    if content is None:
         return None
     said = {str(key).lower().replace("_", " ").strip(): value for key, value in content.items()}
     fields = {label: _tidied(str(said[label])) for label in labels if isinstance(said.get(label), str | int | float)}
     fields = {label: content for label, content in fields.items() if content}
     return fields or None
+
+
+def _as_json(text: str) -> dict[str, Any] | None:
+    """The mapping in a text, in which line ends may stand within texts; None where there is none."""
+    try:
+        content = json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _tidied(text: str) -> str:

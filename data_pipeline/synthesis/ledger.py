@@ -88,7 +88,8 @@ class Ledger:
             version = self._reader.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, FORMAT_VERSION):
                 raise RunError(f"{path} is a ledger of version {version}; this program writes {FORMAT_VERSION}")
-            self._reader.executescript(_TABLES)
+            if version == 0:
+                self._reader.executescript(_TABLES)
             self.account = Account(
                 *self._reader.execute(
                     "SELECT (SELECT coalesce(sum(cost), 0) FROM outcomes), (SELECT coalesce(sum(bound), 0) FROM sent "
@@ -145,8 +146,12 @@ class Ledger:
             )
         ]
 
+    def keys_of_batch(self, batch: int) -> set[bytes]:
+        """Keys of all requests of a batch."""
+        return {key for (key,) in self._all("SELECT key FROM sent WHERE batch = ?", batch)}
+
     def batches(self, *states: str) -> list[tuple[int, str, str | None, str]]:
-        """Number, name, name on the server and state of the batches in these states."""
+        """Number, name, id on the server and state of the batches in these states; of a new one the id of its file."""
         marks = ", ".join("?" * len(states))
         return self._all(f"SELECT id, name, remote, state FROM batches WHERE state IN ({marks}) ORDER BY id", *states)
 
@@ -199,10 +204,10 @@ class Ledger:
         row = (sent.id, sent.key, status, *said, *tokens, cost, seconds, time.time(), as_text(detail)[:500])
         return self._submit([(_OUTCOME, row)])
 
-    def add_batch(self, name: str) -> int:
-        """A batch that is being made; its number."""
+    def add_batch(self, name: str, upload: str) -> int:
+        """A batch that is being made, of a file on the server; its number."""
         number = self._one("SELECT coalesce(max(id), 0) + 1 FROM batches")[0]
-        self.write("INSERT INTO batches (id, name, state, at) VALUES (?, ?, 'new', ?)", number, name, time.time())
+        self.write("INSERT INTO batches VALUES (?, ?, ?, 'new', ?)", number, name, upload, time.time())
         return number
 
     def set_batch(self, number: int, state: str, remote: str | None = None) -> None:

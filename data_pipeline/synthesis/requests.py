@@ -149,8 +149,11 @@ def usage_of(content: Any, bounds: Bounds) -> tuple[int, int]:
 
 
 def of_the_prompt(said: str) -> bool:
-    """Whether a refusal (HTTP 400) is one of this prompt, which would be refused again."""
-    marks = ("content_policy", "content_filter", "context_length_exceeded", "maximum context length", "responsible_ai")
+    """Whether a refusal (HTTP 400) is a policy's of this prompt, which would be refused again.
+
+    One for its length is none: a server's context, and what is asked for with max_tokens, may be other ones tomorrow.
+    """
+    marks = ("content_policy", "content_filter", "responsible_ai")
     return any(mark in said for mark in marks)
 
 

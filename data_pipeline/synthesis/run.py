@@ -167,30 +167,23 @@ class _Run:
             )  # fmt: skip
         finally:
             await teacher.close()
-        return self._why(teacher.ended, teacher.num_failed)
+        return self._why(teacher.ended, teacher.num_failed, teacher.refusal)
 
     def _ask_in_batches(self, stop: StopSignal, bar: Progress, note: Callable[[], str]) -> RunError | None:
         teacher = BatchTeacher(self.settings.teacher, self.settings.batch, self.ledger, self.budget, stop)
         more = True  # there may be requests that are not on their way
         seen = _Seen(bytearray(self.num_items), {})
         while stop.exit_code is None:
-            try:
-                more = bool(teacher.adopt()) or more
-            except RunError as error:  # the next run looks for what may have been made
-                teacher.give_up(error)
-                teacher.leave_doubtful()
+            more = bool(teacher.adopt()) or more
             if more and teacher.has_room():
                 missing = _Missing(self, teacher, stop, seen)
-                try:
-                    submitted = teacher.submit(missing)
-                except RunError as error:  # what is under way is collected all the same
-                    submitted = teacher.give_up(error)
+                submitted = teacher.submit(missing)
                 more = not missing.is_complete or submitted < missing.num_given
                 if missing.is_complete:
                     bar.update(missing.num_done - bar.done, note())
-                if not submitted and not teacher.num_open and not teacher.is_waiting:
+                if not submitted and teacher.is_idle:
                     break  # all is there, or the budget is reached, or what is missing failed too often
-            elif not teacher.num_open and not teacher.is_waiting:
+            elif teacher.is_idle:
                 break
             if teacher.collect():
                 more = True
@@ -200,9 +193,9 @@ class _Run:
             logger.warning("%d batches go on at the server: the same command collects them", teacher.num_open)
         if teacher.errors:
             return teacher.errors[0]
-        return self._why(teacher.budget_reached, teacher.num_failed)
+        return self._why(teacher.budget_reached, teacher.num_failed, teacher.refusal)
 
-    def _why(self, ended: Exception | None, num_failed: int) -> RunError | None:
+    def _why(self, ended: Exception | None, num_failed: int, refusal: str) -> RunError | None:
         """What a run that did not ask for everything ends with."""
         if isinstance(ended, BudgetReached):
             return RunError(
@@ -214,8 +207,8 @@ class _Run:
             return ended
         if num_failed:
             return RunError(
-                f"{num_failed} requests failed as often as they may (limits.retries); run the same command again, "
-                "which asks for these only"
+                f"{num_failed} requests failed as often as they may{refusal and f' (the last: {refusal})'}; run the "
+                "same command again, which asks for these only"
             )
         return None
 

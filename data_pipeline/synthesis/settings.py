@@ -95,6 +95,8 @@ class Teacher(Settings):
         key = os.environ.get(variable, "").strip()
         if not key:
             raise UsageError(f"no key for {self.base_url}: set the environment variable {variable}")
+        if not key.isascii():
+            raise UsageError(f"the key in the environment variable {variable} holds a character that no key has")
         return key
 
     def without_key(self, text: str) -> str:
@@ -137,6 +139,9 @@ class BatchLimits(Settings):
     max_megabytes: float = pydantic.Field(200.0, gt=0, le=200, description="size of a batch's file")
     max_open: pydantic.PositiveInt = pydantic.Field(8, description="batches under way at once")
     poll_seconds: pydantic.PositiveFloat = pydantic.Field(60.0, description="between two looks")
+    count_gone_as_paid: bool = pydantic.Field(
+        False, description="a batch that the server finds no more counts as paid, and its requests are asked again"
+    )
 
 
 class SynthesisSettings(Settings):

@@ -4,6 +4,7 @@ import json
 import sqlite3
 from pathlib import Path
 
+import openai
 import pytest
 from teachers import BatchTeacher, Teacher, rows_in
 
@@ -139,18 +140,10 @@ def test_batches_that_fail_for_good_end_a_run_that_has_more_to_send(batches, mon
     assert len(store["batches"]) <= 3
 
 
-def test_a_batch_that_is_gone_counts_as_paid_and_is_asked_again(batches):
-    settings, _, books = batches("gone")
-    report = synthesize(settings)
-    assert report["num_rows"] == 30 and report["dollars_held"] == 0
-    paid = (books.tokens[0] * 5 + books.tokens[1] * 15) / 1e6
-    assert report["dollars"] >= paid
-
-
 def test_a_key_that_a_batch_server_says_again_is_neither_kept_nor_shown(batches, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
     settings, _, _ = batches("refuses sk-very-secret", teacher={"key_variable": "MY_KEY"})
-    with pytest.raises(RunError, match=r"refuses a batch: .*\*\*\*") as error:
+    with pytest.raises(RunError, match=r"a batch is refused: .*\*\*\*") as error:
         synthesize(settings)
     assert "very-secret" not in str(error.value)
     assert not any(b"very-secret" in f.read_bytes() for f in Path(settings.out).rglob("*") if f.is_file())
@@ -159,14 +152,12 @@ def test_a_key_that_a_batch_server_says_again_is_neither_kept_nor_shown(batches,
 def test_a_batch_in_doubt_that_cannot_be_looked_for_is_left_for_the_next_run(batches, monkeypatch):
     settings, store, books = batches("cut on creation")
 
-    def down(self):
-        if self._doubtful:
-            raise RunError("the server does not answer")
-        return 0
+    def refused(self):
+        raise RunError("the key may not list batches")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch_module.BatchTeacher, "adopt", down)
-        with pytest.raises(RunError, match="does not answer"):
+        patch.setattr(batch_module.BatchServer, "named", refused)
+        with pytest.raises(RunError, match="may not list"):
             synthesize(settings)
     assert synthesize(settings)["num_rows"] == 30
     assert max(books.answered.values()) == 1 and len(store["batches"]) == 2
@@ -209,9 +200,9 @@ def test_a_run_that_dies_finds_its_batches_again(batches, directly, monkeypatch,
     with monkeypatch.context() as patch:
         ledger = batch_module.Ledger
         if moment == "before upload":
-            patch.setattr(batch_module.openai.resources.Files, "create", die)
+            patch.setattr(openai.resources.Files, "create", die)
         elif moment == "before creation":
-            patch.setattr(batch_module.openai.resources.Batches, "create", die)
+            patch.setattr(openai.resources.Batches, "create", die)
         elif moment == "after creation":
             patch.setattr(batch_module.BatchTeacher, "_opened", die)
         else:

@@ -108,6 +108,39 @@ def test_commands_of_latex_with_one_backslash_in_json_are_read_as_meant():
     assert find_fields(r'{"solution": "one\ntwo\n\n\u00e9"}', ANSWER)["solution"] == "one\ntwo\n\n\u00e9"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Let\nu = x^2 + 1\ndu = 2x dx",
+        "Cases:\ni) even\nii) odd",
+        "So\ne^{x} = 1, not\nnot 2",
+        "We get \\frac{1}{2}.\nu = 3",
+        "x \\\\\n y & 2 \\\\ \\hline",
+        "\\nu \\ne 3 {\\rm x}",
+        "a\tand b\tto c",
+        "\\begin{cases} 1 & x \\in A \\\\ 0 & \\text{else}\\end{cases}",
+    ],
+)
+def test_latex_and_lines_that_are_escaped_as_json_wants_come_back_as_they_are(text):
+    assert find_fields(json.dumps({"solution": text, "final_answer": "1"}), ANSWER)["solution"] == text
+
+
+def test_old_commands_of_latex_with_one_backslash_are_read_as_meant():
+    commands = r"{\rm cm} \(\) {\bf x} {\tt y} \nolimits \bB \to \not= \hline"
+    assert find_fields(f'{{"solution": "{commands}"}}', ANSWER)["solution"] == commands
+
+
+@pytest.mark.parametrize("dress", [r"\textbf{%s}:", r"\textbf{%s:}", r"\section*{%s}", r"\underline{%s} :"])
+def test_labels_in_the_dress_of_latex_are_found(dress):
+    text = f"{dress % 'SOLUTION'}\n3 + 4 = 7\n{dress % 'FINAL ANSWER'}\n7\n"
+    assert find_fields(text, ANSWER) == {"solution": "3 + 4 = 7", "final answer": "7"}
+
+
+def test_json_behind_a_line_of_words_is_read():
+    text = 'Here is the JSON:\n```json\n{"solution": "3 + 4 = 7", "final_answer": 7}\n```\n'
+    assert find_fields(text, ANSWER) == {"solution": "3 + 4 = 7", "final answer": "7"}
+
+
 def test_a_schema_asks_for_each_field_and_for_nothing_else():
     said = schema(ANSWER)["json_schema"]
     assert said["strict"] is True and said["schema"]["required"] == ["solution", "final_answer"]

@@ -297,6 +297,92 @@ def test_a_server_whose_every_answer_is_an_error_ends_it_soon(server, settings_o
     assert books.num_asked <= 28
 
 
+def test_a_gateways_limit_in_an_answer_that_says_200_is_waited_for_and_not_paid(server, settings_of):
+    class Wrapped(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if times == 1:
+                self.answer(200, {"error": {"message": "slow down", "code": 429}})
+                return True
+            return False
+
+    url, _ = server(Wrapped, rules=HONEST)
+    settings = settings_of(url, num_items=2)
+    assert synthesize(settings)["num_rows"] == 2
+    assert {(status, cost) for status, _, cost in outcomes(settings.out) if status != "reply"} == {("unpaid", 0)}
+
+
+def test_the_reason_of_a_few_refusals_is_told(server, settings_of, caplog):
+    class Strict(Teacher):
+        def trouble(self, key, times, body, prompt):
+            self.answer(400, {"error": {"message": "Unsupported parameter: 'max_tokens'", "code": "x", "type": "y"}})
+            return True
+
+    url, books = server(Strict)
+    with pytest.raises(RunError, match=r"3 requests failed .*the last: .*Unsupported parameter: 'max_tokens'"):
+        synthesize(settings_of(url, num_items=3))
+    assert "refuses a request (HTTP 400)" in caplog.text and books.num_asked == 3
+
+
+def test_a_context_that_is_too_short_today_may_be_long_enough_tomorrow(server, settings_of):
+    class Short(Teacher):
+        short = True
+
+        def trouble(self, key, times, body, prompt):
+            if not self.short:
+                return False
+            said = "This model's maximum context length is 512 tokens"
+            self.answer(400, {"error": {"message": said, "code": "context_length_exceeded", "type": "x"}})
+            return True
+
+    handlers = []
+
+    class Here(Short):
+        def setup(self):
+            handlers.append(type(self))
+            super().setup()
+
+    url, _ = server(Here, rules=HONEST)
+    with pytest.raises(RunError, match="maximum context length"):
+        synthesize(settings_of(url, num_items=4))
+    handlers[0].short = False
+    assert synthesize(settings_of(url, num_items=4))["num_rows"] == 4
+
+
+def test_a_key_that_is_said_again_behind_a_long_text_is_not_kept_in_part(server, settings_of, monkeypatch):
+    class Echo(Teacher):
+        def trouble(self, key, times, body, prompt):
+            said = "x" * 230 + " " + self.headers["Authorization"]
+            self.answer(401, {"error": {"message": said, "code": "bad", "type": "bad"}})
+            return True
+
+    url, _ = server(Echo)
+    monkeypatch.setenv("MY_KEY", "sk-very-secret-" + "k" * 60)
+    settings = settings_of(url, num_items=3, teacher={"key_variable": "MY_KEY"})
+    with pytest.raises(RunError, match="refuses the key") as error:
+        synthesize(settings)
+    assert "very-secret" not in str(error.value)
+    assert not any(b"very-secret" in file.read_bytes() for file in Path(settings.out).rglob("*") if file.is_file())
+    monkeypatch.setenv("MY_KEY", "sk-se\u00e7ret")
+    with pytest.raises(UsageError, match="holds a character that no key has"):
+        synthesize(settings)
+
+
+def test_a_server_that_loads_is_waited_for_as_long_as_it_says(server, settings_of, monkeypatch):
+    class Loading(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if len(self.books.times) <= 4:
+                self.send_response(503)
+                self.send_header("Retry-After", "1")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return True
+            return False
+
+    monkeypatch.setattr("data_pipeline.synthesis.direct._FIRST_PATIENCE", 0.2)
+    url, _ = server(Loading, rules=HONEST)
+    assert synthesize(settings_of(url, num_items=2, limits={"concurrency": 2}))["num_rows"] == 2
+
+
 def test_a_reply_that_never_ends_is_given_up(server, settings_of):
     class Dripping(Teacher):
         def trouble(self, key, times, body, prompt):

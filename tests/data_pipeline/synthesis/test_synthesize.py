@@ -294,7 +294,9 @@ def test_a_dry_run_says_what_is_left_and_sends_nothing(server, settings_of, caps
     assert "The reference question:" in said
     synthesize(settings_of(url, num_items=25))
     asked = books.num_asked
+    files = {file: file.read_bytes() for file in Path(settings.out).iterdir() if file.is_file()}
     synthesize(settings, dry_run=True)
+    assert files == {file: file.read_bytes() for file in Path(settings.out).iterdir() if file.is_file()}
     said = capsys.readouterr().out
     assert books.num_asked == asked
     question, answer = (

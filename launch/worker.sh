@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# What tpu_vm.sh does on a worker, where it comes with the code.
+#
+#   worker.sh install DIGEST    the pinned environment, and a mark that the code of this digest is installed
+#   worker.sh version           that digest, and the versions that all workers must share
+#   worker.sh start WORD...     starts a command, which outlives the connection
+#   worker.sh state [OFFSET]    a line of none, running, lost (its machine was started anew), or ended CODE; behind it
+#                               the command's output from this byte on
+#   worker.sh stop              sends SIGTERM: the command saves, and ends with 75
+set -euo pipefail
+
+readonly UV_VERSION=0.9.17 PYTHON=3.12
+readonly home=${MATHSCALE_HOME:-$HOME/mathscale}
+readonly run=$home/run
+PATH=$home/.venv/bin:$HOME/.local/bin:$PATH
+
+boot_id() { cat /proc/sys/kernel/random/boot_id; }
+
+state() {
+  if [[ ! -e $run/pid ]]; then
+    echo none
+  elif [[ -e $run/code ]]; then
+    echo "ended $(< "$run/code")"
+  elif [[ $(< "$run/boot") == "$(boot_id)" ]] && kill -0 "$(< "$run/pid")" 2> /dev/null; then
+    echo running
+  elif [[ -e $run/code ]]; then # it ended between the two looks
+    echo "ended $(< "$run/code")"
+  else
+    echo lost
+  fi
+}
+
+case ${1-} in
+  install)
+    cd "$home/code"
+    # The images bring an older Python than is needed here: uv brings its own.
+    command -v uv > /dev/null || curl -LsSf "https://astral.sh/uv/$UV_VERSION/install.sh" | sh > /dev/null
+    uv venv --quiet --clear --python "$PYTHON" "$home/.venv"
+    uv pip install --quiet --python "$home/.venv/bin/python" -c constraints.txt -e '.[tpu,gcs]'
+    echo "$2" > "$home/digest"
+    ;;
+  version)
+    python - "$(cat "$home/digest")" << 'PYTHON'
+import importlib.metadata, platform, sys
+
+names = ("jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint")
+installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+print(sys.argv[1], "python", platform.python_version(), *(f"{n} {installed.get(n, 'none')}" for n in names))
+PYTHON
+    ;;
+  start)
+    shift
+    if [[ $(state) == running ]]; then
+      echo "a command is running here: $(< "$run/command")" >&2
+      exit 1
+    fi
+    rm -rf "$run"
+    mkdir -p "$run"
+    boot_id > "$run/boot"
+    printf '%q ' "$@" > "$run/command"
+    cd "$home/code"
+    # The shell around it hears SIGTERM, too, and lives to write down what the command ended with.
+    # shellcheck disable=SC2016  # expanded by that shell
+    setsid nohup bash -c 'trap : TERM; "$@" & child=$!
+        while code=0; wait "$child" || code=$?; kill -0 "$child" 2> /dev/null; do :; done
+        echo "$code" > "$0/code.new"; mv "$0/code.new" "$0/code"' "$run" "$@" < /dev/null > "$run/log" 2>&1 &
+    echo $! > "$run/pid"
+    ;;
+  state)
+    state
+    [[ -z ${2-} || ! -e $run/log ]] || tail -c "+$(($2 + 1))" "$run/log"
+    ;;
+  stop)
+    [[ $(state) != running ]] || pkill -TERM -P "$(< "$run/pid")"
+    ;;
+  *)
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
+    exit 2
+    ;;
+esac
