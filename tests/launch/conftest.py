@@ -1,0 +1,109 @@
+"""A cloud on this machine: a `gcloud` and a `uv` on PATH, and a checkout to launch from."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Cloud:
+    """What a test says of it, and sees of it."""
+
+    def __init__(self, folder: Path):
+        self.store, self.checkout = folder / "store", folder / "a checkout"
+        (self.store / "bin").mkdir(parents=True)
+        self.write_program("gcloud", f'exec {sys.executable} -S -E {Path(__file__).with_name("gcloud.py")} "$@"')
+        # Makes the environment of a worker, in which python is this one.
+        self.write_program(
+            "uv",
+            f"""echo "$@" >> "$HOME/uv.log"
+            case $1 in venv) for last; do :; done; mkdir -p "$last/bin"
+            printf '#!/bin/sh\\nexec {sys.executable} "$@"\\n' > "$last/bin/python"
+            chmod +x "$last/bin/python";; esac""",
+        )
+        shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        shutil.copy(ROOT / "constraints.txt", self.checkout)
+        git = ["git", "-C", str(self.checkout), "-c", "user.name=x", "-c", "user.email=x"]
+        subprocess.run([*git, "init", "-q"], check=True)
+        self.says()
+
+    def write_program(self, name: str, text: str) -> None:
+        file = self.store / "bin" / name
+        file.write_text(f"#!/bin/sh\n{text}\n")
+        file.chmod(0o755)
+
+    def says(self, **script: Any) -> None:
+        """What happens from now on; a project and a zone are set."""
+        script = {"project": "my-project", "compute/zone": "us-west4-a"} | script
+        (self.store / "script.json").write_text(json.dumps(script))
+
+    def launch(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Runs tpu_vm.sh with these words to its end."""
+        with self.begin(*words) as process:
+            out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def begin(self, *words: str) -> subprocess.Popen[str]:
+        """Starts tpu_vm.sh with these words; it looks 20 times a second."""
+        return subprocess.Popen(
+            [str(self.checkout / "launch" / "tpu_vm.sh"), *words],
+            cwd=self.checkout,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env=os.environ
+            | {"GCLOUD_STORE": str(self.store), "MATHSCALE_POLL": "0.05"}
+            | {"PATH": f"{self.store / 'bin'}:{os.environ['PATH']}"},
+        )
+
+    def calls(self, *names: str) -> list[list[str]]:
+        """What gcloud was asked that begins with these words."""
+        file = self.store / "calls.jsonl"
+        every = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [call for call in every if call[: len(names)] == list(names)]
+
+    def home(self, life: int = 1, worker: str = "tpu-0") -> Path:
+        """The home folder of a worker."""
+        return self.store / "workers" / str(life) / worker
+
+    def state(self) -> str | None:
+        """Of the TPU; None where there is none."""
+        return json.loads((self.store / "state.json").read_text())["tpu"]
+
+    def end(self) -> None:
+        """Nothing runs on."""
+        for pid in self.store.glob("workers/*/*/mathscale/run/pid"):
+            try:
+                os.killpg(int(pid.read_text()), signal.SIGKILL)
+            except (ProcessLookupError, ValueError):
+                continue
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Iterator[Cloud]:
+    """A cloud of its own."""
+    made = Cloud(tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a Python program to a file."""
+
+    def write(text: str) -> Path:
+        file = tmp_path / "program.py"
+        file.write_text(text)
+        return file
+
+    return write

