@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 SOURCES := mathscale_jax data_pipeline eval benchmarks configs tests setup.py
 
-.PHONY: demo test test-tpu parity plan bench lint format types constraints clean
+.PHONY: demo test test-tpu test-slurm parity plan bench lint format types constraints clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m data_pipeline prepare demo --out $(DEMO)/data
@@ -19,11 +19,17 @@ demo: $(VENV)/.core
 	@echo "Done. Open $(CURDIR)/$(DEMO)/eval/report.html in a browser."
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -n 2 --dist loadfile -m "not torch"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not torch and not slurm"
 
 # What compiles for TPUs, with the real compiler and no TPU; it is half a gigabyte, so `make test` does not ask for it.
 test-tpu: $(VENV)/.tpu
 	$(BIN)/pytest -m tpu
+
+# The Slurm scripts on a real Slurm of one node, which the tests start on this machine. Debian, as root.
+test-slurm: $(VENV)/.dev
+	@command -v slurmctld > /dev/null && command -v munged > /dev/null || \
+	    { apt-get update -q && apt-get install -y -q slurm-wlm munge; }
+	$(BIN)/pytest -m slurm
 
 # Live comparison with transformers, and the whole loop on a checkpoint that transformers wrote.
 parity: $(VENV)/.torch

@@ -9,7 +9,7 @@
 #   worker.sh stop              sends SIGTERM: the command saves, and ends with 75
 set -euo pipefail
 
-readonly UV_VERSION=0.9.17 PYTHON=3.12
+readonly UV_VERSION=0.13.9 PYTHON=3.12
 readonly home=${MATHSCALE_HOME:-$HOME/mathscale}
 readonly run=$home/run
 PATH=$home/.venv/bin:$HOME/.local/bin:$PATH
