@@ -118,7 +118,7 @@ wait_active() {
   local now before='' unseen=0 until=$((SECONDS + wait_hours * 3600))
   [[ -z $dry_run ]] || return 0
   while :; do
-    now=$(state) || exit 1
+    now=$(state_at_last) || exit 1
     [[ $now == "$before" ]] || say "$name: ${now:-gone}"
     before=$now
     case $now in
@@ -157,7 +157,7 @@ persist() {
   local code count=0 now
   while :; do
     code=0
-    now=$(state) || exit 1
+    now=$(state_at_last) || exit 1
     if [[ -n $now ]]; then may_exist=1; fi
     case $now in
       SUSPENDING | SUSPENDED | FAILED)

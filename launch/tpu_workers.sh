@@ -50,6 +50,16 @@ state() {
   printf '%s' "${found%%[^A-Z_]*}"
 }
 
+# The same, for one who is in the middle of something: a network that is away for a while ends nothing.
+state_at_last() {
+  local tries
+  for tries in 1 2 3 4 5; do
+    state && return
+    sleep "$((tries * ${POLL%.*}))"
+  done
+  return 1
+}
+
 # Sets `workers` to "NODE INDEX" of all workers of all slices.
 find_workers() {
   local listed node addresses index
@@ -194,7 +204,7 @@ follow() {
       deadline='' is_over=1
     fi
     if ! on_workers state_command; then
-      [[ $(state) == ACTIVE ]] || return "$GONE"
+      [[ $(state_at_last) == ACTIVE ]] || return "$GONE"
       ((++misses < 5)) || { say "$name does not answer"; return "$GONE"; }
       sleep "$POLL"
       continue
