@@ -7,8 +7,8 @@
     python -m eval errors runs/gsm8k/eval
     python -m eval compare runs/gsm8k/eval runs/other/eval
 
-`run` is sample, grade and report in one; sampling and grading go on where they were stopped, and N jobs share the
-sampling by --shard.
+`run` is sample, grade and report in one, on several GPUs with --shards; sampling and grading go on where they were
+stopped, and N jobs anywhere share the sampling by --shard.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -24,14 +24,15 @@ def _run(parser: ArgumentParser) -> cli.Action:
     from data_pipeline.tasks import get_task
     from eval.grade import grade
     from eval.report import write_report
-    from eval.sample import SampleSettings, sample
+    from eval.sample import RunSettings, sample
+    from eval.shards import sample_in_shards
 
-    cli.add_flags(parser, SampleSettings)
+    cli.add_flags(parser, RunSettings)
 
     def act(arguments: Namespace) -> None:
-        settings = cli.from_flags(SampleSettings, arguments)
+        settings = cli.from_flags(RunSettings, arguments)
         _ = get_task(settings.task).graded_as  # what people grade is refused before anything is drawn
-        folder = sample(settings)
+        folder = sample(settings) if settings.shards is None else sample_in_shards(settings, settings.shards)
         grade(folder)
         cli.logger.info("the report: %s", write_report(folder))
 

@@ -85,6 +85,20 @@ class SampleSettings(PromptSettings, SamplingSettings):
         return shard
 
 
+class RunSettings(SampleSettings):
+    """`eval run`: the same, and in how many processes."""
+
+    shards: pydantic.PositiveInt | None = pydantic.Field(
+        None, description="processes that share the sampling on this machine's GPUs; none: one process with all of them"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _one_way_to_share(self) -> "RunSettings":
+        if self.shard is not None:
+            raise ValueError(f"shard={self.shard!r} is one job's share: `eval sample` draws it, `eval run` draws all")
+        return self
+
+
 def sample(settings: SampleSettings) -> epath.Path:
     """Draws what is not there yet; returns the eval folder.
 

@@ -110,7 +110,7 @@ create() {
   fi
   [[ -z $spot ]] || flags+=(--spot)
   may_exist=1
-  queued create "$name" "${flags[@]}" "${create_flags[@]}" --async --quiet || exit 1
+  queued create "$name" "${flags[@]}" "${create_flags[@]}" --async || exit 1
 }
 
 # Until it is ACTIVE: 0; where it was taken away: GONE.
@@ -141,7 +141,7 @@ wait_active() {
 delete() {
   local tries
   for tries in 1 2 3; do
-    if queued delete "$name" --force --quiet; then
+    if queued delete "$name" --force; then
       may_exist=''
       [[ -n $dry_run ]] || say "$name is deleted"
       return

@@ -36,8 +36,9 @@ explain() {
 
 # ---- what exists ------------------------------------------------------------------------------------------------
 
-queued() { cloud compute tpus queued-resources "$@" "--zone=$zone" "--project=$project"; }
-vms() { cloud compute tpus tpu-vm "$@" "--zone=$zone" "--project=$project"; }
+# --quiet: nobody is there to answer a question, such as one about a first ssh key.
+queued() { cloud compute tpus queued-resources "$@" "--zone=$zone" "--project=$project" --quiet; }
+vms() { cloud compute tpus tpu-vm "$@" "--zone=$zone" "--project=$project" --quiet; }
 
 # The state of the queued resource; nothing where there is none.
 state() {
