@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-SOURCES := mathscale_jax data_pipeline eval benchmarks configs tests setup.py
+SOURCES := mathscale_jax data_pipeline eval benchmarks configs launch tests setup.py
 
 .PHONY: demo test test-tpu test-slurm parity plan bench lint format types constraints clean
 

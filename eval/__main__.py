@@ -11,6 +11,7 @@
 stopped, and N jobs anywhere share the sampling by --shard.
 """
 
+import shlex
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
@@ -63,6 +64,7 @@ def _grade(parser: ArgumentParser) -> cli.Action:
 
 
 def _report(parser: ArgumentParser) -> cli.Action:
+    from eval.files import what_is_missing
     from eval.report import write_report
 
     parser.add_argument("folder", metavar="DIR", help="eval folder")
@@ -73,9 +75,19 @@ def _report(parser: ArgumentParser) -> cli.Action:
         default=[],
         help="eval folders to compare with, such as those of less data",
     )
+    parser.add_argument("--complete", action="store_true", help="fail where samples or grades are missing")
 
     def act(arguments: Namespace) -> None:
-        cli.logger.info("the report: %s", write_report(epath.Path(arguments.folder), arguments.beside))
+        folder = epath.Path(arguments.folder)
+        missing = what_is_missing(folder)
+        if (folder / "metrics.json").exists():
+            cli.logger.info("the report: %s", write_report(folder, arguments.beside))
+        elif missing is None:
+            raise UsageError(f"nothing is graded yet: run `python -m eval grade {shlex.quote(str(folder))}` first")
+        if missing is not None:
+            if arguments.complete:
+                raise cli.RunError(missing)
+            cli.logger.info("%s", missing)
 
     return act
 

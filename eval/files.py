@@ -44,10 +44,13 @@ def parts(folder: epath.Path, kind: str) -> list[epath.Path]:
 
 def gaps(problems: range, covered: Container[int]) -> Iterator[range]:
     """The problems that are not covered, as ranges."""
-    left = [index for index in problems if index not in covered]
-    begins = [index for index in left if index - 1 not in left]
-    ends = [index + 1 for index in left if index + 1 not in left]
-    yield from map(range, begins, ends)
+    begin = None
+    for index in (*problems, None):
+        if index is not None and index not in covered:
+            begin = index if begin is None else begin
+        elif begin is not None:
+            yield range(begin, problems.stop if index is None else index)
+            begin = None
 
 
 def what_is_missing(folder: epath.Path) -> str | None:
@@ -64,7 +67,8 @@ def what_is_missing(folder: epath.Path) -> str | None:
     if missing:
         told = ", ".join(f"{gap[0]} to {gap[-1]}" for gap in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more gaps" if len(missing) > _NAMED else ""
-        minutes = [(time.time() - part.stat().mtime) / 60 for part in there]
+        is_local = "://" not in str(folder)  # elsewhere each look is a request
+        minutes = [(time.time() - part.stat().mtime) / 60 for part in there if is_local]
         age = f"; the newest file is {max(0, min(minutes)):.0f} minutes old" if minutes else ""
         return f"{len(sampled):,} of {num_problems:,} problems have their samples; missing: {told}{more}{age}"
     ungraded = {part.name for part in there} - {part.name for part in parts(folder, "grades")}

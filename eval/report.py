@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 from etils import epath
 from markupsafe import Markup
 
-from data_pipeline.cli import logger
 from data_pipeline.files import write_atomically
 from data_pipeline.pages import write_page
 from data_pipeline.settings import UsageError
@@ -20,7 +19,7 @@ from data_pipeline.tasks import TASKS
 from eval.browser import shown_problems
 from eval.errors import TYPES
 from eval.figures import COLOURS, Paint, error_types, files, on_the_page, pass_at_k, percent, step_law
-from eval.files import read_errors, read_metrics, read_run, what_is_missing
+from eval.files import read_errors, read_metrics, read_run
 from eval.metrics import NUM_PERMUTATIONS, NUM_RESAMPLES
 
 
@@ -31,19 +30,12 @@ def write_report(eval_dir: epath.PathLike, beside: Sequence[epath.PathLike] = ()
     sample a problem there is no curve of Pass@k to draw, and without steps no step law. `beside` are eval folders that
     the page compares this one with, in the order in which they, and last this one, stand on an axis: growing data, say.
 
-    What is missing while shards are under way is logged.
-
     Raises:
         UsageError: where there are no metrics yet.
         RunError: where a file is damaged.
     """
     folder = epath.Path(eval_dir)
-    run, missing = read_run(folder), what_is_missing(folder)
-    if missing is not None:
-        logger.warning("%s", missing)
-    metrics, errors = read_metrics(folder), read_errors(folder)
-    if metrics["complete"] is not True and missing is None:
-        logger.warning("the grades are of fewer samples than there are now: run `python -m eval grade %s`", folder)
+    run, metrics, errors = read_run(folder), read_metrics(folder), read_errors(folder)
     kind = TASKS[run["task"]].graded_as if run["task"] in TASKS else "number"
     problems, num_graded = shown_problems(folder, kind)
     complete, n = metrics["complete"] is True, metrics["num_samples"]

@@ -14,11 +14,12 @@
 #   --wait               wait until all has ended; exit with its exit code
 #   --dry-run            say what would be submitted, and submit nothing
 #
-# Logs are in runs/slurm/. A job that is pre-empted is begun again by itself, and goes on where it was.
+# Logs are in runs/slurm/. A job that is pre-empted is begun again by itself, and goes on where it was. The settings are
+# checked before anything is submitted. Exit codes: 0 submitted, or with --wait done; 1 failed; 2 wrong use.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-shards='' dry_run='' code=0 wait=() flags=() grade_flags=() words=()
+shards='' dry_run='' code=0 id='' wait=() flags=() grade_flags=() words=()
 
 fail() {
   printf 'error: %s\n' "$1" >&2
@@ -26,12 +27,22 @@ fail() {
 }
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
+# Submits a job, and says which and where its log is: submit LOG FLAGS... Its number is in `id`.
 submit() {
+  local log=$1 code=0
+  shift
   if [[ -n $dry_run ]]; then
     { printf 'sbatch'; printf ' %q' "$@"; echo; } >&2
+    id=NUMBER
     return
   fi
-  sbatch --parsable "$@"
+  id=''
+  while read -r line; do
+    id=${line%%;*} # with several clusters their name follows
+    echo "job $id: ${log//NUMBER/$id}"
+  done < <(sbatch --parsable "$@" || echo "$?" > "$failed")
+  [[ ! -s $failed ]] || code=$(< "$failed")
+  return "$code"
 }
 
 command=${1-}
@@ -47,9 +58,9 @@ while (($#)); do
     --dry-run) dry_run=1 ;;
     --wait) wait=(--wait) ;;
     --shards=*) shards=${1#*=} ;;
-    --shards) shards=${2-}; shift ;;
+    --shards) shards=${2-}; shift "$(($# > 1))" ;;
     --grade-flag=*) grade_flags+=("${1#*=}") ;;
-    --grade-flag) grade_flags+=("${2-}"); shift ;;
+    --grade-flag) grade_flags+=("${2-}"); shift "$(($# > 1))" ;;
     *) flags+=("$1") ;;
   esac
   shift
@@ -58,15 +69,29 @@ done
 [[ -n $dry_run ]] || command -v sbatch > /dev/null || fail 'sbatch is not here: run this on a login node of the cluster'
 [[ -n $dry_run ]] || mkdir -p runs/slurm
 
-job=$root/launch/job.sbatch
+failed=$(mktemp)
+trap 'rm -f "$failed"' EXIT
 if [[ $command == train ]]; then
-  id=$(submit --job-name=train --output=runs/slurm/%x-%j.log "${flags[@]}" "${wait[@]}" "$job" \
-    python -m mathscale_jax.train "${words[@]}") || code=$?
-  [[ -z $id ]] || echo "job ${id%%;*}: runs/slurm/train-${id%%;*}.log"
-  exit "$code"
+  checked=(python -m mathscale_jax.train "${words[@]}")
+else
+  checked=(python -m eval sample "${words[@]}")
+fi
+python=$root/.venv/bin/python
+[[ -x $python ]] || python=python3
+code=0
+"$python" "$root/launch/check.py" "${checked[@]}" > /dev/null || code=$?
+((code != 2)) || exit 2
+((code == 0)) || echo 'warning: the settings were not checked: the packages are not installed here' >&2
+
+job=("$root/launch/job.sbatch" "$root")
+if [[ $command == train ]]; then
+  [[ -z $shards ]] || fail '--shards is for evaluate'
+  submit 'runs/slurm/train-NUMBER.log' --job-name=train --output=runs/slurm/train-%j.log "${flags[@]}" "${wait[@]}" \
+    "${job[@]}" python -m mathscale_jax.train "${words[@]}"
+  exit
 fi
 
-[[ $shards =~ ^[1-9][0-9]*$ ]] || fail "--shards=$shards: say how many jobs share the sampling, such as --shards 8"
+[[ $shards =~ ^[1-9][0-9]*$ ]] || fail "--shards '$shards': say how many jobs share the sampling, such as --shards 8"
 out=''
 for ((i = 0; i < ${#words[@]}; i++)); do
   case ${words[i]} in
@@ -75,14 +100,16 @@ for ((i = 0; i < ${#words[@]}; i++)); do
     --shard | --shard=*) fail '--shard is said by slurm.sh: give --shards N before --' ;;
   esac
 done
-[[ -n $out ]] || fail 'evaluate needs --out DIR behind --: all shards write there'
-array=$(submit --job-name=sample --output=runs/slurm/%x-%A_%a.log "--array=0-$((shards - 1))" "${flags[@]}" "$job" \
-  python -m eval sample "${words[@]}" --shard '{shard}')
-array=${array%%;*} # with several clusters their name follows
-[[ -n $dry_run ]] || echo "job $array: $shards shards, runs/slurm/sample-${array}_*.log; so far: python -m eval report $out"
-# Whatever the shards ended with, what is there is graded, and the report says what is missing.
+submit 'runs/slurm/sample-NUMBER_*.log' --job-name=sample --output=runs/slurm/sample-%A_%a.log \
+  "--array=0-$((shards - 1))" "${flags[@]}" "${job[@]}" python -m eval sample "${words[@]}" --shard '{shard}'
+array=$id
+[[ -n $dry_run ]] || printf 'so far: python -m eval report %q\n' "$out"
+# Whatever the shards ended with, what is there is graded; where something is missing, this job says so and fails.
 # shellcheck disable=SC2016  # expanded by that shell
-grade=$(submit --job-name=grade --output=runs/slurm/%x-%j.log "--dependency=afterany:${array:-SHARDS}" --nodes=1 \
-  "${grade_flags[@]}" "${wait[@]}" "$job" bash -c 'python -m eval grade "$0" && python -m eval report "$0"' "$out") || code=$?
-[[ -z $grade ]] || echo "job ${grade%%;*}: grades and reports, runs/slurm/grade-${grade%%;*}.log"
+submit 'runs/slurm/grade-NUMBER.log' --job-name=grade --output=runs/slurm/grade-%j.log "--dependency=afterany:$array" \
+  --nodes=1 "${grade_flags[@]}" "${wait[@]}" "${job[@]}" \
+  bash -c 'python -m eval grade "$0" && python -m eval report "$0" --complete' "$out" || code=$?
+if [[ -z $id ]]; then
+  echo "error: the job that grades was refused; the others are in the queue: scancel $array ends them" >&2
+fi
 exit "$code"

@@ -193,10 +193,16 @@ def gpus_of_slurm_task(environ: Mapping[str, str]) -> list[int] | None:
     A task that is alone on its node takes all; one that was bound to its own GPU sees only that, as number 0, where
     jax would look for the number of the task.
     """
-    visible = [name for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    said = environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [name for name in said.split(",") if name] if said is not None else _gpu_files()
     if environ["SLURM_STEP_NUM_TASKS"] == environ.get("SLURM_STEP_NUM_NODES"):
         return list(range(len(visible))) or None
     return [0] if len(visible) == 1 else None
+
+
+def _gpu_files() -> list[str]:
+    """The GPUs of this machine, where Slurm was not asked for any and hides none."""
+    return [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
 
 
 def _on_tpu_vm() -> bool:

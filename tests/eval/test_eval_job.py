@@ -15,7 +15,7 @@ from small_run import command, environment, run, write_config
 
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
-from eval.files import gaps
+from eval.files import gaps, what_is_missing
 from eval.grade import grade, is_correct
 from eval.report import write_report
 from eval.sample import SampleSettings, sample
@@ -193,27 +193,26 @@ def test_missing_samples_are_said_and_do_not_count(folder: epath.Path) -> None:
     assert "Pass@8" not in write_report(folder).read_text()
 
 
-def test_a_report_says_what_is_missing_while_shards_are_under_way(
-    folder: epath.Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_report_says_what_is_missing_while_shards_are_under_way(folder: epath.Path) -> None:
     (folder / "metrics.json").unlink(missing_ok=True)
     away = [folder / "samples" / f"part-0000{i}-0000{i}.jsonl" for i in (1, 2, 4)]
     texts = [part.read_text() for part in away]
     for part in away:
         part.unlink()
-    with pytest.raises(UsageError, match="has no metrics"):
-        write_report(folder)
-    assert "3 of 6 problems have their samples; missing: 1 to 2, 4 to 4; the newest file is" in caplog.text
+    told = run("eval", "report", str(folder))
+    assert told.returncode == 0 and "error" not in told.stderr
+    assert "3 of 6 problems have their samples; missing: 1 to 2, 4 to 4; the newest file is" in told.stderr
     grade(folder)
     for part, text in zip(away, texts, strict=True):
         part.write_text(text)
-    caplog.clear()
-    write_report(folder)
-    assert "all samples are there; 3 of 6 files are not graded yet" in caplog.text
+    told = run("eval", "report", "--complete", str(folder))
+    assert told.returncode == 1 and (folder / "report.html").exists()
+    assert "all samples are there; 3 of 6 files are not graded yet" in told.stderr
     grade(folder)
-    caplog.clear()
-    write_report(folder)
-    assert not caplog.text
+    assert what_is_missing(folder) is None
+    (folder / "metrics.json").unlink()
+    told = run("eval", "report", str(folder))
+    assert told.returncode == 2 and "nothing is graded yet" in told.stderr
 
 
 def test_duplicates_and_unknown_problems_are_named_and_left_out(

@@ -31,6 +31,7 @@ class Cloud:
             chmod +x "$last/bin/python";; esac""",
         )
         shutil.copytree(ROOT / "launch", self.checkout / "launch")
+        (self.checkout / ".gitignore").write_text("/runs/\n__pycache__/\n")
         shutil.copy(ROOT / "constraints.txt", self.checkout)
         git = ["git", "-C", str(self.checkout), "-c", "user.name=x", "-c", "user.email=x"]
         subprocess.run([*git, "init", "-q"], check=True)
@@ -47,15 +48,15 @@ class Cloud:
         (self.store / "script.json").write_text(json.dumps(script))
 
     def launch(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        """Runs tpu_vm.sh with these words to its end."""
+        """Runs tpu_vm.py with these words to its end."""
         with self.begin(*words) as process:
             out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def begin(self, *words: str) -> subprocess.Popen[str]:
-        """Starts tpu_vm.sh with these words; it looks 20 times a second."""
+        """Starts tpu_vm.py with these words; it looks 20 times a second."""
         return subprocess.Popen(
-            [str(self.checkout / "launch" / "tpu_vm.sh"), *words],
+            [sys.executable, str(self.checkout / "launch" / "tpu_vm.py"), *words],
             cwd=self.checkout,
             text=True,
             stdout=subprocess.PIPE,
@@ -78,7 +79,7 @@ class Cloud:
 
     def state(self) -> str | None:
         """Of the TPU; None where there is none."""
-        return json.loads((self.store / "state.json").read_text())["tpu"]
+        return json.loads((self.store / "state.json").read_text())["tpus"].get("tpu")
 
     def end(self) -> None:
         """Nothing runs on."""

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +21,6 @@ pytestmark = [
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with Cluster(tmp_path_factory.mktemp("slurm")) as made:
         made.environment |= environment(devices=2)
-        root = str(LAUNCH.parent)
-        made.environment["PYTHONPATH"] = root
-        made.environment["PATH"] = f"{Path(sys.executable).parent}:{made.environment['PATH']}"
         yield made
 
 
@@ -91,7 +87,37 @@ def test_an_evaluation_in_shards_is_graded_when_they_have_ended(
     assert "--shard 0/2" in logs and "--shard 1/2" in logs
 
 
+def test_a_shard_that_is_missing_fails_the_job_that_grades(cluster: Cluster, trained: tuple[Path, Path, str]) -> None:
+    folder = trained[0].parent
+    source = ("--task", "demo", "--source", str(folder / "data" / "test.jsonl"), "--checkpoint", str(trained[0]))
+    rest = ("--num-samples", "8", "--num-problems", "16", "--rows", "8", "--max-tokens", "8", "--dtype", "float32")
+    shards, grade = submit(cluster, folder, "evaluate", "--shards", "2", "--", *source, "--out", "part", *rest)
+    cluster.run("scancel", f"{shards}_0")
+    assert cluster.wait(grade, 120) == "FAILED" and not restarts(cluster, grade)
+    log = (folder / f"runs/slurm/grade-{grade}.log").read_text()
+    assert "8 of 16 problems have their samples; missing: 0 to 7" in log and (folder / "part" / "report.html").exists()
+
+
 def test_a_command_that_fails_is_not_begun_again(cluster: Cluster, tmp_path: Path) -> None:
-    (job,) = submit(cluster, tmp_path, "train", "--", "--config", "nowhere.yaml")
+    words = ("--config", "configs/demo.yaml", "data.tokenizer=nowhere.model", "output_dir=run")
+    (job,) = submit(cluster, tmp_path, "train", "--", *words)
     assert cluster.wait(job, 60) == "FAILED" and restarts(cluster, job) == 0
-    assert "config file 'nowhere.yaml' does not exist" in (tmp_path / f"runs/slurm/train-{job}.log").read_text()
+    assert "nowhere.model" in (tmp_path / f"runs/slurm/train-{job}.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "--", "--config", "nowhere.yaml"), "config file 'nowhere.yaml' does not exist"),
+        (("train", "--", "--config", "configs/demo.yaml", "output_dri=x"), "did you mean output_dir?"),
+        (("train", "--shards", "2", "--", "--config", "configs/demo.yaml"), "--shards is for evaluate"),
+        (("evaluate", "--shards", "2", "--", "--taks", "demo"), "--task"),
+        (("evaluate", "--shards"), "needs the options of the command behind --"),
+        (("evaluate", "--", "--task", "demo", "--checkpoint", "x", "--out", "y"), "say how many jobs"),
+    ],
+)
+def test_wrong_settings_are_said_before_anything_is_queued(
+    cluster: Cluster, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    told = cluster.run(str(LAUNCH / "slurm.sh"), *words, cwd=tmp_path, check=False)
+    assert told.returncode == 2 and said in told.stderr and "job" not in told.stdout

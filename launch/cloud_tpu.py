@@ -1,0 +1,398 @@
+"""A TPU of Google Cloud and its workers, through gcloud. Runs outside of the project's environment, too."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+POLL = float(os.environ.get("MATHSCALE_POLL", "20"))  # seconds between two looks
+RUNTIMES = {"v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
+            "v4": "tpu-ubuntu2204-base"}  # fmt: skip
+_CORES_ARE_COUNTED = ("v4", "v5p")  # v5p-8 has four chips, v5litepod-8 eight
+_CHIPS_OF_A_HOST = 4  # of several; the only one of a small slice may have eight
+_MAX_SSH = 32  # connections at once
+_MAX_CODE = 200e6  # bytes of a checkout
+_WORKER = "bash mathscale/code/launch/worker.sh"
+_HINTS = (
+    (r"Reauthentication|invalid_grant|gcloud auth login|refreshing your current auth",
+     "your login has expired, or there is none: gcloud auth login"),
+    (r"has not been used|SERVICE_DISABLED|is not enabled",
+     "enable the API that it names: gcloud services enable tpu.googleapis.com compute.googleapis.com"),
+    (r"[Qq]uota|RESOURCE_EXHAUSTED",
+     "no quota for this type in this zone: ask for it under IAM & Admin > Quotas, or take another --zone or --type"),
+    (r"ALREADY_EXISTS|already exists", "choose another NAME, or delete that one"),
+    (r"PERMISSION_DENIED|does not have permission|403", "this account lacks a role for that in the project"),
+)  # fmt: skip
+
+
+class CloudError(Exception):
+    """gcloud did not do it; the message says what that means."""
+
+
+class NotFound(CloudError):
+    """What was asked for is not there."""
+
+
+class Unreachable(Exception):
+    """A worker does not answer, or did not do it. The message names it."""
+
+
+def say(text: str) -> None:
+    """For people: on stderr, since stdout is the run's own."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Gcloud:
+    """Runs gcloud in a project and a zone. In a dry run it says what it would run, and returns nothing."""
+
+    def __init__(self, project: str, zone: str, dry_run: bool = False):
+        self.project, self.zone, self.dry_run = project, zone, dry_run
+        self._under_way: set[subprocess.Popen[bytes]] = set()
+
+    def __call__(self, *words: str, seconds: float = 120) -> str:
+        """What gcloud prints. Raises CloudError."""
+        if self.dry_run:
+            say("gcloud " + " ".join(map(shlex.quote, words)))
+            return ""
+        with subprocess.Popen(
+            ["gcloud", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us alone, and what gcloud started ends with it
+        ) as process:  # fmt: skip
+            self._under_way.add(process)
+            try:
+                out, err = process.communicate(timeout=seconds)
+            except BaseException as error:
+                _end(process)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise CloudError(f"{_named(words)} did not end in {seconds:.0f} s") from None
+                raise
+            finally:
+                self._under_way.discard(process)
+        said = err.decode(errors="replace").strip()
+        if process.returncode:
+            hint = next((hint for pattern, hint in _HINTS if re.search(pattern, said)), None)
+            kind = NotFound if re.search(r"NOT_FOUND|not found|404", said) else CloudError
+            raise kind(f"{_named(words)} failed: {said or 'it says nothing'}" + (f"\n  {hint}" if hint else ""))
+        return out.decode(errors="replace").strip()
+
+    def end_all(self) -> None:
+        """Ends what is under way."""
+        for process in list(self._under_way):
+            _end(process)
+
+    def tpus(self, *words: str, seconds: float = 120) -> str:
+        """`gcloud compute tpus`, which asks nobody anything, such as about a first ssh key."""
+        place = (f"--zone={self.zone}", f"--project={self.project}", "--quiet")
+        alpha = ("alpha",) if "--tunnel-through-iap" in words else ()  # only there for these
+        return self(*alpha, "compute", "tpus", *words, *place, seconds=seconds)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _named(words: Sequence[str]) -> str:
+    return " ".join(["gcloud", *[word for word in words if not word.startswith("-")][:5]])
+
+
+class Worker(NamedTuple):
+    """One VM: the slice that it belongs to, and its number there."""
+
+    node: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.node} {self.index}"
+
+
+class State(NamedTuple):
+    """What a worker says: who follows it, which command it has, what became of that, and its output from a byte on."""
+
+    owner: str
+    tag: str
+    what: str  # none, running, lost, ended, stopped
+    code: int
+    output: bytes
+
+
+class Tpu:
+    """A queued resource of some slices. `may_exist`: whether it may cost money, as far as this process knows."""
+
+    def __init__(self, cloud: Gcloud, name: str):
+        self.cloud, self.name, self.may_exist = cloud, name, False
+
+    def state(self) -> str:
+        """WAITING_FOR_RESOURCES, ..., ACTIVE, SUSPENDED, ...; "" where there is none."""
+        found = self.cloud.tpus(
+            "queued-resources", "list", f"--filter=name~/{self.name}$", "--format=value(state.state)"
+        )
+        found = found.rpartition("=")[2].strip()  # some versions print state=ACTIVE
+        self.may_exist = bool(found)
+        return found
+
+    def create(self, kind: str, slices: int, spot: bool, runtime: str, wait_hours: float, flags: Sequence[str]) -> None:
+        """Asks for it; the request ends by itself after `wait_hours`. Raises CloudError."""
+        nodes = [f"--node-id={self.name}"] if slices == 1 else [f"--node-count={slices}", f"--node-prefix={self.name}"]
+        self.may_exist = True
+        self.cloud.tpus(
+            "queued-resources", "create", self.name, f"--accelerator-type={kind}", f"--runtime-version={runtime}",
+            *nodes, *(["--spot"] if spot else []), f"--valid-until-duration={max(60, round(wait_hours * 3600))}s",
+            *flags, "--async",
+        )  # fmt: skip
+
+    def why_failed(self) -> str:
+        """What a request that was refused says."""
+        return self.cloud.tpus(
+            "queued-resources", "describe", self.name, "--format=value(state.failedData.error.message)"
+        )
+
+    def delete(self) -> None:
+        """Deletes it with all that runs there. Raises CloudError where it may still be there after some tries."""
+        for tries in range(4):
+            try:
+                self.cloud.tpus("queued-resources", "delete", self.name, "--force", seconds=1200)
+                break
+            except NotFound:
+                break
+            except CloudError:
+                if tries == 3:
+                    raise
+                time.sleep(POLL)
+        self.may_exist = False
+        if not self.cloud.dry_run:
+            say(f"{self.name} is deleted")
+
+    def workers(self, ssh_flags: Sequence[str]) -> Workers:
+        """All workers of all slices. Raises Unreachable where there are none."""
+        listed = self.cloud.tpus(
+            "tpu-vm", "list", f"--filter=queuedResource~/{self.name}$",
+            '--format=csv[no-heading,separator=" "](name.basename(),networkEndpoints.len())',
+        )  # fmt: skip
+        nodes = sorted((line.split() for line in listed.splitlines()), key=lambda node: (len(node[0]), node[0]))
+        found = [Worker(node, index) for node, count in nodes for index in range(int(count))]
+        if not found:
+            raise Unreachable(f"{self.name} has no workers")
+        return Workers(self.cloud, found, ssh_flags)
+
+
+class Workers:
+    """What is done on all of them at once. Raises Unreachable, which names the first that failed, when all ended."""
+
+    def __init__(self, cloud: Gcloud, workers: Sequence[Worker], ssh_flags: Sequence[str] = ()):
+        self.cloud, self.workers, self.ssh_flags = cloud, list(workers), list(ssh_flags)
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def first(self) -> Workers:
+        """The first one alone."""
+        return Workers(self.cloud, self.workers[:1], self.ssh_flags)
+
+    def each(self, command: str | Callable[[int], str], seconds: float = 120) -> list[str]:
+        """What a command line prints on each; `command` may depend on the worker's number."""
+        lines = [command if isinstance(command, str) else command(number) for number in range(len(self))]
+        return self._at_once(
+            lambda number: self.cloud.tpus(
+                "tpu-vm",
+                "ssh",
+                self.workers[number].node,
+                f"--worker={self.workers[number].index}",
+                "--strict-host-key-checking=no",
+                *self.ssh_flags,
+                f"--command={lines[number]}",
+                "--ssh-flag=-oConnectTimeout=15",
+                "--ssh-flag=-oServerAliveInterval=15",
+                seconds=seconds,
+            )
+        )
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copies a file into the home folder of each."""
+        self._at_once(
+            lambda number: self.cloud.tpus(
+                "tpu-vm",
+                "scp",
+                str(source),
+                f"{self.workers[number].node}:{name}",
+                f"--worker={self.workers[number].index}",
+                "--strict-host-key-checking=no",
+                *self.ssh_flags,
+                seconds=600,
+            )
+        )
+
+    def _at_once(self, act: Callable[[int], str]) -> list[str]:
+        if self.cloud.dry_run:
+            return [act(0)] * len(self)  # the others alike
+        results: list[str] = []
+        with concurrent.futures.ThreadPoolExecutor(_MAX_SSH) as pool:
+            futures = [pool.submit(act, number) for number in range(len(self))]
+            try:
+                concurrent.futures.wait(futures)
+            except BaseException:  # Ctrl-C: nobody waits for the others
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.cloud.end_all()
+                raise
+        for worker, future in zip(self.workers, futures, strict=True):
+            error = future.exception()
+            if isinstance(error, CloudError):
+                raise Unreachable(f"worker {worker}: {error}") from error
+            results.append(future.result())
+        return results
+
+    # What worker.sh does there
+
+    def set_up(self, code: Code) -> None:
+        """The code and the pinned packages, unless they are there. Raises CloudError where workers differ then."""
+        self.first().each("true")  # makes the ssh key, where there is none, once
+        told = self.versions()
+        if not self.cloud.dry_run and told[0].startswith(code.digest) and len(set(told)) == 1:
+            return
+        self.copy(code.file, "mathscale-code.tgz")
+        self.each(
+            f"set -e; if [ -e mathscale/code/launch/worker.sh ]; then case $({_WORKER} state) in *running*) "
+            "echo 'a command is running here: stop it first' >&2; exit 3;; esac; fi; "
+            "rm -rf mathscale/new mathscale/digest; mkdir -p mathscale/new; "
+            "tar -xzf mathscale-code.tgz -C mathscale/new; rm -rf mathscale/code; mv mathscale/new mathscale/code; "
+            f"{_WORKER} install {code.digest}",
+            seconds=1800,
+        )
+        self.check_versions()
+
+    def versions(self) -> list[str]:
+        """Code and packages of each, as one line."""
+        return self.each(f"if [ -e mathscale/code/launch/worker.sh ]; then {_WORKER} version; else echo nothing; fi")
+
+    def check_versions(self) -> None:
+        """Raises CloudError where workers differ: a run of several versions ends in wrong numbers, or in silence."""
+        told = self.versions()
+        for worker, line in zip(self.workers, told, strict=True):
+            if line != told[0]:
+                raise CloudError(
+                    f"worker {worker} has other versions than worker {self.workers[0]}:\n  {told[0]}\n  {line}\n"
+                    "`setup NAME` installs the same on all"
+                )
+            if not self.cloud.dry_run and line.startswith("nothing"):
+                raise CloudError(f"worker {worker} has no code yet: `setup NAME` brings it")
+
+    def own(self, token: str) -> None:
+        """Says who follows from now on."""
+        self.each(f"{_WORKER} own {token}")
+
+    def start(self, tag: str, words: Sequence[str], alone: bool) -> None:
+        """Starts a command; {shard} in it becomes the worker's share. `alone`: each takes no notice of the others."""
+
+        def command(number: int) -> str:
+            here = [word.replace("{shard}", f"{number}/{len(self)}") for word in words]
+            if alone and any(worker.index for worker in self.workers):  # else a slice of several waits for all of them
+                here = ["env", "TPU_PROCESS_BOUNDS=1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1", *here]
+            return f"{_WORKER} start {tag} " + " ".join(map(shlex.quote, here))
+
+        self.each(command)
+
+    def states(self, offset: int = 0) -> list[State]:
+        """How each stands; the output from a byte on of the first one."""
+        told = self.each(lambda number: f"{_WORKER} state" + (f" {offset} | base64" if number == 0 else ""))
+        if self.cloud.dry_run:
+            return [State("-", "-", "ended", 0, b"")] * len(self)
+        return [_parsed(line, encoded=number == 0) for number, line in enumerate(told)]
+
+    def stop(self) -> None:
+        """Asks the command to end."""
+        self.each(f"{_WORKER} stop")
+
+    def gather(self, folder: Path) -> None:
+        """Brings the output of each."""
+        folder.mkdir(parents=True, exist_ok=True)
+        every = self.each("cat mathscale/run/log 2> /dev/null || true", seconds=600)
+        for worker, output in zip(self.workers, every, strict=True):
+            (folder / f"{worker.node}-worker-{worker.index}.log").write_text(output + "\n")
+        say(f"the logs of all workers are in {folder}")
+
+
+def _parsed(told: str, encoded: bool) -> State:
+    whole = base64.b64decode(told) if encoded else told.encode()
+    line, _, output = whole.partition(b"\n")
+    try:
+        owner, tag, what, *code = line.decode().split()
+        return State(owner, tag, what, int(code[0]) if code else 0, output)
+    except (ValueError, IndexError):
+        raise Unreachable(f"a worker answers {line[:200]!r}") from None
+
+
+class Code(NamedTuple):
+    """The checkout as a file, and what identifies it."""
+
+    file: Path
+    digest: str
+
+
+def pack(folder: Path) -> Code:
+    """The files that git knows, as they are here, changed or not, and new ones that it does not ignore."""
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(git, capture_output=True, check=False)
+    if listed.returncode:
+        raise CloudError(f"{ROOT} is no git checkout, so which of its files are code is not known")
+    names = sorted({name for name in listed.stdout.decode().split("\0") if name and not name.startswith("runs/")})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in names:
+            if (ROOT / name).is_file():
+                info = archive.gettarinfo(str(ROOT / name), name)
+                info.uid = info.gid = info.mtime = 0
+                info.uname = info.gname = ""
+                with (ROOT / name).open("rb") as file:
+                    archive.addfile(info, file)
+    if buffer.tell() > _MAX_CODE:
+        raise CloudError(f"{ROOT} holds {buffer.tell() / 1e6:.0f} MB that git does not ignore: more than code is")
+    file = folder / "mathscale-code.tgz"
+    file.write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
+    return Code(file, hashlib.sha256(buffer.getvalue()).hexdigest()[:16])
+
+
+def hosts_of(kind: str) -> int | None:
+    """How many workers a slice of a type such as v5litepod-16 has; None where that is not known."""
+    family, _, size = kind.partition("-")
+    if family not in RUNTIMES or not size.isdigit():
+        return None
+    chips = int(size) // 2 if family in _CORES_ARE_COUNTED else int(size)
+    alone = _CHIPS_OF_A_HOST if family in _CORES_ARE_COUNTED else 2 * _CHIPS_OF_A_HOST
+    return 1 if chips <= alone else chips // _CHIPS_OF_A_HOST
+
+
+def buckets_in(words: Sequence[str]) -> list[str]:
+    """The buckets that a command names."""
+    return sorted(set(re.findall(r"gs://([a-z0-9][a-z0-9._-]*)", " ".join(words))))
+
+
+def check_buckets(cloud: Gcloud, words: Sequence[str]) -> None:
+    """Raises NotFound where a bucket is not there; warns of one that is far away, or cannot be looked at."""
+    region = cloud.zone.rpartition("-")[0]
+    for bucket in buckets_in(words):
+        try:
+            location = cloud("storage", "buckets", "describe", f"gs://{bucket}", "--format=value(location)").lower()
+        except NotFound:
+            raise
+        except CloudError as error:
+            say(f"warning: whether gs://{bucket} is near is not known: {error}")
+            continue
+        near = {"us": "us-", "eu": "europe-", "asia": "asia-"}.get(location, location)
+        if location and not f"{region}-".startswith(near):
+            say(f"warning: gs://{bucket} is in {location}, the TPU in {region}: slow, and its traffic is paid for")
