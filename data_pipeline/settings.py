@@ -140,11 +140,21 @@ def _explain(settings: type[Settings], item: Any) -> str:
         return f"{key} is required"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "model_type":
-        message = "is a group of settings, of which each is named by itself: see --help"
+        names = _names_at(settings, location)
+        message = f"is a group of settings: say {', '.join(f'{key}.{name}=...' for name in names)}"
     if not key:  # a contradiction between keys: its message names them
         return message
     shown = repr(item["input"])
     return f"{key}={shown if len(shown) < 80 else shown[:77] + '...'}: {message}"
+
+
+def _names_at(settings: type[Settings], location: Sequence[Any]) -> list[str]:
+    """The keys of the group at a place."""
+    found: type[Settings] | None = settings
+    for part in location:
+        if isinstance(part, str) and found is not None and part in found.model_fields:
+            found = nested_settings(found.model_fields[part].annotation)
+    return list(found.model_fields) if found is not None else []
 
 
 def _all_keys(settings: type[Settings], prefix: str = "") -> Iterable[str]:

@@ -116,10 +116,10 @@ class Worker(NamedTuple):
     """One VM: the slice that it belongs to, and its number there."""
 
     node: str
-    index: int
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.node} {self.index}"
+        return f"{self.node} {self.number}"
 
 
 class State(NamedTuple):
@@ -186,7 +186,7 @@ class Tpu:
             '--format=csv[no-heading,separator=" "](name.basename(),networkEndpoints.len())',
         )  # fmt: skip
         nodes = sorted((line.split() for line in listed.splitlines()), key=lambda node: (len(node[0]), node[0]))
-        found = [Worker(node, index) for node, count in nodes for index in range(int(count))]
+        found = [Worker(node, number) for node, count in nodes for number in range(int(count))]
         if not found:
             raise Unreachable(f"{self.name} has no workers")
         return Workers(self.cloud, found, ssh_flags)
@@ -213,7 +213,7 @@ class Workers:
                 "tpu-vm",
                 "ssh",
                 self.workers[number].node,
-                f"--worker={self.workers[number].index}",
+                f"--worker={self.workers[number].number}",
                 "--strict-host-key-checking=no",
                 *self.ssh_flags,
                 f"--command={lines[number]}",
@@ -231,7 +231,7 @@ class Workers:
                 "scp",
                 str(source),
                 f"{self.workers[number].node}:{name}",
-                f"--worker={self.workers[number].index}",
+                f"--worker={self.workers[number].number}",
                 "--strict-host-key-checking=no",
                 *self.ssh_flags,
                 seconds=600,
@@ -301,7 +301,7 @@ class Workers:
 
         def command(number: int) -> str:
             here = [word.replace("{shard}", f"{number}/{len(self)}") for word in words]
-            if alone and any(worker.index for worker in self.workers):  # else a slice of several waits for all of them
+            if alone and any(worker.number for worker in self.workers):  # else a slice of several waits for all of them
                 here = ["env", "TPU_PROCESS_BOUNDS=1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1", *here]
             return f"{_WORKER} start {tag} " + " ".join(map(shlex.quote, here))
 
@@ -323,7 +323,7 @@ class Workers:
         folder.mkdir(parents=True, exist_ok=True)
         every = self.each("cat mathscale/run/log 2> /dev/null || true", seconds=600)
         for worker, output in zip(self.workers, every, strict=True):
-            (folder / f"{worker.node}-worker-{worker.index}.log").write_text(output + "\n")
+            (folder / f"{worker.node}-worker-{worker.number}.log").write_text(output + "\n")
         say(f"the logs of all workers are in {folder}")
 
 
@@ -358,8 +358,8 @@ def pack(folder: Path) -> Code:
                 info = archive.gettarinfo(str(ROOT / name), name)
                 info.uid = info.gid = info.mtime = 0
                 info.uname = info.gname = ""
-                with (ROOT / name).open("rb") as file:
-                    archive.addfile(info, file)
+                with (ROOT / name).open("rb") as opened:
+                    archive.addfile(info, opened)
     if buffer.tell() > _MAX_CODE:
         raise CloudError(f"{ROOT} holds {buffer.tell() / 1e6:.0f} MB that git does not ignore: more than code is")
     file = folder / "mathscale-code.tgz"

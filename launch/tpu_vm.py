@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cloud_tpu import ROOT, RUNTIMES, CloudError, Gcloud, Unreachable, buckets_in, check_buckets, hosts_of, say
-from tpu_job import AGAIN, EXIT, GONE, Job, Session, WrongUse, number_of, tag_of
+from tpu_job import AGAIN, EXIT, GONE, STOPPED, Job, Session, WrongUse, number_of, tag_of
 
 
 def _job(session: Session, stages: Sequence[Sequence[str]]) -> int:

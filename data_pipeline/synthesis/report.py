@@ -35,7 +35,7 @@ def write_report(
         report=report,
         stages=_stages(report),
         samples=samples,
-        lost=[(f"{stage} {reason}", texts) for (stage, reason), texts in lost.items()],
+        lost=[(f"{stage}: {reason}", texts) for (stage, reason), texts in lost.items()],
         steps=_step_rows(steps),
         max_chars=_MAX_CHARS,
         dollars=lambda value: dollars(value * NANO),
@@ -52,12 +52,13 @@ def _stages(report: Mapping[str, Any]) -> list[tuple[str, int]]:
     repeated = sum(count for reason, count in removed.items() if "there" in reason)
     asked = done - lost["seed"]
     distinct = report["num_rows"] - repeated
+    in_no_test_set = ", and it is in no test set" if report["settings"]["against"] else " (no test set was named)"
     return [
         ("items that were asked", asked),
         ("with a question", asked - lost["question"]),
         ("with an answer", report["num_rows"]),
         ("not there already", distinct),
-        ("right by themselves, and in no test set", report["num_kept"]),
+        ("kept: the solution ends in its answer" + in_no_test_set, report["num_kept"]),
     ]
 
 

@@ -298,7 +298,7 @@ def _finish(run: _Run, folder: Path) -> dict[str, Any]:
     seed_steps = histogram(np.array([UNKNOWN_STEPS if s.num_steps is None else s.num_steps for s in run.seeds]))
     write_report(folder / "report.html", report, samples, lost_samples, {"seeds": seed_steps, "rows": steps})
     if losses:
-        said = ", ".join(f"{count:,} {stage} {reason}" for (stage, reason), count in losses.most_common(6))
+        said = ", ".join(f"{count:,} {stage}: {reason}" for (stage, reason), count in losses.most_common(6))
         logger.info("lost: %s", said)
     kept, items = f"{report['num_kept']:,}", f"{run.num_items:,}"
     logger.info("%s rows are kept of %s items%s", kept, items, f", {num_open:,} of them not done" if num_open else "")
@@ -386,14 +386,14 @@ def _read(key: str, task: str, split: str, path: str | None) -> list[Problem]:
 
 
 def _warn_of_fewer(folder: Path, num_items: int, num_seeds: int) -> None:
-    """Says where rows of an earlier run will not be there: fewer items, or more seeds for the same number."""
+    """Says where rows of an earlier run will not be there: of fewer items, or of more seeds for the same number."""
     if not (folder / RUN_FILE).exists():
         return
     before = json.loads((folder / RUN_FILE).read_text())
     if num_items / num_seeds < before["num_items"] / before["num_seeds"]:
         logger.warning(
-            "%d items of %d seeds, after %d of %d: rows that were made of later variations of a seed are left out this "
-            "time (their replies stay in the ledger)", num_items, num_seeds, before["num_items"], before["num_seeds"],
+            "%d items of %d seeds, after %d of %d: rows of items that are not among them are left out this time (their "
+            "replies stay in the ledger)", num_items, num_seeds, before["num_items"], before["num_seeds"],
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Strategies: how a seed becomes a new problem. Each is one YAML file in strategies/, or the user's own."""
 
+import difflib
 import functools
 import hashlib
 import json
@@ -118,8 +119,10 @@ def load_strategy(name: str) -> Strategy:
         if not Path(name).is_file():
             raise UsageError(f"strategy={name!r}: there is no such file")
     else:
-        known = ", ".join(sorted(path.stem for path in (_FOLDER / "strategies").glob("*.yaml")))
-        raise UsageError(f"strategy={name!r} is unknown; allowed: {known}, or the path of a YAML file")
+        known = sorted(path.stem for path in (_FOLDER / "strategies").glob("*.yaml"))
+        meant = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {meant[0]}? " if meant else ""
+        raise UsageError(f"strategy={name!r} is unknown; {hint}allowed: {', '.join(known)}, or the path of a YAML file")
     return validated(Strategy, read_yaml(path), where=f"strategy {name}")
 
 

@@ -312,6 +312,13 @@ def test_every_call_that_fails_ends_it_with_what_it_means_and_what_is_left(cloud
         assert cloud.state() is None
 
 
+def test_a_run_whose_tpu_is_taken_away_says_so(cloud, program, tmp_path):
+    assert cloud.launch("create", "tpu", *SPOT).returncode == 0 and cloud.launch("setup", "tpu").returncode == 0
+    cloud.says(take_away={"worker.sh state [0-9]": [1, 4]})
+    ended = cloud.launch("run", "tpu", "--", "python", str(program(COUNTING)), str(tmp_path), "100000")
+    assert ended.returncode == 75 and "tpu was taken away" in ended.stderr and LEFT in ended.stderr
+
+
 def test_a_request_that_is_refused_says_why(cloud):
     cloud.says(first_state="FAILED")
     ended = cloud.launch("job", "tpu", *SPOT, "--", "python", "-c", "0", "gs://b/x")

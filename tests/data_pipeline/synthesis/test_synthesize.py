@@ -245,11 +245,11 @@ def test_rows_that_fewer_items_leave_out_are_spoken_of(server, settings_of, capl
     synthesize(settings_of(url, num_items=12))
     assert "left out" not in caplog.text
     assert synthesize(settings_of(url, num_items=5))["num_rows"] == 5
-    assert "5 items of 30 seeds, after 12 of 30: rows that were made of later variations" in caplog.text
+    assert "5 items of 30 seeds, after 12 of 30: rows of items that are not among them" in caplog.text
 
 
 def test_settings_that_are_no_groups_and_seeds_for_evaluation_are_refused(settings_of):
-    with pytest.raises(UsageError, match=r"teacher.price=3: is a group of settings"):
+    with pytest.raises(UsageError, match=r"price=3: is a group of settings: say teacher.price.input="):
         settings_of("http://localhost/v1", teacher={"price": 3})
     with pytest.raises(UsageError, match=r"asdiv.*set seeds.allow_evaluation_only=true"):
         settings_of("http://localhost/v1", seeds={"task": "asdiv", "split": "test", "path": "-"})
@@ -326,6 +326,6 @@ def test_the_report_shows_what_came_of_it_and_no_text_runs_in_it(server, setting
     page = (Path(settings.out) / "report.html").read_text()
     assert f"{report['num_kept']} new rows of 30 items" in page
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
-    assert "question has no question" in page and "Rows beside their seeds" in page
+    assert "question: has no question" in page and "Rows beside their seeds" in page
     assert "{{" not in page
     assert any(row["solution"].splitlines()[0] in html.unescape(page) for row in rows_in(settings.out))
