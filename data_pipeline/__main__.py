@@ -17,11 +17,14 @@ from data_pipeline import cli
 def _prepare(parser: ArgumentParser) -> cli.Action:
     from data_pipeline.demo import DemoData, prepare_demo
     from data_pipeline.prepare import PrepareSettings, prepare
+    from data_pipeline.puzzles import PuzzleData, prepare_puzzles
     from data_pipeline.tasks import TASKS
 
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     demo = tasks.add_parser("demo", help=TASKS["demo"].about, description=DemoData.__doc__)
     cli.add_flags(demo, DemoData)
+    puzzle = tasks.add_parser("puzzle", help=TASKS["puzzle"].about, description=PuzzleData.__doc__)
+    cli.add_flags(puzzle, PuzzleData)
     for name, task in TASKS.items():
         if task.splits:
             public = tasks.add_parser(name, help=task.about, description=f"{task.about}. {PrepareSettings.__doc__}")
@@ -30,6 +33,8 @@ def _prepare(parser: ArgumentParser) -> cli.Action:
     def act(arguments: Namespace) -> None:
         if arguments.task == "demo":
             prepare_demo(cli.from_flags(DemoData, arguments))
+        elif arguments.task == "puzzle":
+            prepare_puzzles(cli.from_flags(PuzzleData, arguments))
         else:
             prepare(arguments.task, cli.from_flags(PrepareSettings, arguments))
 
