@@ -20,14 +20,15 @@ class Template(Settings):
 
     prompt: str = pydantic.Field("Problem: {question}\nSolution:", description="may use {question}")
     response: str = pydantic.Field(
-        "{solution}\nThe answer is: {answer}.", description="may use {solution} and {answer}"
+        "{solution}\nThe answer is: {answer}.",
+        description="uses {solution}, {answer} or both; an answer line is what the grader looks for first",
     )
 
     @pydantic.model_validator(mode="after")
     def _fields_known(self) -> "Template":
-        for key, text, allowed, needed in (
-            ("prompt", self.prompt, {"question"}, {"question"}),
-            ("response", self.response, {"solution", "answer"}, {"answer"}),
+        for key, text, allowed in (
+            ("prompt", self.prompt, {"question"}),
+            ("response", self.response, {"solution", "answer"}),
         ):
             try:
                 used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
@@ -35,10 +36,10 @@ class Template(Settings):
                     text.format(question="", solution="", answer="")
             except (ValueError, LookupError, AttributeError) as error:
                 raise ValueError(f"{key}: {error}; write {{{{ and }}}} for literal braces") from error
-            if not used <= allowed or not needed <= used:
-                fields = [" and ".join(f"{{{name}}}" for name in sorted(names)) for names in (needed, allowed, used)]
+            if not used or not used <= allowed:
+                has = " and ".join(f"{{{name}}}" for name in sorted(used)) or "none"
                 raise ValueError(
-                    f"{key} must contain {fields[0]} and may contain {fields[1]}; it has {fields[2] or 'none'}"
+                    f"{key} must contain {' or '.join(f'{{{name}}}' for name in sorted(allowed))}; it has {has}"
                 )
         return self
 
