@@ -19,7 +19,7 @@ def main(words: list[str]) -> None:
     try:
         from data_pipeline.cli import add_flags, from_flags
         from data_pipeline.settings import UsageError, load_settings
-        from eval.sample import SampleSettings
+        from eval.sample import RunSettings, SampleSettings
         from mathscale_jax.config import TrainSettings
     except ImportError:
         sys.exit(3)
@@ -32,10 +32,11 @@ def main(words: list[str]) -> None:
             given, others = parser.parse_known_args(rest)
             overrides = [word for word in others if "=" in word and not word.startswith("--")]
             print(load_settings(TrainSettings, given.config, overrides).output_dir)
-        elif module == "eval" and rest[:1] == ["sample"]:
-            parser = argparse.ArgumentParser(prog="python -m eval sample", usage="see --help")
-            add_flags(parser, SampleSettings)
-            print(from_flags(SampleSettings, parser.parse_args(rest[1:])).out)
+        elif module == "eval" and rest[:1] in (["sample"], ["run"]):
+            settings = SampleSettings if rest[0] == "sample" else RunSettings
+            parser = argparse.ArgumentParser(prog=f"python -m eval {rest[0]}", usage="see --help")
+            add_flags(parser, settings)
+            print(from_flags(settings, parser.parse_args(rest[1:])).out)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import math
 import os
 import re
 import shlex
@@ -15,8 +16,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,8 @@ _CORES_ARE_COUNTED = ("v4", "v5p")  # v5p-8 has four chips, v5litepod-8 eight
 _CHIPS_OF_A_HOST = 4  # of several; the only one of a small slice may have eight
 _MAX_SSH = 32  # connections at once
 _MAX_CODE = 200e6  # bytes of a checkout
+_LOOKS = 4  # that find nothing, before a TPU counts as gone
+_MARK = "mathscale-says:"
 _WORKER = "bash mathscale/code/launch/worker.sh"
 _HINTS = (
     (r"Reauthentication|invalid_grant|gcloud auth login|refreshing your current auth",
@@ -63,10 +67,14 @@ class Gcloud:
 
     def __init__(self, project: str, zone: str, dry_run: bool = False):
         self.project, self.zone, self.dry_run = project, zone, dry_run
+        self.seconds_left: Callable[[], float] = lambda: math.inf  # of all calls but those that delete
         self._under_way: set[subprocess.Popen[bytes]] = set()
+        self._is_ending = threading.Event()
 
     def __call__(self, *words: str, seconds: float = 120) -> str:
         """What gcloud prints. Raises CloudError."""
+        if "delete" not in words:
+            seconds = max(1.0, min(seconds, self.seconds_left()))
         if self.dry_run:
             say("gcloud " + " ".join(map(shlex.quote, words)))
             return ""
@@ -75,6 +83,8 @@ class Gcloud:
             start_new_session=True,  # Ctrl-C is for us alone, and what gcloud started ends with it
         ) as process:  # fmt: skip
             self._under_way.add(process)
+            if self._is_ending.is_set():
+                _end(process)
             try:
                 out, err = process.communicate(timeout=seconds)
             except BaseException as error:
@@ -87,12 +97,17 @@ class Gcloud:
         said = err.decode(errors="replace").strip()
         if process.returncode:
             hint = next((hint for pattern, hint in _HINTS if re.search(pattern, said)), None)
-            kind = NotFound if re.search(r"NOT_FOUND|not found|404", said) else CloudError
+            kind = NotFound if re.search(r"\bNOT_FOUND\b|HTTPError 404|not found: 404", said) else CloudError
             raise kind(f"{_named(words)} failed: {said or 'it says nothing'}" + (f"\n  {hint}" if hint else ""))
         return out.decode(errors="replace").strip()
 
+    def sleep(self) -> None:
+        """Until another try, or until all is ended."""
+        self._is_ending.wait(POLL)
+
     def end_all(self) -> None:
-        """Ends what is under way."""
+        """Ends what is under way, and what is begun from now on."""
+        self._is_ending.set()
         for process in list(self._under_way):
             _end(process)
 
@@ -136,16 +151,26 @@ class Tpu:
     """A queued resource of some slices. `may_exist`: whether it may cost money, as far as this process knows."""
 
     def __init__(self, cloud: Gcloud, name: str):
-        self.cloud, self.name, self.may_exist = cloud, name, False
+        self.cloud, self.name, self.may_exist, self.is_by_user = cloud, name, False, False
 
     def state(self) -> str:
-        """WAITING_FOR_RESOURCES, ..., ACTIVE, SUSPENDED, ...; "" where there is none."""
-        found = self.cloud.tpus(
-            "queued-resources", "list", f"--filter=name~/{self.name}$", "--format=value(state.state)"
-        )
-        found = found.rpartition("=")[2].strip()  # some versions print state=ACTIVE
-        self.may_exist = bool(found)
-        return found
+        """WAITING_FOR_RESOURCES, ..., ACTIVE, SUSPENDED, ...; "" where none is listed. Sets `is_by_user`."""
+        columns = "--format=value(state.state,state.stateInitiator)"
+        found = self.cloud.tpus("queued-resources", "list", f"--filter=name~/{self.name}$", columns)
+        state, _, initiator = found.partition("\t")
+        self.is_by_user = "USER" in initiator
+        self.may_exist = self.may_exist or bool(state)
+        return state.rpartition("=")[2].strip()  # some versions print state=ACTIVE
+
+    def is_gone(self) -> bool:
+        """Whether several looks find nothing: one may come too early, or be answered by a part of the service."""
+        for look in range(_LOOKS):
+            if look:
+                time.sleep(POLL)
+            if self.state():
+                return False
+        self.may_exist = False
+        return True
 
     def create(self, kind: str, slices: int, spot: bool, runtime: str, wait_hours: float, flags: Sequence[str]) -> None:
         """Asks for it; the request ends by itself after `wait_hours`. Raises CloudError."""
@@ -159,9 +184,11 @@ class Tpu:
 
     def why_failed(self) -> str:
         """What a request that was refused says."""
-        return self.cloud.tpus(
-            "queued-resources", "describe", self.name, "--format=value(state.failedData.error.message)"
-        )
+        reason = "--format=value(state.failedData.error.message)"
+        try:
+            return self.cloud.tpus("queued-resources", "describe", self.name, reason)
+        except CloudError as error:
+            return str(error)
 
     def delete(self) -> None:
         """Deletes it with all that runs there. Raises CloudError where it may still be there after some tries."""
@@ -175,9 +202,11 @@ class Tpu:
                 if tries == 3:
                     raise
                 time.sleep(POLL)
-        self.may_exist = False
-        if not self.cloud.dry_run:
-            say(f"{self.name} is deleted")
+        if self.cloud.dry_run:
+            return
+        if not self.is_gone():
+            raise CloudError(f"{self.name} was deleted, and is still listed")
+        say(f"{self.name} is deleted")
 
     def workers(self, ssh_flags: Sequence[str]) -> Workers:
         """All workers of all slices. Raises Unreachable where there are none."""
@@ -205,22 +234,29 @@ class Workers:
         """The first one alone."""
         return Workers(self.cloud, self.workers[:1], self.ssh_flags)
 
-    def each(self, command: str | Callable[[int], str], seconds: float = 120) -> list[str]:
-        """What a command line prints on each; `command` may depend on the worker's number."""
+    def each(self, command: str | Callable[[int], str], seconds: float = 120, tries: int = 3) -> list[str]:
+        """What a command line prints on each; `command` may depend on the worker's number, and be "" for nothing.
+
+        It is run again where a worker is not reached, up to `tries` times.
+        """
         lines = [command if isinstance(command, str) else command(number) for number in range(len(self))]
         return self._at_once(
-            lambda number: self.cloud.tpus(
-                "tpu-vm",
-                "ssh",
-                self.workers[number].node,
-                f"--worker={self.workers[number].number}",
-                "--strict-host-key-checking=no",
-                *self.ssh_flags,
-                f"--command={lines[number]}",
-                "--ssh-flag=-oConnectTimeout=15",
-                "--ssh-flag=-oServerAliveInterval=15",
-                seconds=seconds,
-            )
+            lambda number: (
+                lines[number]
+                and self.cloud.tpus(
+                    "tpu-vm",
+                    "ssh",
+                    self.workers[number].node,
+                    f"--worker={self.workers[number].number}",
+                    "--strict-host-key-checking=no",
+                    *self.ssh_flags,
+                    f"--command={lines[number]}",
+                    "--ssh-flag=-oConnectTimeout=15",
+                    "--ssh-flag=-oServerAliveInterval=15",
+                    seconds=seconds,
+                )
+            ),
+            tries,
         )
 
     def copy(self, source: Path, name: str) -> None:
@@ -235,16 +271,26 @@ class Workers:
                 "--strict-host-key-checking=no",
                 *self.ssh_flags,
                 seconds=600,
-            )
+            ),
+            tries=3,
         )
 
-    def _at_once(self, act: Callable[[int], str]) -> list[str]:
+    def _at_once(self, act: Callable[[int], str], tries: int) -> list[str]:
         if self.cloud.dry_run:
             return [act(0)] * len(self)  # the others alike
+
+        def patiently(number: int) -> str:
+            for _ in range(tries - 1):
+                with contextlib.suppress(CloudError):
+                    return act(number)
+                self.cloud.sleep()
+            return act(number)
+
         results: list[str] = []
         with concurrent.futures.ThreadPoolExecutor(_MAX_SSH) as pool:
-            futures = [pool.submit(act, number) for number in range(len(self))]
+            futures: list[concurrent.futures.Future[str]] = []
             try:
+                futures += [pool.submit(patiently, number) for number in range(len(self))]
                 concurrent.futures.wait(futures)
             except BaseException:  # Ctrl-C: nobody waits for the others
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -261,7 +307,6 @@ class Workers:
 
     def set_up(self, code: Code) -> None:
         """The code and the pinned packages, unless they are there. Raises CloudError where workers differ then."""
-        self.first().each("true")  # makes the ssh key, where there is none, once
         told = self.versions()
         if not self.cloud.dry_run and told[0].startswith(code.digest) and len(set(told)) == 1:
             return
@@ -273,6 +318,7 @@ class Workers:
             "tar -xzf mathscale-code.tgz -C mathscale/new; rm -rf mathscale/code; mv mathscale/new mathscale/code; "
             f"{_WORKER} install {code.digest}",
             seconds=1800,
+            tries=2,
         )
         self.check_versions()
 
@@ -296,20 +342,26 @@ class Workers:
         """Says who follows from now on."""
         self.each(f"{_WORKER} own {token}")
 
-    def start(self, tag: str, words: Sequence[str], alone: bool) -> None:
-        """Starts a command; {shard} in it becomes the worker's share. `alone`: each takes no notice of the others."""
+    def start(self, tag: str, words: Sequence[str], but: Collection[int] = ()) -> None:
+        """Starts a command; {shard} in it becomes the worker's share, who takes no notice of the others then.
+
+        `but`: numbers of workers that run it already.
+        """
+        alone = has_shard(words)
 
         def command(number: int) -> str:
+            if number in but:
+                return ""
             here = [word.replace("{shard}", f"{number}/{len(self)}") for word in words]
             if alone and any(worker.number for worker in self.workers):  # else a slice of several waits for all of them
                 here = ["env", "TPU_PROCESS_BOUNDS=1,1,1", "TPU_CHIPS_PER_PROCESS_BOUNDS=2,2,1", *here]
             return f"{_WORKER} start {tag} " + " ".join(map(shlex.quote, here))
 
-        self.each(command)
+        self.each(command, tries=1)
 
     def states(self, offset: int = 0) -> list[State]:
         """How each stands; the output from a byte on of the first one."""
-        told = self.each(lambda number: f"{_WORKER} state" + (f" {offset} | base64" if number == 0 else ""))
+        told = self.each(lambda number: f"echo {_MARK}; {_WORKER} state" + ("" if number else f" {offset} | base64"))
         if self.cloud.dry_run:
             return [State("-", "-", "ended", 0, b"")] * len(self)
         return [_parsed(line, encoded=number == 0) for number, line in enumerate(told)]
@@ -328,13 +380,14 @@ class Workers:
 
 
 def _parsed(told: str, encoded: bool) -> State:
-    whole = base64.b64decode(told) if encoded else told.encode()
-    line, _, output = whole.partition(b"\n")
     try:
+        _, _, answer = told.partition(_MARK)  # a machine may greet before
+        whole = base64.b64decode("".join(answer.split()), validate=True) if encoded else answer.strip().encode()
+        line, _, output = whole.partition(b"\n")
         owner, tag, what, *code = line.decode().split()
         return State(owner, tag, what, int(code[0]) if code else 0, output)
     except (ValueError, IndexError):
-        raise Unreachable(f"a worker answers {line[:200]!r}") from None
+        raise Unreachable(f"a worker answers {told[:200]!r}") from None
 
 
 class Code(NamedTuple):
@@ -347,7 +400,10 @@ class Code(NamedTuple):
 def pack(folder: Path) -> Code:
     """The files that git knows, as they are here, changed or not, and new ones that it does not ignore."""
     git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(git, capture_output=True, check=False)
+    try:
+        listed = subprocess.run(git, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise CloudError("git is not installed: it says which files are code") from None
     if listed.returncode:
         raise CloudError(f"{ROOT} is no git checkout, so which of its files are code is not known")
     names = sorted({name for name in listed.stdout.decode().split("\0") if name and not name.startswith("runs/")})
@@ -365,6 +421,11 @@ def pack(folder: Path) -> Code:
     file = folder / "mathscale-code.tgz"
     file.write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
     return Code(file, hashlib.sha256(buffer.getvalue()).hexdigest()[:16])
+
+
+def has_shard(words: Sequence[str]) -> bool:
+    """Whether workers share a command."""
+    return any("{shard}" in word for word in words)
 
 
 def hosts_of(kind: str) -> int | None:

@@ -3,23 +3,24 @@
 import argparse
 import hashlib
 import math
+import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 from cloud_tpu import POLL, CloudError, Code, Gcloud, State, Tpu, Unreachable, Worker, Workers, hosts_of, pack, say
 
-T = TypeVar("T")
 DONE, FAILED, STOPPED, AGAIN, GONE, TROUBLE = "done", "failed", "stopped", "again", "gone", "trouble"
 EXIT = {DONE: 0, FAILED: 1, STOPPED: 75}
 _GRACE = 30 * POLL  # seconds between being asked to stop, when --hours are over, and being deleted
 _TROUBLES = 4  # attempts, one after another, in which no command was begun, before the job is given up
 _MISSES = 5  # looks, one after another, at which a worker does not answer
 _SAVED = 75  # exit code of a command that was told to stop
-_BY_ANOTHER = (1, 134, 143)  # of one whose companion is gone: it says so, is ended by jax, or by the system
+_TERMINATED = 143  # of one that was told to stop before it could heed it
+_BY_ANOTHER = (1, 134, _TERMINATED)  # of one whose companion is gone: it says so, is ended by jax, or by the system
 
 
 class WrongUse(Exception):
@@ -31,20 +32,20 @@ class OtherJob(Exception):
 
 
 class Deadline:
-    """--hours: when all is to be over."""
+    """--hours: when all is to be over, by the clock on the wall: a laptop that sleeps stops no bill."""
 
     def __init__(self, hours: float | None):
-        self.hours, self.at = hours, math.inf if hours is None else time.monotonic() + hours * 3600
+        self.hours, self.at = hours, math.inf if hours is None else time.time() + hours * 3600
 
     @property
     def is_over(self) -> bool:
         """Whether it has passed."""
-        return time.monotonic() >= self.at
+        return time.time() >= self.at
 
     @property
     def is_long_over(self) -> bool:
         """Whether what was asked to stop had its time."""
-        return time.monotonic() >= self.at + _GRACE
+        return time.time() >= self.at + _GRACE
 
 
 class Session:
@@ -55,23 +56,44 @@ class Session:
         self.tpu = Tpu(cloud, arguments.name)
         self.ssh_flags = [*(["--tunnel-through-iap"] if arguments.iap else []), *arguments.gcloud_ssh_flag]
         self.deadline = Deadline(arguments.hours)
+        cloud.seconds_left = lambda: self.deadline.at + _GRACE - time.time()
         self._code: Code | None = None
+        self._said = ""
 
     # What there is
 
     def state(self) -> str:
-        """Of the TPU; a network that is away for a while ends nothing. Raises CloudError."""
-        return self.patiently(self.tpu.state)
+        """Of the TPU, asked until there is an answer, or --hours are over: a network that is away ends nothing.
+
+        Raises CloudError then.
+        """
+        while True:
+            try:
+                return self.tpu.state()
+            except CloudError as error:
+                if self.deadline.is_over:
+                    raise
+                if str(error) != self._said:
+                    say(f"{error}\n  trying again")
+                self._said = str(error)
+                time.sleep(POLL)
 
     def workers(self) -> Workers:
-        """All of them. Raises Unreachable."""
+        """All of them. Raises Unreachable where some are missing."""
+        given, hosts = self.arguments, hosts_of(self.arguments.type or "")
         if self.cloud.dry_run:
-            slices = range(self.arguments.slices)
+            slices = range(given.slices)
             nodes = [self.tpu.name] if len(slices) == 1 else [f"{self.tpu.name}-{number}" for number in slices]
-            hosts = hosts_of(self.arguments.type or "") or 1
-            made = [Worker(node, index) for node in nodes for index in range(hosts)]
+            made = [Worker(node, number) for node in nodes for number in range(hosts or 1)]
             return Workers(self.cloud, made, self.ssh_flags)
-        return self.tpu.workers(self.ssh_flags)
+        found = self.tpu.workers(self.ssh_flags)
+        slices_there = len({worker.node for worker in found.workers})
+        if given.type and (slices_there != given.slices or (hosts and len(found) != given.slices * hosts)):
+            raise Unreachable(
+                f"{self.tpu.name} has {number_of(len(found), 'worker')} of {number_of(slices_there, 'slice')}, where "
+                f"{number_of(given.slices, 'slice')} of {given.type} were asked for"
+            )
+        return found
 
     # The steps
 
@@ -81,7 +103,7 @@ class Session:
         try:
             self.tpu.create(given.type, given.slices, given.spot, given.runtime, given.wait, given.create_flag)
         except CloudError:
-            self.tpu.state()  # whether there is something to name, or to delete, all the same
+            self.tpu.is_gone()  # whether there is something to name, or to delete, all the same
             raise
 
     def wait_active(self) -> str:
@@ -89,7 +111,7 @@ class Session:
 
         Raises CloudError where it is refused; the request is deleted then.
         """
-        until, before, unseen = time.monotonic() + self.arguments.wait * 3600, None, 0
+        until, before, unseen = time.time() + self.arguments.wait * 3600, None, 0
         while not self.cloud.dry_run:
             state = self.state()
             if state != before:
@@ -104,29 +126,27 @@ class Session:
                 raise CloudError(f"{self.tpu.name} was refused: {why}")
             if state in ("SUSPENDING", "SUSPENDED", "DELETING") or unseen >= 5:
                 return GONE
-            if time.monotonic() > until or self.deadline.is_over:
-                say(f"{self.tpu.name} was not free in time (--wait {self.arguments.wait:g}): the request is deleted")
+            if time.time() > until or self.deadline.is_over:
+                say(f"{self.tpu.name} was not free in time (--wait, --hours): the request is deleted")
                 self.tpu.delete()
                 return STOPPED
             time.sleep(POLL)
         return DONE
 
+    def pack(self) -> Code:
+        """The checkout as a file. Raises CloudError."""
+        try:
+            self._code = self._code or pack(self.scratch)
+        except OSError as error:
+            raise CloudError(f"the checkout cannot be packed: {error}") from error
+        return self._code
+
     def set_up(self, workers: Workers) -> None:
         """Code and packages on all workers. Raises Unreachable, CloudError."""
-        self._code = self._code or pack(self.scratch)
+        code = self.pack()
         say(f"{self.tpu.name}: setting up {number_of(len(workers), 'worker')}")
-        self.patiently(lambda: workers.each("true"))  # VMs that are new may not answer yet
-        workers.set_up(self._code)
-
-    @staticmethod
-    def patiently(act: Callable[[], T]) -> T:
-        """What `act` returns; asked a few times where it meets a flake. Raises what the last try raised."""
-        for tries in range(1, 5):
-            try:
-                return act()
-            except (Unreachable, CloudError):
-                time.sleep(tries * POLL)
-        return act()
+        workers.each("true", tries=6)  # VMs that are new may not answer yet
+        workers.set_up(code)
 
     def follow(self, workers: Workers, owner: str | None = None) -> str:
         """The command's output, to its end on every worker; what became of it. Raises OtherJob, CloudError."""
@@ -138,14 +158,13 @@ class Session:
                 if self.state() != "ACTIVE":
                     return GONE
                 misses += 1
-                if misses >= _MISSES:
+                if misses >= _MISSES or self.deadline.is_long_over:
                     say(f"{self.tpu.name} does not answer: {error}")
                     return TROUBLE
                 time.sleep(POLL)
                 continue
             misses = 0
-            sys.stdout.buffer.write(states[0].output)
-            sys.stdout.flush()
+            _show(states[0].output)
             offset += len(states[0].output)
             if owner is not None and states[0].owner != owner and not self.cloud.dry_run:
                 raise OtherJob(f"another job follows {self.tpu.name} now: it is left to that one")
@@ -171,14 +190,15 @@ class Session:
         if any(state.what == "none" for state in states):
             say(f"{self.tpu.name}: nothing was started on some workers")
             return TROUBLE
-        for place, state in enumerate(states):
-            if state.what == "ended" and state.code not in (0, _SAVED, *_BY_ANOTHER):
-                return self._failed(workers, place, state.code)
+        if not self.cloud.dry_run and self.state() != "ACTIVE":  # its machines went down under it
+            return GONE
+        own = [place for place, state in enumerate(states) if state.code not in (0, _SAVED, *_BY_ANOTHER)]
         # Where one was told to stop, or its machine was started anew, others end because of that.
-        if any(state.what == "lost" or state.code == _SAVED for state in states):
+        told = any(state.what == "lost" or state.code == _SAVED for state in states)
+        if not own and (told or all(state.code in (0, _TERMINATED) for state in states)):
             return AGAIN
-        worst = min((place for place, state in enumerate(states) if state.code), key=lambda place: states[place].code)
-        return self._failed(workers, worst, states[worst].code)
+        place = own[0] if own else min((p for p, s in enumerate(states) if s.code), key=lambda p: states[p].code)
+        return self._failed(workers, place, states[place].code)
 
     def _failed(self, workers: Workers, place: int, code: int) -> str:
         worker = workers.workers[place]
@@ -199,33 +219,64 @@ class Session:
             say(f"warning: not all logs were gathered: {error}")
 
 
+class Stage(NamedTuple):
+    """A command, and whether the first worker alone runs it."""
+
+    words: Sequence[str]
+    is_single: bool = False
+
+
 class Job:
     """Commands, one after another, on a TPU that may be taken away at any time."""
 
     def __init__(self, session: Session):
         self.session, self.owner = session, uuid.uuid4().hex[:12]
-        self.restarts, self.made, self.troubles = 0, False, 0
+        self.restarts, self.troubles = 0, 0
+        self.made = self.owned = False
 
-    def run(self, stages: Sequence[Sequence[str]]) -> int:
-        """The exit code. The TPU is deleted at the end, unless it is to be kept, or somebody else's by now."""
+    def run(self, stages: Sequence[Stage]) -> int:
+        """The exit code. The TPU is deleted at the end, unless it is to be kept, or somebody else's by now.
+
+        Raises CloudError where it cannot be; WrongUse where another command runs on it.
+        """
+        self.session.pack()  # what is wrong with it is said before anything is paid
         outcome = FAILED
         try:
-            for words in stages:
-                outcome = self._to_its_end(words)
+            for stage in stages[self._first_of(stages) :]:
+                outcome = self._to_its_end(stage)
                 if outcome != DONE:
                     break
+            self._check_owner()
         except OtherJob as error:
             say(str(error))
             self.session.tpu.may_exist = False  # the other one names it
             return EXIT[STOPPED]
+        except CloudError:
+            if self.session.deadline.is_over:
+                self.session.tpu.delete()
+            raise
         if not self.session.arguments.keep and (self.session.tpu.may_exist or self.session.cloud.dry_run):
             self.session.tpu.delete()
         return EXIT[outcome]
 
-    def _to_its_end(self, words: Sequence[str]) -> str:
+    def _first_of(self, stages: Sequence[Stage]) -> int:
+        """The stage that runs there already, where this goes on with another job's."""
+        if not self.session.arguments.attach or self.session.tpu.state() != "ACTIVE":
+            return 0
+        states = self._states(self.session.workers().first())
+        running = {state.tag for state in states if state.what == "running"}
+        return next((place for place, stage in enumerate(stages) if tag_of(stage.words) in running), 0)
+
+    def _to_its_end(self, stage: Stage) -> str:
         given = self.session.arguments
         while True:
-            outcome = self._attempt(words)
+            try:
+                outcome = self._attempt(stage)
+            except (CloudError, Unreachable) as error:
+                if not self.made:  # it was never there
+                    raise
+                say(f"error: {error}")
+                outcome = TROUBLE
             if outcome in (DONE, FAILED, STOPPED):
                 return outcome
             self.troubles = self.troubles + 1 if outcome == TROUBLE else 0
@@ -240,62 +291,95 @@ class Job:
             say(f"{self.session.tpu.name}: beginning again ({self.restarts} of at most {given.restarts})")
             time.sleep(POLL)
 
-    def _attempt(self, words: Sequence[str]) -> str:
+    def _attempt(self, stage: Stage) -> str:
         """One try to bring a command to its end."""
-        session, tpu = self.session, self.session.tpu
-        state = "" if self.made and session.cloud.dry_run else session.state()
-        while state == "SUSPENDING":
-            time.sleep(POLL)
-            state = session.state()
-        if self.made and state in ("", "DELETING") and not session.cloud.dry_run:
-            say(f"{tpu.name} was deleted by somebody else")
-            return STOPPED
-        if self.troubles == _TROUBLES // 2 or state in ("SUSPENDED", "FAILED"):
-            say(f"{tpu.name} {'cannot be used' if state == 'ACTIVE' else 'was taken away'}: making it again")
-            tpu.delete()
-            state = ""
-        if not state and not (self.made and session.cloud.dry_run):
+        session = self.session
+        if not session.cloud.dry_run:
+            outcome = self._make()
+        elif not self.made:
             session.create()
-        self.made = True
-        outcome = session.wait_active()
+            self.made, outcome = True, DONE
+        else:
+            outcome = DONE
         if outcome != DONE:
             return outcome
-        try:
-            workers = session.workers()
-            workers = workers if "{shard}" in words or not self._is_single(words) else workers.first()
-            self._begin(workers, words)
-        except (Unreachable, CloudError) as error:
-            say(f"error: {error}")
-            return TROUBLE
+        workers = session.workers()
+        workers = workers.first() if stage.is_single else workers
+        self._begin(workers, stage.words)
         outcome = session.follow(workers, self.owner)
         if outcome not in (GONE, TROUBLE):
             session.gather(workers)
         return outcome
 
-    @staticmethod
-    def _is_single(words: Sequence[str]) -> bool:
-        """Whether it is a command of one worker: those behind an evaluation's sampling."""
-        return list(words[:3]) == ["python", "-m", "eval"]
+    def _make(self) -> str:
+        """The TPU, anew where it was taken away: DONE when it is there."""
+        session, tpu = self.session, self.session.tpu
+        state = session.state()
+        while state == "SUSPENDING":
+            if session.deadline.is_over:
+                return STOPPED
+            time.sleep(POLL)
+            state = session.state()
+        by_user = state == "SUSPENDED" and tpu.is_by_user
+        if self.made and (state == "DELETING" or by_user or (not state and tpu.is_gone())):
+            say(f"{tpu.name} was deleted by somebody else")
+            return STOPPED
+        if self.troubles == _TROUBLES // 2 or state in ("SUSPENDED", "FAILED"):
+            say(f"{tpu.name} {'cannot be used' if state == 'ACTIVE' else 'was taken away'}: making it again")
+            self._check_owner()
+            tpu.delete()
+            state, self.owned = "", False
+        if not state:
+            session.create()
+        outcome = session.wait_active()
+        self.made = self.made or outcome == DONE
+        return outcome
 
     def _begin(self, workers: Workers, words: Sequence[str]) -> None:
-        """Starts the command, unless it runs already. Raises Unreachable, WrongUse where another one does."""
+        """Starts the command where it does not run yet.
+
+        Raises Unreachable, CloudError; WrongUse where another one runs; OtherJob where somebody else follows by now.
+        """
         tag = tag_of(words)
         states = self._states(workers)
-        if any(state.what == "running" for state in states):
-            if any(state.tag != tag for state in states):
-                raise WrongUse(f"another command runs on {self.session.tpu.name}: `stop` it first, or `follow` it")
-            workers.own(self.owner)
-            return
-        self.session.set_up(workers)
+        if self.owned and states and states[0].owner != self.owner:
+            raise OtherJob(f"another job follows {self.session.tpu.name} now: it is left to that one")
+        running = [place for place, state in enumerate(states) if state.what == "running"]
+        if any(states[place].tag != tag for place in running):
+            raise WrongUse(f"another command runs on {self.session.tpu.name}: `stop` it first, or `follow` it")
+        if not running:
+            self.session.set_up(workers)
         workers.own(self.owner)
-        workers.start(tag, words, alone="{shard}" in " ".join(words))
+        self.owned = True
+        if len(running) < len(workers):
+            workers.start(tag, words, but=running)
 
     def _states(self, workers: Workers) -> list[State]:
-        """How each stands, also where nothing was ever set up. Raises Unreachable when that stays unknown."""
+        """How each stands; nothing where nothing was ever set up. Raises Unreachable."""
+        workers.first().each("true", tries=6)  # makes the ssh key, where there is none, once
         look = "if [ -e mathscale/code/launch/worker.sh ]; then echo yes; else echo no; fi"
-        there = self.session.patiently(lambda: workers.each(look))
-        known = all(line == "yes" for line in there) and not self.session.cloud.dry_run
-        return self.session.patiently(workers.states) if known else []
+        known = all(line == "yes" for line in workers.each(look, tries=6)) and not self.session.cloud.dry_run
+        return workers.states() if known else []
+
+    def _check_owner(self) -> None:
+        """Raises OtherJob where somebody else follows by now; says nothing where that cannot be seen."""
+        if not self.owned or self.session.cloud.dry_run:
+            return
+        try:
+            owner = self.session.workers().first().states()[0].owner
+        except (Unreachable, CloudError):
+            return
+        if owner != self.owner:
+            raise OtherJob(f"another job follows {self.session.tpu.name} now: it is left to that one")
+
+
+def _show(output: bytes) -> None:
+    """The run's output; a reader that has gone ends nothing."""
+    try:
+        sys.stdout.buffer.write(output)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tag_of(words: Sequence[str]) -> str:

@@ -33,19 +33,21 @@ from pathlib import Path
 from typing import NoReturn
 
 from cloud_tpu import ROOT, RUNTIMES, CloudError, Gcloud, Unreachable, buckets_in, check_buckets, hosts_of, say
-from tpu_job import AGAIN, EXIT, GONE, STOPPED, Job, Session, WrongUse, number_of, tag_of
+from tpu_job import AGAIN, EXIT, GONE, STOPPED, Job, Session, Stage, WrongUse, number_of, tag_of
 
 
-def _job(session: Session, stages: Sequence[Sequence[str]]) -> int:
-    given = session.arguments
-    told = _checked(stages[0])
+def _job(session: Session, stages: Sequence[Stage]) -> int:
+    given, words = session.arguments, stages[0].words
+    told = _checked(words)
     if not given.keep:
-        if told is not None and told and not told.startswith("gs://"):
+        if told is None and "mathscale_jax.train" in words and not any(w.startswith("output_dir=gs:") for w in words):
+            told = "no output_dir=gs://..."
+        if told and not told.startswith("gs://"):
             raise WrongUse(f"the command writes to {told}, which is deleted with the TPU: name gs://..., or add --keep")
-        if not buckets_in(stages[0]):
+        if not buckets_in(words):
             raise WrongUse("nothing in the command is on gs://: what it writes is deleted with the TPU. Or add --keep")
-    check_buckets(session.cloud, stages[0])
-    state = session.state()
+    check_buckets(session.cloud, words)
+    state = session.tpu.state()
     if state and not given.attach:
         raise WrongUse(
             f"{session.tpu.name} exists already ({state}): add --attach to go on with it, delete it, or choose another "
@@ -71,7 +73,8 @@ def _evaluate(session: Session) -> int:
     if not known.out.startswith("gs://"):
         raise WrongUse("evaluate needs --out gs://... behind --: all workers write there")
     sample = ["python", "-m", "eval", "sample", *given.words, "--shard", "{shard}"]
-    return _job(session, [sample, *(["python", "-m", "eval", word, known.out] for word in ("grade", "report"))])
+    after = (Stage(["python", "-m", "eval", word, known.out], is_single=True) for word in ("grade", "report"))
+    return _job(session, [Stage(sample), *after])
 
 
 def _checked(words: Sequence[str]) -> str | None:
@@ -83,7 +86,8 @@ def _checked(words: Sequence[str]) -> str | None:
     if checked.returncode == 2:
         raise WrongUse(checked.stderr.strip().rpartition("error: ")[2])
     if checked.returncode:
-        say("warning: the command's settings were not checked: the packages are not installed here")
+        why = "the packages are not installed here" if checked.returncode == 3 else checked.stderr.strip()[-300:]
+        say(f"warning: the command's settings were not checked: {why}")
         return None
     return checked.stdout.strip()
 
@@ -93,7 +97,7 @@ def _run(session: Session) -> int:
     workers = session.workers()
     workers.check_versions()
     words = session.arguments.words
-    workers.start(tag_of(words), words, alone="{shard}" in " ".join(words))
+    workers.start(tag_of(words), words)
     say(f"{session.tpu.name}: started; Ctrl-C leaves it running")
     return _follow(session)
 
@@ -109,7 +113,8 @@ def _follow(session: Session) -> int:
 
 
 def _status(session: Session) -> int:
-    state = session.state()
+    state = session.tpu.state()
+    session.tpu.may_exist = bool(state)
     say(f"{session.tpu.name}: {state or 'does not exist in ' + session.cloud.zone + ' of ' + session.cloud.project}")
     if state == "ACTIVE":
         workers = session.workers()
@@ -119,7 +124,7 @@ def _status(session: Session) -> int:
 
 
 def _create(session: Session) -> int:
-    state = session.state()
+    state = session.tpu.state()
     if state:
         raise WrongUse(f"{session.tpu.name} exists already ({state}): delete it, or choose another NAME")
     session.create()
@@ -132,17 +137,23 @@ def _setup(session: Session) -> int:
 
 
 def _stop(session: Session) -> int:
-    session.workers().stop()
+    workers = session.workers()
+    if not any(state.what == "running" for state in workers.states()):
+        say(f"{session.tpu.name}: nothing runs there; a job that is setting it up goes on, and `delete` ends that")
+        return 1
+    workers.stop()
     return 0
 
 
 def _delete(session: Session) -> int:
+    if not session.cloud.dry_run and session.tpu.is_gone():
+        raise CloudError(f"there is no {session.tpu.name} in {session.cloud.zone} of {session.cloud.project}")
     session.tpu.delete()
     return 0
 
 
 COMMANDS = {
-    "job": lambda session: _job(session, [session.arguments.words]),
+    "job": lambda session: _job(session, [Stage(session.arguments.words)]),
     "evaluate": _evaluate, "create": _create, "setup": _setup, "run": _run, "follow": _follow, "status": _status,
     "stop": _stop, "delete": _delete,
 }  # fmt: skip
@@ -241,7 +252,8 @@ def main(argv: Sequence[str]) -> NoReturn:
     def told_to_end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, told_to_end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, told_to_end)
     session: Session | None = None
     code = 1
     try:

@@ -91,12 +91,14 @@ def answer(arguments, script, state):
             tpus[name] = script.get("first_state", ORDER[0])
         case ["compute", "tpus", "queued-resources", "list"]:
             name = flags["filter"].removeprefix("name~/").removesuffix("$")
-            demand(filter=rf"name~/{name}\$", format=r"value\(state\.state\)")
+            demand(filter=rf"name~/{name}\$", format=r"value\(state\.state,state\.stateInitiator\)")
+            state["looks"] += 1
+            if state["looks"] in script.get("blind_looks", []):
+                return None
             if name in tpus:
-                print(tpus[name])
+                print(tpus[name], script.get("initiator", "SERVICE"), sep="\t")
                 if tpus[name] in ORDER:
                     tpus[name] = ORDER[min(ORDER.index(tpus[name]) + 1, 2)]
-                state["looks"] += 1
                 if tpus[name] == "SUSPENDING" and state["looks"] % 3 == 0:
                     tpus[name] = "SUSPENDED"
         case ["compute", "tpus", "queued-resources", "describe", _]:

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 QUEUED = ("compute", "tpus", "queued-resources")
-SPOT = ("--type", "v5litepod-8", "--spot")
+SPOT = ("--type", "v5p-16", "--spot")
 LEFT = "may still exist, and cost money: tpu_vm.py follow|stop|delete tpu --zone us-west4-a --project my-project"
 TRAIN, DEMO = ("python", "-m", "mathscale_jax.train", "--config"), "configs/demo.yaml"
 # Counts to `last` in a file, and goes on where it was; ends with 75 on SIGTERM, as training does.
@@ -41,7 +41,7 @@ def test_a_tpu_that_is_taken_away_is_made_again_and_the_run_goes_on_to_its_end(c
     assert [(bucket / f"tpu-{i}").read_text() for i in (0, 1)] == ["40", "40"]
     creations = cloud.calls(*QUEUED, "create")
     assert len(creations) == 2 and creations[0] == creations[1]
-    for flag in ("--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--node-id=tpu"):
+    for flag in ("--accelerator-type=v5p-16", "--runtime-version=v2-alpha-tpuv5", "--spot", "--node-id=tpu"):
         assert flag in creations[0]
     assert cloud.state() is None
     assert "tpu was taken away: making it again" in ended.stderr and "tpu is deleted" in ended.stderr
@@ -172,6 +172,92 @@ def test_a_flake_of_the_network_costs_nothing(cloud, program, tmp_path):
     assert ended.returncode == 0 and len(cloud.calls(*QUEUED, "create")) == 1
 
 
+def test_a_look_that_finds_nothing_deletes_and_forgets_nothing(cloud, program, tmp_path):
+    cloud.says(blind_looks=[2, 5, 6, 7, 8])
+    again = program(
+        "import pathlib, sys\nf = pathlib.Path.home() / 'runs'\nf.open('a').write('x')\n"
+        "sys.exit(75 if len(f.read_text()) < 4 else 0)"
+    )
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(again), "gs://bucket/x")
+    assert ended.returncode == 0 and len(cloud.calls(*QUEUED, "create")) == 1 and cloud.state() is None
+
+
+def test_a_failed_deletion_is_not_called_one_whatever_numbers_are_in_its_message(cloud):
+    cloud.says(fail={"resources delete": [1, "INTERNAL: projects/orb-404912/x not found in cache", 10**6]})
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "true", "gs://bucket/x")
+    assert ended.returncode == 1 and "is deleted" not in ended.stderr and LEFT in ended.stderr
+    cloud.says()
+    assert cloud.launch("delete", "tpu").returncode == 0
+    nobody = cloud.launch("delete", "other")
+    assert nobody.returncode == 1 and "there is no other in us-west4-a of my-project" in nobody.stderr
+
+
+def test_a_start_that_reached_half_of_the_workers_is_finished(cloud, program, tmp_path):
+    cloud.says(fail={"worker=1 .*worker.sh start": [255, "reset", 1]})
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(program(COUNTING)), str(tmp_path), "60", "gs://b/run")
+    assert ended.returncode == 0, ended.stderr
+    assert [(tmp_path / f"tpu-{i}").read_text() for i in (0, 1)] == ["60", "60"]
+    begun = [log.read_text().count("begins at 0") for log in cloud.checkout.glob("runs/launch/tpu/*/*.log")]
+    assert begun == [1, 1]
+
+
+def test_a_network_that_is_away_ends_nothing(cloud, program, tmp_path):
+    command = ("--", "python", str(program(COUNTING)), str(tmp_path), "120", "gs://b/run")
+    job = cloud.begin("job", "tpu", *SPOT, *command)
+    wait_until((tmp_path / "tpu-1").exists)
+    cloud.says(fail={".": [1, "Unable to find the server", 25]})
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 0 and said.count("Unable to find the server") >= 1 and cloud.state() is None
+    assert len(cloud.calls(*QUEUED, "create")) == 1
+
+
+def test_a_tpu_that_a_person_has_taken_down_is_not_bought_again(cloud, program, tmp_path):
+    cloud.says(take_away={"worker.sh state [0-9]": [1, 6]}, initiator="USER")
+    ended = cloud.launch(
+        "job", "tpu", *SPOT, "--", "python", str(program(COUNTING)), str(tmp_path), "999", "gs://b/run"
+    )
+    assert ended.returncode == 75 and "was deleted by somebody else" in ended.stderr
+    assert len(cloud.calls(*QUEUED, "create")) == 1 and cloud.state() is None
+
+
+def test_a_slice_that_is_not_whole_is_not_used(cloud):
+    cloud.says(workers=1)
+    ended = cloud.launch("job", "tpu", "--type", "v5litepod-16", "--", "true", "gs://b/run")
+    assert ended.returncode == 1 and "has 1 worker of 1 slice, where 1 slice of v5litepod-16" in ended.stderr
+    assert cloud.state() is None
+
+
+def test_workers_that_were_all_told_to_stop_before_they_could_heed_it_begin_again(cloud, program):
+    once = program(
+        "import os, pathlib, signal\nf = pathlib.Path.home() / 'once'\n"
+        "if not f.exists():\n    f.write_text('')\n    os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(once), "gs://b/run")
+    assert ended.returncode == 0 and "beginning again (1 of" in ended.stderr
+
+
+def test_an_evaluation_whose_grading_was_left_alone_goes_on_there(cloud, program):
+    grading = "case \"$*\" in *'eval grade'*) sleep 4;; esac"
+    cloud.write_program("uv", f"""for last; do :; done; case $1 in venv) mkdir -p "$last/bin"
+        cat > "$last/bin/python" << 'X'
+#!/bin/sh
+echo "$@" >> {cloud.store}/told
+{grading}
+X
+        chmod +x "$last/bin/python";; esac""")  # fmt: skip
+    worker = cloud.checkout / "launch" / "worker.sh"
+    worker.write_text(worker.read_text().replace("python - ", "cat - > /dev/null; echo "))
+    words = ("evaluate", "tpu", *SPOT, "--", "--task", "gsm8k", "--checkpoint", "gs://b/c", "--out", "gs://b/eval")
+    job = cloud.begin(*words)
+    wait_until(lambda: (cloud.store / "told").exists() and "eval grade" in (cloud.store / "told").read_text())
+    job.send_signal(signal.SIGINT)
+    assert LEFT in job.communicate(timeout=30)[1]
+    ended = cloud.launch("evaluate", "tpu", *SPOT, "--attach", *words[5:])
+    assert ended.returncode == 0, ended.stderr
+    told = (cloud.store / "told").read_text()
+    assert told.count("eval sample") == 2 and told.count("eval grade") == 1 and told.count("eval report") == 1
+
+
 @pytest.mark.parametrize("stage", ["WAITING_FOR_RESOURCES", "setting up", "count"])
 def test_ctrl_c_leaves_what_there_is_and_names_it(cloud, program, tmp_path, stage):
     cloud.says(first_state="CREATING" if stage == "WAITING_FOR_RESOURCES" else "PROVISIONING",
@@ -232,7 +318,7 @@ def test_a_job_goes_on_with_a_tpu_that_is_there_where_it_is_told_to(cloud, progr
 def test_slices_are_made_as_one_and_all_their_workers_run(cloud, program, tmp_path):
     cloud.says(nodes=["tpu-0", "tpu-1"])
     command = ("python", str(program(COUNTING)), str(tmp_path), "3", "gs://bucket/run")
-    ended = cloud.launch("job", "tpu", "--type", "v5litepod-8", "--slices", "2", "--", *command)
+    ended = cloud.launch("job", "tpu", "--type", "v5p-16", "--slices", "2", "--", *command)
     assert ended.returncode == 0, ended.stderr
     (creation,) = cloud.calls(*QUEUED, "create")
     assert {"--node-count=2", "--node-prefix=tpu"} < set(creation) and "--spot" not in creation
@@ -347,6 +433,26 @@ def test_a_request_that_is_refused_says_why(cloud):
             {},
             ("evaluate", "tpu", *SPOT, "--", "--task", "gsm8k", "--out", "gs://b", "--shard", "0/4"),
             "--shard is said by",
+        ),
+        (
+            {},
+            (
+                "job",
+                "tpu",
+                *SPOT,
+                "--",
+                "python",
+                "-m",
+                "eval",
+                "run",
+                "--task",
+                "gsm8k",
+                "--checkpoint",
+                "gs://b/x",
+                "--out",
+                "runs/x",
+            ),
+            "the command writes to runs/x, which is deleted",
         ),
         ({}, ("evaluate", "tpu", *SPOT, "--slices", "2", "--", "--out", "gs://b"), "--slices: an evaluation's workers"),
         ({}, ("evaluate", "tpu", *SPOT, "--", "--taks", "gsm8k", "--out", "gs://b/x"), "--task"),
