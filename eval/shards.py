@@ -21,6 +21,8 @@ from eval.files import parts, problems_of, read_run
 from eval.sample import SampleSettings
 
 _RESTARTS = 5  # of one shard
+_GRACE = 600.0  # seconds for a shard to finish what is under way
+_PATIENCE = 5.0  # seconds for its last lines
 _SECONDS = 2.0  # between two looks at the files
 _KEPT = 12  # last lines of a shard that are shown where it fails
 
@@ -48,7 +50,7 @@ def sample_in_shards(settings: SampleSettings, num_shards: int) -> epath.Path:
     devices = gpus_of_shards(os.environ, num_shards)
     command = [sys.executable, "-m", "eval", "sample", *_flags(settings)]
     shards: list[_Shard] = []
-    stopping = False
+    stopping, deadline = False, 0.0
     with StopSignal() as stop, _Count(epath.Path(settings.out)) as count:
         try:
             for number, own in enumerate(devices):
@@ -57,9 +59,12 @@ def sample_in_shards(settings: SampleSettings, num_shards: int) -> epath.Path:
                 time.sleep(0.1)
                 count.look()
                 if stop.exit_code is not None and not stopping:
-                    stopping = True
+                    stopping, deadline = True, time.monotonic() + _GRACE
                     for shard in shards:  # Ctrl-C has reached them, too; another signal changes nothing
                         shard.process.terminate()
+                if stopping and time.monotonic() > deadline:
+                    logger.warning("not all shards end by themselves: ending them")
+                    break
                 ended = [place for place, shard in enumerate(shards) if shard.process.poll() not in (None, 0)]
                 if stopping and all(shard.process.poll() is not None for shard in shards):
                     break
@@ -67,10 +72,11 @@ def sample_in_shards(settings: SampleSettings, num_shards: int) -> epath.Path:
                     shards[place] = _again(shards[place])
             count.look(at_once=True)
         finally:
-            for shard in shards:
+            for shard in shards:  # all of them, before one is waited for
                 shard.process.kill()
+            for shard in shards:
                 shard.process.wait()
-                shard.reader.join()
+                shard.reader.join(_PATIENCE)  # what it started may hold its stderr
     if stop.exit_code is not None:
         raise Stopped("stopped: what is drawn is kept; run the same command again", stop.exit_code)
     return epath.Path(settings.out)
@@ -81,7 +87,8 @@ def gpus_of_shards(environ: Mapping[str, str], num_shards: int) -> list[str | No
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-        visible = ",".join(map(str, range(len(listed.stdout.splitlines())))) if listed.returncode == 0 else None
+        num_gpus = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())  # and no part of one
+        visible = ",".join(map(str, range(num_gpus))) if listed.returncode == 0 else None
     gpus = [name for name in (visible or "").split(",") if name]
     if not gpus:
         return [None] * num_shards
@@ -129,17 +136,18 @@ def _read(process: "subprocess.Popen[str]", name: str, lines: deque[str]) -> Non
 
 def _again(shard: _Shard) -> _Shard:
     """The shard in a new process. Raises where that would be in vain."""
-    shard.reader.join()
+    shard.reader.join(_PATIENCE)
     if shard.process.returncode == EXIT_USAGE or shard.restarts >= _RESTARTS:
         _fail(shard)
+    last = next((f" ({line})" for line in reversed(shard.lines) if line.startswith("error:")), "")
     logger.warning(
-        "shard %s %s: begun again (%d of at most %d)", shard.name, _how(shard), shard.restarts + 1, _RESTARTS
+        "shard %s %s%s: begun again (%d of at most %d)", shard.name, _how(shard), last, shard.restarts + 1, _RESTARTS
     )
     return _start(shard.name, shard.command, shard.devices, shard.restarts + 1)
 
 
 def _fail(shard: _Shard) -> NoReturn:
-    shard.reader.join()
+    shard.reader.join(_PATIENCE)
     said = "\n".join(shard.lines)
     if shard.process.returncode == EXIT_USAGE:
         raise UsageError(said.rpartition("error: ")[2])
@@ -172,10 +180,13 @@ class _Count:
         if time.monotonic() < self._next and not at_once:
             return
         self._next = time.monotonic() + (_SECONDS if "://" not in str(self._folder) else 10 * _SECONDS)
-        if not (self._folder / "run.json").exists():
+        try:
+            if not (self._folder / "run.json").exists():
+                return
+            run = read_run(self._folder)
+            done = len({index for part in parts(self._folder, "samples") for index in problems_of(part)})
+        except (OSError, RunError):  # a look is no more than that: another one will see
             return
-        run = read_run(self._folder)
-        done = len({index for part in parts(self._folder, "samples") for index in problems_of(part)})
         if self._bar is None:
             self._bar = Progress(run["num_problems"], "sampling", "problems", done)
         self._bar.update(done - self._bar.done)

@@ -40,7 +40,7 @@ submit() {
   while read -r line; do
     id=${line%%;*} # with several clusters their name follows
     echo "job $id: ${log//NUMBER/$id}"
-  done < <(sbatch --parsable "$@" || echo "$?" > "$failed")
+  done < <(stdbuf -oL sbatch --parsable "$@" || echo "$?" > "$failed") # with --wait, too, at once
   [[ ! -s $failed ]] || code=$(< "$failed")
   return "$code"
 }
