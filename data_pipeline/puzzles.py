@@ -19,10 +19,12 @@ from data_pipeline.cli import StopSignal, logger, make_folder
 from data_pipeline.files import damage_named, json_line, write_atomically, write_json
 from data_pipeline.progress import Progress
 from data_pipeline.settings import Settings, UsageError, differences
+from data_pipeline.tokenizer import train_tokenizer
 from data_pipeline.workers import in_processes, serve
 
 ROWS_A_BLOCK = 10_000  # drawn by a generator of their own, so that any number of processes makes the same rows
 BLOCKS_A_FILE = 100
+_FOR_THE_TOKENIZER = 2000  # puzzles that it is trained on
 _MOST_TRIES = 10_000  # for one puzzle, before its settings are said to allow none
 Split = Literal["train", "test", "test_numerical", "test_form"]
 
@@ -39,6 +41,9 @@ class PuzzleData(Settings):
     largest_numerical: int = pydantic.Field(100, ge=1, le=10**6, description="in test_numerical, where one is larger")
     largest_target: int = pydantic.Field(100, ge=1, le=10**6, description="targets are from 1 to this")
     largest_result: int = pydantic.Field(1000, ge=1, le=10**9, description="size of results on the way, at most")
+    vocab_size: int | None = pydantic.Field(
+        None, ge=270, description="pieces of a tokenizer.model for training from scratch; none: no tokenizer"
+    )
     seed: int = pydantic.Field(0, ge=0, lt=2**63, description="of the generator")
     processes: pydantic.PositiveInt | None = pydantic.Field(None, description="that make rows; none: one a CPU")
 
@@ -151,6 +156,11 @@ def prepare_puzzles(settings: PuzzleData) -> None:
         rows = [puzzle.row(f"{split}/{index}") for index, puzzle in enumerate(test_set(settings, split, tests))]
         make_folder(out / split, "out")
         write_atomically(out / split / "rows.jsonl", partial(_write, lines=[json_line(row) for row in rows]))
+    if settings.vocab_size is not None:
+        rng = random.Random(f"{settings.seed} tokenizer")
+        rows = [draw(rng, settings, "train").row("") for _ in range(_FOR_THE_TOKENIZER)]
+        model = train_tokenizer((f"{row['question']}\n{row['solution']}" for row in rows), settings.vocab_size).model
+        write_atomically(out / "tokenizer.model", lambda file: file.write(model))
     make_folder(out / "train", "out")
     num_blocks = -(-settings.num_train // ROWS_A_BLOCK)
     files = {

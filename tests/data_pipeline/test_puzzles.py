@@ -16,6 +16,7 @@ from data_pipeline.answers.puzzle import solves
 from data_pipeline.puzzles import PuzzleData, draw, prepare_puzzles
 from data_pipeline.settings import UsageError
 from data_pipeline.tasks import read_problems
+from data_pipeline.tokenizer import Tokenizer
 
 
 def rows_of(folder: Path, split: str) -> list[dict]:
@@ -122,6 +123,18 @@ def test_a_stop_leaves_whole_files_and_the_same_command_goes_on(tmp_path: Path) 
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75 and "run the same command again" in said
     assert not list((tmp_path / "train").iterdir()), "nothing that looks whole"
+
+
+def test_a_tokenizer_for_training_from_scratch_reads_every_puzzle(tmp_path: Path) -> None:
+    prepare_puzzles(PuzzleData(out=str(tmp_path), num_train=100, num_test=50, vocab_size=280))
+    tokenizer = Tokenizer.load(str(tmp_path / "tokenizer.model"))
+    assert tokenizer.vocab_size == 280
+    for row in rows_of(tmp_path, "train"):
+        tokens = tokenizer.encode_prompt(row["question"])
+        assert tokenizer.decode(tokens) == row["question"]
+        assert not any(tokenizer.piece(token).startswith("<0x") for token in tokens), "no character is left to bytes"
+    # Digits stand alone, so a number is as many tokens as it has digits.
+    assert len(tokenizer.encode_prompt("1234")) - len(tokenizer.encode_prompt("1")) == 3
 
 
 def test_what_cannot_be_meant_is_refused(made: Path, tmp_path: Path) -> None:
