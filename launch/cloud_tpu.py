@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import contextlib
-import gzip
-import hashlib
-import io
 import math
 import os
 import re
@@ -15,24 +12,24 @@ import shlex
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from checkout import Code
+
 POLL = float(os.environ.get("MATHSCALE_POLL", "20"))  # seconds between two looks
 RUNTIMES = {"v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
             "v4": "tpu-ubuntu2204-base"}  # fmt: skip
 _CORES_ARE_COUNTED = ("v4", "v5p")  # v5p-8 has four chips, v5litepod-8 eight
 _CHIPS_OF_A_HOST = 4  # of several; the only one of a small slice may have eight
 _MAX_SSH = 32  # connections at once
-_MAX_CODE = 200e6  # bytes of a checkout
 _LOOKS = 4  # that find nothing, before a TPU counts as gone
 _MARK = "mathscale-says:"
-_WORKER = "bash mathscale/code/launch/worker.sh"
+_SCRIPT = "mathscale/code/launch/worker.sh"
+_WORKER = f"bash {_SCRIPT}"
 _HINTS = (
     (r"Reauthentication|invalid_grant|gcloud auth login|refreshing your current auth",
      "your login has expired, or there is none: gcloud auth login"),
@@ -312,7 +309,7 @@ class Workers:
             return
         self.copy(code.file, "mathscale-code.tgz")
         self.each(
-            f"set -e; if [ -e mathscale/code/launch/worker.sh ]; then case $({_WORKER} state) in *running*) "
+            f"set -e; if [ -e {_SCRIPT} ]; then case $({_WORKER} state) in *running*) "
             "echo 'a command is running here: stop it first' >&2; exit 3;; esac; fi; "
             "rm -rf mathscale/new mathscale/digest; mkdir -p mathscale/new; "
             "tar -xzf mathscale-code.tgz -C mathscale/new; rm -rf mathscale/code; mv mathscale/new mathscale/code; "
@@ -324,7 +321,7 @@ class Workers:
 
     def versions(self) -> list[str]:
         """Code and packages of each, as one line."""
-        return self.each(f"if [ -e mathscale/code/launch/worker.sh ]; then {_WORKER} version; else echo nothing; fi")
+        return self.each(f"if [ -e {_SCRIPT} ]; then {_WORKER} version; else echo nothing; fi")
 
     def check_versions(self) -> None:
         """Raises CloudError where workers differ: a run of several versions ends in wrong numbers, or in silence."""
@@ -359,9 +356,14 @@ class Workers:
 
         self.each(command, tries=1)
 
-    def states(self, offset: int = 0) -> list[State]:
+    def states(self, offset: int = 0, tries: int = 3) -> list[State]:
         """How each stands; the output from a byte on of the first one."""
-        told = self.each(lambda number: f"echo {_MARK}; {_WORKER} state" + ("" if number else f" {offset} | base64"))
+
+        def command(number: int) -> str:
+            look = f"if [ -e {_SCRIPT} ]; then bash {_SCRIPT} state {'' if number else offset}; else echo - - none; fi"
+            return f"echo {_MARK}; {look}" + ("" if number else " | base64")
+
+        told = self.each(command, tries=tries)
         if self.cloud.dry_run:
             return [State("-", "-", "ended", 0, b"")] * len(self)
         return [_parsed(line, encoded=number == 0) for number, line in enumerate(told)]
@@ -388,39 +390,6 @@ def _parsed(told: str, encoded: bool) -> State:
         return State(owner, tag, what, int(code[0]) if code else 0, output)
     except (ValueError, IndexError):
         raise Unreachable(f"a worker answers {told[:200]!r}") from None
-
-
-class Code(NamedTuple):
-    """The checkout as a file, and what identifies it."""
-
-    file: Path
-    digest: str
-
-
-def pack(folder: Path) -> Code:
-    """The files that git knows, as they are here, changed or not, and new ones that it does not ignore."""
-    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        listed = subprocess.run(git, capture_output=True, check=False)
-    except FileNotFoundError:
-        raise CloudError("git is not installed: it says which files are code") from None
-    if listed.returncode:
-        raise CloudError(f"{ROOT} is no git checkout, so which of its files are code is not known")
-    names = sorted({name for name in listed.stdout.decode().split("\0") if name and not name.startswith("runs/")})
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in names:
-            if (ROOT / name).is_file():
-                info = archive.gettarinfo(str(ROOT / name), name)
-                info.uid = info.gid = info.mtime = 0
-                info.uname = info.gname = ""
-                with (ROOT / name).open("rb") as opened:
-                    archive.addfile(info, opened)
-    if buffer.tell() > _MAX_CODE:
-        raise CloudError(f"{ROOT} holds {buffer.tell() / 1e6:.0f} MB that git does not ignore: more than code is")
-    file = folder / "mathscale-code.tgz"
-    file.write_bytes(gzip.compress(buffer.getvalue(), mtime=0))
-    return Code(file, hashlib.sha256(buffer.getvalue()).hexdigest()[:16])
 
 
 def has_shard(words: Sequence[str]) -> bool:

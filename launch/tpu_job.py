@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cloud_tpu import POLL, CloudError, Code, Gcloud, State, Tpu, Unreachable, Worker, Workers, hosts_of, pack, say
+from checkout import Code, NotPacked, pack
+from cloud_tpu import POLL, CloudError, Gcloud, State, Tpu, Unreachable, Worker, Workers, hosts_of, say
 
 DONE, FAILED, STOPPED, AGAIN, GONE, TROUBLE = "done", "failed", "stopped", "again", "gone", "trouble"
 EXIT = {DONE: 0, FAILED: 1, STOPPED: 75}
@@ -137,7 +138,7 @@ class Session:
         """The checkout as a file. Raises CloudError."""
         try:
             self._code = self._code or pack(self.scratch)
-        except OSError as error:
+        except (OSError, NotPacked) as error:
             raise CloudError(f"the checkout cannot be packed: {error}") from error
         return self._code
 
@@ -240,7 +241,7 @@ class Job:
         Raises CloudError where it cannot be; WrongUse where another command runs on it.
         """
         self.session.pack()  # what is wrong with it is said before anything is paid
-        outcome = FAILED
+        outcome = DONE  # where nothing is left to do
         try:
             for stage in stages[self._first_of(stages) :]:
                 outcome = self._to_its_end(stage)
@@ -260,12 +261,16 @@ class Job:
         return EXIT[outcome]
 
     def _first_of(self, stages: Sequence[Stage]) -> int:
-        """The stage that runs there already, where this goes on with another job's."""
+        """The stage that another job left off with, where this goes on with it; the next one, where it is done."""
         if not self.session.arguments.attach or self.session.tpu.state() != "ACTIVE":
             return 0
-        states = self._states(self.session.workers().first())
-        running = {state.tag for state in states if state.what == "running"}
-        return next((place for place, stage in enumerate(stages) if tag_of(stage.words) in running), 0)
+        states = self._states(self.session.workers())
+        for place, stage in reversed(list(enumerate(stages))):  # workers that had no part in the last one have others
+            of_stage = states[:1] if stage.is_single else states
+            if any(state.tag == tag_of(stage.words) for state in of_stage):
+                done = all((s.tag, s.what, s.code) == (tag_of(stage.words), "ended", 0) for s in of_stage)
+                return place + done
+        return 0
 
     def _to_its_end(self, stage: Stage) -> str:
         given = self.session.arguments
@@ -342,7 +347,7 @@ class Job:
         """
         tag = tag_of(words)
         states = self._states(workers)
-        if self.owned and states and states[0].owner != self.owner:
+        if self.owned and states[0].owner not in (self.owner, "-"):
             raise OtherJob(f"another job follows {self.session.tpu.name} now: it is left to that one")
         running = [place for place, state in enumerate(states) if state.what == "running"]
         if any(states[place].tag != tag for place in running):
@@ -355,11 +360,9 @@ class Job:
             workers.start(tag, words, but=running)
 
     def _states(self, workers: Workers) -> list[State]:
-        """How each stands; nothing where nothing was ever set up. Raises Unreachable."""
+        """How each stands. Raises Unreachable."""
         workers.first().each("true", tries=6)  # makes the ssh key, where there is none, once
-        look = "if [ -e mathscale/code/launch/worker.sh ]; then echo yes; else echo no; fi"
-        known = all(line == "yes" for line in workers.each(look, tries=6)) and not self.session.cloud.dry_run
-        return workers.states() if known else []
+        return workers.states(tries=6)
 
     def _check_owner(self) -> None:
         """Raises OtherJob where somebody else follows by now; says nothing where that cannot be seen."""

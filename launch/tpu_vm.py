@@ -32,7 +32,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cloud_tpu import ROOT, RUNTIMES, CloudError, Gcloud, Unreachable, buckets_in, check_buckets, hosts_of, say
+from checkout import ROOT
+from cloud_tpu import RUNTIMES, CloudError, Gcloud, Unreachable, buckets_in, check_buckets, hosts_of, say
 from tpu_job import AGAIN, EXIT, GONE, STOPPED, Job, Session, Stage, WrongUse, number_of, tag_of
 
 
