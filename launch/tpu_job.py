@@ -354,10 +354,16 @@ class Job:
             raise WrongUse(f"another command runs on {self.session.tpu.name}: `stop` it first, or `follow` it")
         if not running:
             self.session.set_up(workers)
+        # Of another job's command some may have ended already; of this one's own some were not reached.
+        begun = [
+            place
+            for place, state in enumerate(states)
+            if state.what == "running" or (running and not self.owned and state.tag == tag)
+        ]
         workers.own(self.owner)
         self.owned = True
-        if len(running) < len(workers):
-            workers.start(tag, words, but=running)
+        if len(begun) < len(workers):
+            workers.start(tag, words, but=begun)
 
     def _states(self, workers: Workers) -> list[State]:
         """How each stands. Raises Unreachable."""

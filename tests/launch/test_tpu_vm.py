@@ -236,6 +236,20 @@ def test_workers_that_were_all_told_to_stop_before_they_could_heed_it_begin_agai
     assert ended.returncode == 0 and "beginning again (1 of" in ended.stderr
 
 
+def test_workers_that_ended_before_a_job_was_gone_on_with_are_not_begun_again(cloud, program, tmp_path):
+    uneven = program(
+        "import pathlib, time\nhome = pathlib.Path.home()\n(home / 'runs').open('a').write('x')\n"
+        "time.sleep(0 if home.name == 'tpu-0' else 6)"
+    )
+    command = ("--", "python", str(uneven), "gs://b/run")
+    first = cloud.begin("job", "tpu", *SPOT, *command)
+    wait_until((cloud.home(1, "tpu-1") / "runs").exists)
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=30)
+    assert cloud.launch("job", "tpu", *SPOT, "--attach", *command).returncode == 0
+    assert [(cloud.home(1, f"tpu-{number}") / "runs").read_text() for number in (0, 1)] == ["x", "x"]
+
+
 def test_an_evaluation_whose_grading_was_left_alone_goes_on_there(cloud, program):
     grading = "case \"$*\" in *'eval grade'*) sleep 4;; esac"
     cloud.write_program("uv", f"""for last; do :; done; case $1 in venv) mkdir -p "$last/bin"
