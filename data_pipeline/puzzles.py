@@ -32,7 +32,7 @@ Split = Literal["train", "test", "test_numerical", "test_form"]
 class PuzzleData(Settings):
     """`prepare puzzle`: training puzzles and three test sets: alike, with larger numbers, and of another form."""
 
-    out: str = pydantic.Field(description="folder for train/, test.jsonl, test_numerical.jsonl and test_form.jsonl")
+    out: str = pydantic.Field(description="folder for train/, test/, test_numerical/ and test_form/")
     num_train: int = pydantic.Field(1_000_000, ge=0, le=1_000_000_000, description="training puzzles")
     num_test: int = pydantic.Field(1000, ge=1, le=100_000, description="puzzles of each test set")
     numbers: int = pydantic.Field(5, ge=2, le=20, description="how many numbers a puzzle gives")
@@ -112,7 +112,7 @@ def _chain(rng: random.Random, numbers: list[int], settings: PuzzleData) -> tupl
     return (there[0], steps) if 1 <= there[0] <= settings.largest_target else None
 
 
-def test_set(settings: PuzzleData, split: Split, others: set[tuple[int, ...]]) -> list[Puzzle]:
+def held_out(settings: PuzzleData, split: Split, others: set[tuple[int, ...]]) -> list[Puzzle]:
     """The puzzles of a test set, all different, and none of `others`. Deterministic."""
     rng = random.Random(f"{settings.seed} {split}")
     puzzles: list[Puzzle] = []
@@ -134,9 +134,12 @@ def block(settings: PuzzleData, number: int, tests: set[tuple[int, ...]]) -> byt
     first = number * ROWS_A_BLOCK
     lines = []
     for index in range(first, min(first + ROWS_A_BLOCK, settings.num_train)):
-        puzzle = draw(rng, settings, "train")
-        while puzzle.key in tests:
-            puzzle = draw(rng, settings, "train")
+        drawn = (draw(rng, settings, "train") for _ in range(_MOST_TRIES))
+        puzzle = next((puzzle for puzzle in drawn if puzzle.key not in tests), None)
+        if puzzle is None:
+            raise UsageError(
+                f"num_test={settings.num_test}: the test sets hold all puzzles that there are: lower it"
+            )
         lines.append(json_line(puzzle.row(f"train/{index}")))
     return ("\n".join(lines) + "\n").encode()
 
@@ -153,7 +156,7 @@ def prepare_puzzles(settings: PuzzleData) -> None:
     tests: set[tuple[int, ...]] = set()
     splits: tuple[Split, ...] = ("test", "test_numerical", "test_form")
     for split in splits:
-        rows = [puzzle.row(f"{split}/{index}") for index, puzzle in enumerate(test_set(settings, split, tests))]
+        rows = [puzzle.row(f"{split}/{index}") for index, puzzle in enumerate(held_out(settings, split, tests))]
         make_folder(out / split, "out")
         write_atomically(out / split / "rows.jsonl", partial(_write, lines=[json_line(row) for row in rows]))
     if settings.vocab_size is not None:

@@ -62,14 +62,16 @@ def sample_in_shards(settings: SampleSettings, num_shards: int) -> epath.Path:
                     stopping, deadline = True, time.monotonic() + _GRACE
                     for shard in shards:  # Ctrl-C has reached them, too; another signal changes nothing
                         shard.process.terminate()
-                if stopping and time.monotonic() > deadline:
-                    logger.warning("not all shards end by themselves: ending them")
-                    break
-                ended = [place for place, shard in enumerate(shards) if shard.process.poll() not in (None, 0)]
-                if stopping and all(shard.process.poll() is not None for shard in shards):
-                    break
-                for place in ended if not stopping else []:
-                    shards[place] = _again(shards[place])
+                if stopping:
+                    if all(shard.process.poll() is not None for shard in shards):
+                        break
+                    if time.monotonic() > deadline:
+                        logger.warning("not all shards end by themselves: ending them")
+                        break
+                    continue
+                for place, shard in enumerate(shards):
+                    if shard.process.poll() not in (None, 0):
+                        shards[place] = _again(shard)
             count.look(at_once=True)
         finally:
             for shard in shards:  # all of them, before one is waited for

@@ -146,5 +146,7 @@ def test_what_cannot_be_meant_is_refused(made: Path, tmp_path: Path) -> None:
         PuzzleData(out="x", numbers_form=5)
     with pytest.raises(UsageError, match="there are not so many different puzzles"):
         prepare_puzzles(PuzzleData(out=str(tmp_path), numbers=2, largest=1, largest_numerical=2, num_test=50))
+    with pytest.raises(UsageError, match="the test sets hold all puzzles that there are"):
+        prepare_puzzles(PuzzleData(out=str(tmp_path / "all"), numbers=2, largest=1, largest_numerical=9, num_test=2))
     with pytest.raises(UsageError, match="lead to no target"):
         draw(random.Random(0), PuzzleData(out="x", largest=10**5, largest_numerical=10**6, largest_result=1), "train")

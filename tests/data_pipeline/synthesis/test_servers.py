@@ -272,15 +272,19 @@ def test_a_server_that_answers_something_else_ends_it_soon(server, settings_of):
     assert books.num_asked <= 28
 
 
-def test_an_error_in_an_answer_that_says_200_is_an_error(server, settings_of):
-    class Wrapped(Teacher):
-        def trouble(self, key, times, body, prompt):
-            if times == 1:
-                self.answer(200, {"error": {"message": "upstream is busy", "code": 502}})
-                return True
-            return False
+class WrappedOnce(Teacher):
+    """The first answer to each request says 200, and is an error of this code."""
 
-    url, books = server(Wrapped, rules=HONEST)
+    code = 502
+
+    def trouble(self, key, times, body, prompt):
+        if times == 1:
+            self.answer(200, {"error": {"message": "not now", "code": self.code}})
+        return times == 1
+
+
+def test_an_error_in_an_answer_that_says_200_is_an_error(server, settings_of):
+    url, books = server(WrappedOnce, rules=HONEST)
     assert synthesize(settings_of(url, num_items=5))["num_rows"] == 5
     assert books.num_asked == 20
 
@@ -298,14 +302,7 @@ def test_a_server_whose_every_answer_is_an_error_ends_it_soon(server, settings_o
 
 
 def test_a_gateways_limit_in_an_answer_that_says_200_is_waited_for_and_not_paid(server, settings_of):
-    class Wrapped(Teacher):
-        def trouble(self, key, times, body, prompt):
-            if times == 1:
-                self.answer(200, {"error": {"message": "slow down", "code": 429}})
-                return True
-            return False
-
-    url, _ = server(Wrapped, rules=HONEST)
+    url, _ = server(WrappedOnce, rules=HONEST, code=429)
     settings = settings_of(url, num_items=2)
     assert synthesize(settings)["num_rows"] == 2
     assert {(status, cost) for status, _, cost in outcomes(settings.out) if status != "reply"} == {("unpaid", 0)}
