@@ -137,9 +137,7 @@ def block(settings: PuzzleData, number: int, tests: set[tuple[int, ...]]) -> byt
         drawn = (draw(rng, settings, "train") for _ in range(_MOST_TRIES))
         puzzle = next((puzzle for puzzle in drawn if puzzle.key not in tests), None)
         if puzzle is None:
-            raise UsageError(
-                f"num_test={settings.num_test}: the test sets hold all puzzles that there are: lower it"
-            )
+            raise UsageError(f"num_test={settings.num_test}: the test sets hold all puzzles that there are: lower it")
         lines.append(json_line(puzzle.row(f"train/{index}")))
     return ("\n".join(lines) + "\n").encode()
 
