@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -98,11 +99,15 @@ def test_kills_never_pass_the_budget(tmp_path, server, settings_of):
         assert (books.tokens[0] * 10 + books.tokens[1] * 30) / 1e6 <= 1.0
         if books.num_asked == before:
             break
-    else:
-        process = start(file)
-    process.communicate(timeout=60)
-    assert process.returncode in (1, -signal.SIGKILL)
-    assert 0.3 < (books.tokens[0] * 10 + books.tokens[1] * 30) / 1e6 <= 1.0
+    process = start(file)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the budget of $1.00 is reached" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    paid = (books.tokens[0] * 10 + books.tokens[1] * 30) / 1e6
+    # All of it is spent or held, but for less than the next request may cost.
+    assert 0 < paid <= report["dollars"] + report["dollars_held"] <= 1.0
+    wanted = float(re.findall(r"the next request may cost \$([\d.]+)", said)[-1].rstrip("."))
+    assert report["dollars"] + report["dollars_held"] > 1.0 - wanted - 1e-4  # as it is said, to four digits
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
