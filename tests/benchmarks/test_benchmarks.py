@@ -7,18 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from small_run import environment, run, write_config
 
 from benchmarks import convert, samplers
-from benchmarks.peers import Measurement
+from benchmarks.peers import Measurement, Peer, _growth_in_a_step
 from benchmarks.rounds import Contestant, Row, cpu_ratio, measure, ratios
 from benchmarks.samplers import Work
 from benchmarks.train import BenchmarkSettings, check_losses, contestants_of
-from benchmarks.worker import Limits, Worker, WorkerFailed
+from benchmarks.worker import Limits, Worker, WorkerFailed, anonymous_memory
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
@@ -127,6 +127,17 @@ def test_rates_and_ratios_are_those_computed_by_hand() -> None:
     assert cpu_ratio(fast, slow) == 8.0
 
 
+def test_the_memory_of_a_step_is_what_the_step_took() -> None:
+    class Greedy:
+        def run(self, num_steps: int) -> Measurement:
+            held = np.ones(64 * 2**20, np.uint8)
+            time.sleep(0.1)
+            return Measurement(float(held[0]), 0.0, [])
+
+    grown = _growth_in_a_step(cast(Peer, Greedy()), anonymous_memory())
+    assert grown is not None and 60 * 2**20 < grown < 80 * 2**20
+
+
 def test_a_worker_says_what_its_contestant_could_not_do() -> None:
     with Worker(Sleeper, (1.0,), LIMITS) as worker:
         assert worker.call("run", 3).seconds == 3.0
@@ -192,7 +203,8 @@ def test_torch_and_we_train_alike_and_both_have_a_row(tmp_path: Path) -> None:
     assert set(rows) == {"torch", "torch-recompute", "ours"}
     for row in rows.values():  # three warm-up steps: so the optimizers did the same as well
         np.testing.assert_allclose(row["first_losses"], rows["ours"]["first_losses"], rtol=1e-4)
-        assert len(row["step_seconds"]) == 2 and row["peak_memory"] > 2**20
+        assert len(row["step_seconds"]) == 2
+        assert row["peak_memory"] is not None  # of so small a model it may be 0: what importing took is used again
     (report,) = (tmp_path / "out").glob("*.md")
     assert all(
         text in report.read_text() for text in ("python -m benchmarks.train", "| torch ", "load average", "torch 2.")
