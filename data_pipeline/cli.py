@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 failure, 2 usage or configuration, 75 pre-empted (run m
 
 import argparse
 import errno
+import json
 import logging
 import signal
 import sys
@@ -105,6 +106,22 @@ def from_flags(settings: type[SettingsT], arguments: argparse.Namespace) -> Sett
         for name in given:  # say --num-samples where the settings say num_samples
             message = message.replace(f"{name}=", f"--{name.replace('_', '-')} ")
         raise UsageError(message) from error
+
+
+def flags_of(settings: Settings, of: type[Settings] | None = None) -> list[str]:
+    """The words that make `from_flags` give these settings, or their part in the class `of`: what was set, no defaults.
+
+    Where a setting has a default, null cannot be said in words, and is left out.
+    """
+    words: list[str] = []
+    for name in type(settings).model_fields:
+        value: Any = getattr(settings, name)
+        if name in settings.model_fields_set & (of or type(settings)).model_fields.keys() and value is not None:
+            words += [
+                f"--{name.replace('_', '-')}",
+                json.dumps(value) if isinstance(value, tuple | bool) else str(value),
+            ]
+    return words
 
 
 def make_folder(path: epath.Path, what: str) -> None:

@@ -109,15 +109,20 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"override {override!r}: the value is not valid YAML") from error
+    set_key(tree, key, value, f"override {override!r}")
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets `key.sub` in nested settings; `where` is told in the UsageError that a key without a place raises."""
     *parents, leaf = key.split(".")
     node: Any = tree
     for i, parent in enumerate([*parents, leaf]):
         if isinstance(node, list):  # data.sources.0.path=...
             if not (parent.isdecimal() and int(parent) < len(node)):
-                raise UsageError(f"override {override!r}: {'.'.join(parents[:i])} has entries 0 to {len(node) - 1}")
+                raise UsageError(f"{where}: {'.'.join(parents[:i])} has entries 0 to {len(node) - 1}")
             parent = int(parent)  # type: ignore[assignment]
         elif not isinstance(node, dict):
-            raise UsageError(f"override {override!r}: {'.'.join(parents[:i])} is {node!r} and has no keys below it")
+            raise UsageError(f"{where}: {'.'.join(parents[:i])} is {node!r} and has no keys below it")
         if i == len(parents):
             node[parent] = value
         else:

@@ -12,7 +12,7 @@ stopped, and N jobs anywhere share the sampling by --shard.
 """
 
 import shlex
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
 from etils import epath
@@ -140,6 +140,37 @@ def _leakage(parser: ArgumentParser) -> cli.Action:
     return act
 
 
+def _study(parser: ArgumentParser) -> cli.Action:
+    from data_pipeline.settings import describe, load_settings
+    from eval.study.jobs import LAUNCHERS, write_jobs
+    from eval.study.run import StudyOptions, study, tell
+    from eval.study.settings import StudySettings
+
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(["settings:", *describe(StudySettings)])
+    parser.add_argument("--config", required=True, metavar="CONFIG", help="YAML file of the study")
+    parser.add_argument("--dry-run", action="store_true", help="say what is done and what would be run; run nothing")
+    parser.add_argument(
+        "--emit",
+        choices=list(LAUNCHERS),
+        help="write one job a cell for launch/ into OUT/jobs, and run none; this command reports when they are done",
+    )
+    cli.add_flags(parser, StudyOptions)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that differ from the config's")
+
+    def act(arguments: Namespace) -> None:
+        settings = load_settings(StudySettings, arguments.config, arguments.overrides)
+        options = cli.from_flags(StudyOptions, arguments)
+        if arguments.dry_run:
+            print(tell(settings, options))
+        elif arguments.emit is not None:
+            write_jobs(settings, arguments.emit, arguments.config, arguments.overrides)
+        else:
+            study(settings, options)
+
+    return act
+
+
 COMMANDS = {
     "run": cli.Command("sample, grade and report", _run),
     "sample": cli.Command("draw samples from a checkpoint, a Hugging Face folder or a server", _sample),
@@ -148,6 +179,7 @@ COMMANDS = {
     "sheet": cli.Command("write sheet.html and sheet.csv, for people to grade the answers", _sheet),
     "errors": cli.Command("say what goes wrong in the wrong samples of a graded eval folder, in errors.json", _errors),
     "compare": cli.Command("compare graded eval folders of the same problems with the first of them", _compare),
+    "study": cli.Command("run a grid of train, sample, grade runs, and report on it: the papers' experiments", _study),
     "leakage": cli.Command("compare the loss on the test set with that on new and on training questions", _leakage),
 }
 

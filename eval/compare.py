@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -26,7 +26,7 @@ def compare(folders: Sequence[epath.Path], out: str | None = None) -> list[dict[
 
     Raises UsageError where folders hold other problems, were graded by other versions, or are not complete.
     """
-    runs = [_Run(folder) for folder in folders]
+    runs = [GradedRun(folder) for folder in folders]
     first, rows = runs[0], []
     for run in runs[1:]:
         first.check_against(run)
@@ -71,8 +71,8 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-class _Run:
-    """What a graded folder says of each problem, in the order of their ids."""
+class GradedRun:
+    """What a graded folder says of each problem, in the order of their ids; complete ones only."""
 
     def __init__(self, folder: epath.Path):
         self.folder = folder
@@ -83,7 +83,9 @@ class _Run:
                 "`eval grade` finds damaged are removed and sampled again"
             )
         self.version, self.num_samples = metrics["grader_version"], metrics["num_samples"]
-        self.problems = {row["problem_id"]: (row["question"], row["answer"]) for row in read_problems(folder)}
+        rows_of = {row["problem_id"]: row for row in read_problems(folder)}
+        self.problems = {key: (row["question"], row["answer"]) for key, row in rows_of.items()}
+        self._rows_of = [rows_of[key] for key in sorted(rows_of)]
         graded: dict[str, dict[int, tuple[bool, str | None]]] = {problem_id: {} for problem_id in self.problems}
         for row in read_grades(folder):
             if row["problem_id"] in graded:  # others are left out, as `eval grade` has said
@@ -95,6 +97,10 @@ class _Run:
         self._classes = np.array([answer_classes([vote for _, vote in of]) for of in rows])
         self.correct: Int[np.ndarray, " problems"] = self._right.sum(axis=1)
 
+    def groups(self, field: Literal["num_steps", "level", "subject"]) -> list[Any]:
+        """Of each problem the group it belongs to; None where that is not known."""
+        return [row[field] for row in self._rows_of]
+
     def pass_at(self, ks: Sequence[int]) -> Float[np.ndarray, "problems ks"]:
         """Pass@k of each problem."""
         return pass_at_k(self.correct, self.num_samples, ks)
@@ -103,7 +109,7 @@ class _Run:
         """maj@k of each problem."""
         return majorities(self._classes, self._right, [k])
 
-    def check_against(self, other: "_Run") -> None:
+    def check_against(self, other: "GradedRun") -> None:
         """Raises UsageError where the two cannot be compared."""
         if self.version != other.version:
             raise UsageError(

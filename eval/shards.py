@@ -1,7 +1,6 @@
 """One sampling job as several processes on this machine, each with GPUs of its own."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -9,12 +8,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import NoReturn
 
 from etils import epath
 
-from data_pipeline.cli import EXIT_PREEMPTED, EXIT_USAGE, RunError, Stopped, StopSignal, logger
+from data_pipeline.cli import EXIT_PREEMPTED, EXIT_USAGE, RunError, Stopped, StopSignal, flags_of, logger
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from eval.files import parts, problems_of, read_run
@@ -48,7 +47,7 @@ def sample_in_shards(settings: SampleSettings, num_shards: int) -> epath.Path:
     where a signal asked to stop: each has ended then, and what is in files is kept.
     """
     devices = gpus_of_shards(os.environ, num_shards)
-    command = [sys.executable, "-m", "eval", "sample", *_flags(settings)]
+    command = [sys.executable, "-m", "eval", "sample", *flags_of(settings, SampleSettings)]
     shards: list[_Shard] = []
     stopping, deadline = False, 0.0
     with StopSignal() as stop, _Count(epath.Path(settings.out)) as count:
@@ -114,15 +113,6 @@ def _start(name: str, command: list[str], devices: str | None, restarts: int = 0
     reader = threading.Thread(target=_read, args=(process, name, lines), daemon=True)
     reader.start()
     return _Shard(name, command, devices, process, lines, reader, restarts)
-
-
-def _flags(settings: SampleSettings) -> Iterator[str]:
-    """What was given on the command line, as `eval sample` takes it."""
-    for name in settings.model_fields_set & SampleSettings.model_fields.keys():
-        value: Any = getattr(settings, name)
-        if value is not None:
-            yield f"--{name.replace('_', '-')}"
-            yield json.dumps(value) if isinstance(value, tuple | bool) else str(value)
 
 
 def _read(process: "subprocess.Popen[str]", name: str, lines: deque[str]) -> None:

@@ -1,0 +1,403 @@
+"""The report of a study: report.md, the same as report.html, figures, and study.json for programs."""
+
+import base64
+import functools
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from etils import epath
+
+from data_pipeline.cli import logger
+from data_pipeline.files import write_atomically, write_json, write_text
+from data_pipeline.pages import write_page
+from eval.study.cells import done_stages, is_done
+from eval.study.estimates import Estimate, Scores, combined, estimate, log_fit
+from eval.study.figures import Line, Panel, are_numbers, panels, short_number, step_laws
+from eval.study.results import Point, points_of
+from eval.study.settings import Cell, Contrast, StudySettings, published_tables, variants_of
+
+_SIGNED = ("leakage:d1", "leakage:d2")  # nats; all other metrics are shares
+_TITLES = {
+    "accuracy": "accuracy", "pass_ratio": "PassRatio@{n}", "step_accuracy": "accuracy of a step",
+    "calculation_errors": "samples with a calculation error", "reasoning_errors": "samples with a reasoning error",
+    "first_false_position": "place of the first false equation", "d1": "d1 = loss(test) - loss(new), nats",
+    "d2": "d2 = loss(test) - loss(train), nats",
+}  # fmt: skip
+Row = list[str]
+
+
+def write_study_report(settings: StudySettings, cells: Sequence[Cell]) -> epath.Path:
+    """Writes the report on the cells that are done; returns the page's path. Raises UsageError where none is."""
+    out = epath.Path(settings.out)
+    points = points_of(settings, cells)
+    table = _Table(settings, points)
+    figures = _figures(settings, points, table)
+    for name, content in figures.items():
+        for kind, data in content.items():
+            write_atomically(out / f"{name}.{kind}", functools.partial(_write, data))
+    parts = list(_text(settings, cells, points, table, figures))
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    write_json(out / "study.json", _numbers(settings, cells, points, table))
+    write_page(
+        out / "report.html",
+        Path(__file__).with_name("report.html.j2"),
+        title=settings.title,
+        body=_as_html("\n\n".join(parts), {name: content["svg"] for name, content in figures.items()}),
+    )
+    return out / "report.html"
+
+
+class _Table:
+    """Every metric at every point, and along each line."""
+
+    def __init__(self, settings: StudySettings, points: Sequence[Point]):
+        self.settings = settings
+        x = settings.report.x
+        self.scores: dict[str, list[Scores | None]] = {
+            metric: [point.scores(metric) for point in points] for metric in settings.report.metrics
+        }
+        self.x_labels = [label for label, _ in variants_of(x, settings.axes[x])]
+        self.lines: dict[str, list[int]] = {}  # name of a line -> its points, from left to right
+        for index, point in enumerate(points):
+            self.lines.setdefault(label_of(point, without=x), []).append(index)
+        self.x = [point.labels[x] for point in points]
+
+    def estimate(self, metric: str, index: int) -> Estimate | None:
+        """A metric at a point."""
+        scores = self.scores[metric][index]
+        return None if scores is None else estimate(scores, None if metric in _SIGNED else (0.0, 1.0))
+
+    def line(self, metric: str, name: str) -> Line | None:
+        """A metric along x."""
+        there = [index for index in self.lines[name] if self.scores[metric][index] is not None]
+        if not there:
+            return None
+        labels = [self.x[index] for index in there]
+        scores = [found for index in there if (found := self.scores[metric][index]) is not None]
+        estimates = [of for index in there if (of := self.estimate(metric, index)) is not None]
+        fit = log_fit([float(label) for label in labels], scores) if are_numbers(labels) else None
+        return Line(name, labels, estimates, fit)
+
+
+def label_of(point: Point, without: str) -> str:
+    """The variants that a point has on all axes but one."""
+    return ", ".join(label for axis, label in point.labels.items() if axis != without)
+
+
+def title_of(metric: str, settings: StudySettings) -> str:
+    """A metric in words, with its eval's name where there are several."""
+    name, _, kind = metric.partition(":")
+    if name == "leakage":
+        return _TITLES[kind]
+    told = kind.replace("pass@", "Pass@") if kind.startswith("pass@") else _TITLES[kind]
+    told = told.format(n=settings.evals[name].get("num_samples", 256))
+    several = len({metric.partition(":")[0] for metric in settings.report.metrics}) > 1
+    return f"{name}: {told}" if several else told
+
+
+def _figures(settings: StudySettings, points: Sequence[Point], table: _Table) -> dict[str, dict[str, bytes]]:
+    drawn = []
+    for metric in settings.report.metrics:
+        lines = [line for name in table.lines if (line := table.line(metric, name)) is not None]
+        if lines:
+            drawn.append(Panel(title_of(metric, settings), metric not in _SIGNED, lines))
+    figures = {}
+    if drawn:
+        figures["metrics"] = panels(drawn, settings.report.x, table.x_labels)
+    if settings.report.step_law is not None:
+        laws = {", ".join(point.labels.values()): point.step_law(settings.report.step_law) for point in points}
+        known = {label: law for label, law in laws.items() if law is not None}
+        if known:
+            figures["step_law"] = step_laws(known)
+    return figures
+
+
+def _text(
+    settings: StudySettings, cells: Sequence[Cell], points: Sequence[Point], table: _Table, figures: dict[str, Any]
+) -> Iterator[str]:
+    done = sum(len(point.cells) for point in points)
+    yield f"# {settings.title}"
+    if settings.about:
+        yield settings.about.strip()
+    yield f"**Scale.** {settings.scale.strip()} {_budget(settings, points)}"
+    if done < len(cells):
+        yield f"**Unfinished.** {done} of {len(cells)} cells are done; the numbers will move."
+    if not points:
+        return
+    yield "## Measured here"
+    if "metrics" in figures:
+        yield f"![{settings.title}: measured here](metrics.png)"
+    yield _main_table(settings, points, table)
+    yield _reading(settings, points)
+    fits = list(_fits(settings, table))
+    if fits:
+        yield f"## Over the logarithm of {settings.report.x}"
+        yield "\n".join(fits)
+    for contrast in settings.report.contrasts:
+        yield from _contrast(settings, points, contrast)
+    if "step_law" in figures:
+        yield "## Step law"
+        yield (
+            "Share of right samples by the number of steps in the reference solution, all seeds together, and "
+            "accuracy = (accuracy of a step) ^ steps, fitted to all points (drawn through) and to the first four "
+            "(dotted)."
+        )
+        yield "![The step law](step_law.png)"
+        yield _law_table(settings, points)
+    for name, published in published_tables(settings.report.published).items():
+        yield f"## Published: {published['title']}"
+        if published.get("about"):
+            yield str(published["about"]).strip()
+        yield _markdown([published["columns"], *([str(value) for value in row] for row in published["rows"])])
+        logger.debug("published table %s", name)
+    yield "## Every run"
+    yield _every_run(settings, points, table)
+    yield _versions(points)
+
+
+def _budget(settings: StudySettings, points: Sequence[Point]) -> str:
+    """By which rule the cells are trained equally."""
+    epochs = {cell.train.num_epochs for point in points for cell in point.cells}
+    steps = {cell.train.num_steps for point in points for cell in point.cells}
+    batch = {f"{c.train.batch_size} rows of {c.train.data.context} tokens" for p in points for c in p.cells}
+    if not points:
+        return ""
+    rule = (
+        f"every run takes {next(iter(steps)):,} optimizer steps, whatever its data"
+        if steps != {None} and len(steps) == 1
+        else f"every run takes {next(iter(epochs))} epochs of its data"
+        if epochs != {None} and len(epochs) == 1
+        else "the length of training differs between runs, see the last table"
+    )
+    seeds = len(settings.seeds)
+    told = "one seed: intervals do not cover the luck of training" if seeds == 1 else f"{seeds} seeds"
+    return f"Training budget: {rule} (a step is {' or '.join(sorted(batch))}); {told}."
+
+
+def _main_table(settings: StudySettings, points: Sequence[Point], table: _Table) -> str:
+    metrics = settings.report.metrics
+    rows = [[*settings.axes, *(title_of(metric, settings) + _unit(metric) for metric in metrics)]]
+    for index, point in enumerate(points):
+        labels = [short_number(label) if axis == settings.report.x else label for axis, label in point.labels.items()]
+        rows.append([*labels, *(_shown(table.estimate(metric, index), metric) for metric in metrics)])
+    return _markdown(rows)
+
+
+def _reading(settings: StudySettings, points: Sequence[Point]) -> str:
+    seeds = "and seeds" if len(settings.seeds) > 1 else "only, as there is one seed"
+    said = f"Mean over seeds, in brackets its 95 % interval over problems {seeds}."
+    sizes = {name: cells[0].evals[name] for name in settings.evals if (cells := points[0].cells)}
+    drawn = [
+        f"{name}: {given.num_samples} samples a problem at temperature {given.temperature}"
+        if given.temperature
+        else f"{name}: greedy"
+        for name, given in sizes.items()
+    ]
+    return said + (f" {'; '.join(drawn)}." if drawn else "")
+
+
+def _fits(settings: StudySettings, table: _Table) -> Iterator[str]:
+    for metric in settings.report.metrics:
+        for name in table.lines:
+            line = table.line(metric, name)
+            if line is None or line.fit is None:
+                continue
+            of = f" ({name})" if name else ""
+            slope, points = line.fit.slope, metric not in _SIGNED
+            way = "no clear direction" if not slope.clear else "rises" if slope.value > 0 else "falls"
+            scale, unit = (100, " points") if points else (1, "")
+            low, high = (scale * end for end in slope.ci95)
+            yield (
+                f"- {title_of(metric, settings)}{of}: {way}, {scale * slope.value:+.2f}{unit} for each doubling "
+                f"[{low:+.2f}, {high:+.2f}]; no point lies further than {scale * line.fit.off:.1f}{unit} from the line."
+            )
+
+
+def differences_of(
+    settings: StudySettings, points: Sequence[Point], contrast: Contrast
+) -> Iterator[tuple[str, str, int, Estimate, float, float]]:
+    """Where, group, problems, difference, first and second value: at each place, and over all places together."""
+    pairs = []
+    for point in points:
+        if point.labels[contrast.axis] != contrast.first:
+            continue
+        wanted = {**point.labels, contrast.axis: contrast.second}
+        other = next((each for each in points if each.labels == wanted), None)
+        if other is not None:
+            pairs.append((point, other))
+    every: list[tuple[str, list[Scores]]] = []
+    name = contrast.metric.partition(":")[0]
+    for first, second in pairs:
+        both = [first.scores(contrast.metric), second.scores(contrast.metric)]
+        assert both[0] is not None and both[1] is not None  # metrics of problems are always there
+        first.groups(name, "steps")
+        every.append((label_of(first, without=contrast.axis), [both[0], both[1]]))
+    if not every:
+        return
+    if len(every) > 1:
+        share = [1 / len(every)] * len(every)
+        every.append(("all together", [combined(share, [both[i] for _, both in every]) for i in (0, 1)]))
+    groups = pairs[0][0].groups(name, contrast.by) if contrast.by else []
+    named = sorted({group for group in groups if group is not None})
+    for place, (before, after) in every:
+        for group in [None, *named]:
+            if group is None:
+                a, b, told = before, after, "all"
+            else:
+                members = [each == group for each in groups]
+                a, b, told = before.of_group(members), after.of_group(members), f"{group} {contrast.by}"
+            assert a.per_problem is not None
+            yield (
+                place, told, a.per_problem.shape[1], estimate(combined([1, -1], [b, a])),
+                float(a.values.mean()), float(b.values.mean()),
+            )  # fmt: skip
+
+
+def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contrast) -> Iterator[str]:
+    found = list(differences_of(settings, points, contrast))
+    if not found:
+        return
+    yield f"## {contrast.second} against {contrast.first}: {title_of(contrast.metric, settings)}"
+    rows = [["where", "problems", "number", f"{contrast.first}, %", f"{contrast.second}, %", "difference, points", ""]]
+    for place, group, number, difference, first, second in found:
+        low, high = difference.ci95
+        verdict = "" if not difference.clear else "better" if difference.value > 0 else "worse"
+        rows.append(
+            [
+                place or "-", group, str(number), f"{100 * first:.1f}", f"{100 * second:.1f}",
+                f"{100 * difference.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", verdict,
+            ]
+        )  # fmt: skip
+    yield _markdown(rows)
+    yield "Paired: the same problems and seeds on both sides. A verdict stands where the interval leaves zero out."
+
+
+def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:
+    rows = [[*settings.axes, "accuracy of a step, all points", "of the first four", "largest distance, points"]]
+    for point in points:
+        law = point.step_law(settings.report.step_law or "")
+        if law is None:
+            continue
+        off = max(abs(p["value"] - law["all"]["accuracy_step"] ** p["steps"]) for p in law["points"])
+        fits = [f"{law[k]['accuracy_step']:.3f} [{law[k]['ci95'][0]:.3f}, {law[k]['ci95'][1]:.3f}]" for k in _FITS]
+        rows.append([*point.labels.values(), *fits, f"{100 * off:.1f}"])
+    return _markdown(rows)
+
+
+_FITS = ("all", "first_four")
+
+
+def _every_run(settings: StudySettings, points: Sequence[Point], table: _Table) -> str:
+    metrics = settings.report.metrics
+    rows = [["run", "steps", "minutes", *(title_of(metric, settings) + _unit(metric) for metric in metrics)]]
+    for index, point in enumerate(points):
+        for cell in point.cells:
+            values = []
+            for metric in metrics:
+                found = table.estimate(metric, index)
+                value = None if found is None else found.by_seed.get(cell.seed)
+                values.append("-" if value is None else _number(value, metric))
+            rows.append([cell.name, f"{_steps(cell):,}", f"{sum(done_stages(cell).values()) / 60:.1f}", *values])
+    return _markdown(rows)
+
+
+def _versions(points: Sequence[Point]) -> str:
+    cell = points[0].cells[0]
+    versions = json.loads((epath.Path(cell.folder) / "cell.json").read_text())["versions"]
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"Made with {told}, Python {platform.python_version()}; report written on a machine with "
+        f"{os.cpu_count()} CPU cores. The study as it was run is `study.yaml` beside this file."
+    )
+
+
+def _numbers(settings: StudySettings, cells: Sequence[Cell], points: Sequence[Point], table: _Table) -> dict[str, Any]:
+    """study.json."""
+
+    def told(found: Estimate | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        by_seed = {str(seed): value for seed, value in found.by_seed.items()}
+        return {"value": found.value, "ci95": list(found.ci95), "by_seed": by_seed}
+
+    metrics = settings.report.metrics
+    fits: dict[str, dict[str, Any]] = {}
+    for metric in metrics:
+        for name in table.lines:
+            line = table.line(metric, name)
+            if line is not None and line.fit is not None:
+                fit = {"per_doubling": told(line.fit.slope), "intercept": line.fit.intercept, "off": line.fit.off}
+                fits.setdefault(metric, {})[name] = fit
+    contrasts = []
+    for contrast in settings.report.contrasts:
+        for place, group, number, difference, first, second in differences_of(settings, points, contrast):
+            contrasts.append(
+                {
+                    **contrast.model_dump(), "where": place, "group": group, "num_problems": number,
+                    "first_value": first, "second_value": second, "difference": told(difference),
+                }
+            )  # fmt: skip
+    law = settings.report.step_law
+    return {
+        "title": settings.title,
+        "scale": settings.scale,
+        "complete": all(is_done(cell, settings) for cell in cells),
+        "points": [
+            {
+                "axes": point.labels,
+                "seeds": list(point.seeds),
+                "steps": [_steps(cell) for cell in point.cells],
+                "metrics": {metric: told(table.estimate(metric, index)) for metric in metrics},
+                **({} if law is None else {"step_law": point.step_law(law)}),
+            }
+            for index, point in enumerate(points)
+        ],
+        "fits": fits,
+        "contrasts": contrasts,
+    }
+
+
+def _steps(cell: Cell) -> int:
+    """Optimizer steps that a cell was trained."""
+    lines = (epath.Path(cell.train.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return max((json.loads(line)["step"] for line in lines[-5:]), default=0)
+
+
+def _unit(metric: str) -> str:
+    return "" if metric in _SIGNED else ", %"
+
+
+def _number(value: float, metric: str) -> str:
+    return f"{value:+.3f}" if metric in _SIGNED else f"{100 * value:.1f}"
+
+
+def _shown(found: Estimate | None, metric: str) -> str:
+    if found is None:
+        return "-"
+    low, high = found.ci95
+    return f"{_number(found.value, metric)} [{_number(low, metric)}, {_number(high, metric)}]"
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    """A table; the first row is its head."""
+    lines = ["| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+
+
+def _as_html(text: str, figures: dict[str, bytes]) -> Any:
+    """The Markdown as HTML with its figures inside; text of others' is escaped."""
+    from markdown_it import MarkdownIt
+    from markupsafe import Markup
+
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for name, svg in figures.items():
+        html = html.replace(f'src="{name}.png"', f'src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"')
+    return Markup(html.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>"))
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)

@@ -1,0 +1,196 @@
+"""`eval study`: makes the data, runs the cells that are not done, and writes the report of those that are."""
+
+import contextlib
+import json
+import os
+import queue
+import shlex
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from etils import epath
+
+from data_pipeline.cli import RunError, Stopped, StopSignal, logger, make_folder
+from data_pipeline.files import damage_named, locked, write_json, write_text
+from data_pipeline.progress import Progress
+from data_pipeline.settings import Settings, UsageError, to_yaml
+from data_pipeline.synthesis.rules import Handler, Server
+from eval.shards import gpus_of_shards
+from eval.study.cells import (
+    CellFailed,
+    Interrupted,
+    Place,
+    check_unchanged,
+    done_stages,
+    is_done,
+    places,
+    run_cell,
+    run_command,
+    stages_of,
+)
+from eval.study.report import write_study_report
+from eval.study.settings import Cell, StudySettings, cells_of, paths_of
+
+
+class StudyOptions(Settings):
+    """How a study is run; none of it changes what comes out."""
+
+    parallel: pydantic.PositiveInt = pydantic.Field(
+        1, description="cells at once, each on its share of this machine's cores and GPUs"
+    )
+    cell: str | None = pydantic.Field(
+        None, description="only this one, and no report; or i/N: every N-th cell from the i-th on, for N jobs"
+    )
+
+
+def study(settings: StudySettings, options: StudyOptions) -> None:
+    """Runs what is not done.
+
+    Raises UsageError, before anything is run, where cells clash, hold results of other settings, or miss data;
+    RunError, after all others are done, where a cell failed; Stopped where a signal asked to stop.
+    """
+    cells = cells_of(settings)
+    check_unchanged(cells)
+    chosen = choose(cells, options.cell)
+    slots = list(places(options.parallel, gpus_of_shards(os.environ, options.parallel)))
+    out = epath.Path(settings.out)
+    make_folder(out, "out")
+    if options.cell is None:
+        write_text(out / "study.yaml", to_yaml(settings))
+    with StopSignal() as stop:
+        with locked(out, "out") if settings.prepare else contextlib.nullcontext():
+            prepare(settings, stop)
+        check_paths(chosen)
+        todo = [cell for cell in chosen if not is_done(cell, settings)]
+        if len(todo) < len(chosen):
+            logger.info("%d of %d cells are done already", len(chosen) - len(todo), len(chosen))
+        failed = _run_all(todo, settings, stop, slots)
+        if stop.exit_code is not None:
+            raise Stopped("stopped: what is done is kept; run the same command again", stop.exit_code)
+    if options.cell is None:
+        logger.info("the report: %s", write_study_report(settings, cells))
+    if failed:
+        listed = "\n".join(f"{cell.name}: {message}" for cell, message in failed)
+        raise RunError(f"{len(failed)} of {len(chosen)} cells failed; the others are done:\n{listed}")
+
+
+def choose(cells: Sequence[Cell], which: str | None) -> list[Cell]:
+    """The cell of a name, every N-th one for i/N, or all. Raises UsageError."""
+    if which is None:
+        return list(cells)
+    number, slash, of = which.partition("/")
+    if slash and number.isdecimal() and of.isdecimal() and int(number) < int(of):
+        return list(cells[int(number) :: int(of)])
+    named = [cell for cell in cells if cell.name == which]
+    if not named:
+        raise UsageError(
+            f"--cell {which!r}: write i/N with i from 0 to N - 1, or one of {', '.join(cell.name for cell in cells)}"
+        )
+    return named
+
+
+def prepare(settings: StudySettings, stop: StopSignal) -> None:
+    """Runs the commands that make data which is not there. Raises UsageError where others made what is there."""
+    record = epath.Path(settings.out) / "prepare.json"
+    made: dict[str, Any] = {}
+    if record.exists():
+        with damage_named(record, "remove it, and the data that the study has prepared"):
+            made = json.loads(record.read_text())
+    for index, step in enumerate(settings.prepare):
+        content = step.model_dump(mode="json", exclude_defaults=True)
+        before = made.get(step.makes)
+        if before is not None and before != content and epath.Path(step.makes).exists():
+            raise UsageError(
+                f"{step.makes} was made by another command than prepare.{index} says:\n  before: {before['run']}\n"
+                f"  now:    {step.run}\nchoose another out for the changed study, or remove what was made"
+            )
+        if epath.Path(step.makes).exists():
+            continue
+        logger.info("making %s", step.makes)
+        handler = type("StudyTeacher", (Handler,), {"rules": step.teacher}) if step.teacher else Handler
+        with Server(handler) if step.teacher else contextlib.nullcontext() as server:
+            words = shlex.split(step.run.replace("{teacher}", getattr(server, "url", "")))
+            log = None if "://" in settings.out else Path(settings.out) / "prepare.log"
+            try:
+                run_command([sys.executable, "-m", *words], f"prepare.{index}", log, stop, Place())
+            except CellFailed as failure:
+                raise RunError(f"{step.makes} could not be made: {failure}") from failure
+            except Interrupted:
+                raise Stopped("stopped: run the same command again", stop.exit_code or 1) from None
+        if not epath.Path(step.makes).exists():
+            raise UsageError(f"prepare.{index}.makes={step.makes!r}: its command has not made it: {step.run}")
+        made[step.makes] = content
+        write_json(record, made)
+
+
+def check_paths(cells: Sequence[Cell]) -> None:
+    """Raises UsageError where a cell reads what is not there."""
+    seen: set[str] = set()
+    for cell in cells:
+        for key, path in paths_of(cell):
+            if path in seen:
+                continue
+            seen.add(path)
+            if not epath.Path(path).exists():
+                raise UsageError(
+                    f"{key}={path} does not exist (cell {cell.name}): make it first, as the head of the config says, "
+                    "or name another one"
+                )
+
+
+def tell(settings: StudySettings, options: StudyOptions) -> str:
+    """What would be run, and what is done, a line a cell: for --dry-run."""
+    cells = choose(cells_of(settings), options.cell)
+    check_unchanged(cells)
+    lines = [f"make   {step.makes}" for step in settings.prepare if not epath.Path(step.makes).exists()]
+    for cell in cells:
+        done, stages = done_stages(cell), stages_of(cell, settings)
+        left = [stage.title for stage in stages if stage.name not in done]
+        state = "done  " if not left else "begun " if done else "to do "
+        lines.append(f"{state} {cell.name}" + (f": {', '.join(left)}" if left else f" ({sum(done.values()):.0f} s)"))
+    return "\n".join(lines)
+
+
+def _run_all(
+    cells: Sequence[Cell], settings: StudySettings, stop: StopSignal, slots: Sequence[Place]
+) -> list[tuple[Cell, str]]:
+    """Runs cells, as many at once as there are slots; returns those that failed, and why."""
+    failed: list[tuple[Cell, str]] = []
+    free: queue.SimpleQueue[Place] = queue.SimpleQueue()
+    for slot in slots:
+        free.put(slot)
+    lock = threading.Lock()
+
+    def told(message: str) -> None:
+        with lock:
+            logger.info("%s", message)
+
+    def one(cell: Cell) -> None:
+        slot = free.get()
+        try:
+            run_cell(cell, settings, stop, told, slot)
+        finally:
+            free.put(slot)
+
+    with Progress(len(cells), "study", "cells") as bar, ThreadPoolExecutor(len(slots)) as pool:
+        futures: dict[Future[None], Cell] = {pool.submit(one, cell): cell for cell in cells}
+        waiting = set(futures)
+        while waiting:
+            ended, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in ended:
+                cell = futures[future]
+                try:
+                    future.result()
+                    bar.update(1, cell.name)
+                except Interrupted:
+                    pass
+                except (CellFailed, RunError, UsageError, OSError) as error:
+                    failed.append((cell, str(error)))
+                    told(f"{cell.name} FAILED, the others go on: {str(error).splitlines()[0]}")
+                    bar.update(1, cell.name)
+    return failed

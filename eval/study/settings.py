@@ -1,0 +1,335 @@
+"""What a study is: the cells of a grid, what is measured of each, and what the report makes of them."""
+
+import copy
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pydantic
+
+from data_pipeline.cli import RunError
+from data_pipeline.settings import Settings, UsageError, read_yaml, set_key, validated
+from data_pipeline.synthesis.rules import RuleTeacher
+from eval.leakage import LeakageSettings
+from eval.sample import RunSettings
+from mathscale_jax.config import TrainSettings
+
+PUBLISHED = "configs/studies/published.yaml"
+_OURS = ("checkpoint", "out", "shard", "endpoint", "model", "template")  # what a cell says of its own runs
+_LABEL = re.compile(r"[^A-Za-z0-9.-]+")
+_METRIC = re.compile(
+    r"(\w+):(accuracy|pass_ratio|pass@\d+|step_accuracy|calculation_errors|reasoning_errors|first_false_position)"
+    r"|(leakage):(d1|d2)"
+)
+
+
+class Preparation(Settings):
+    """A command that makes data before the cells run, and what it makes, by which it is known to be done."""
+
+    makes: str = pydantic.Field(description="file or folder; it is not made again")
+    run: str = pydantic.Field(
+        description='what stands behind "python -m", such as "data_pipeline prepare demo --out …"'
+    )
+    teacher: RuleTeacher | None = pydantic.Field(
+        None, description="the rule-based teacher that listens meanwhile, at {teacher} in `run`; null: none"
+    )
+
+
+class Contrast(Settings):
+    """A difference between two variants of an axis, all else equal, paired over problems and seeds."""
+
+    axis: str = pydantic.Field(description="axis whose variants are compared")
+    first: str = pydantic.Field(description="the one that is subtracted")
+    second: str = pydantic.Field(description="the one it is subtracted from")
+    metric: str = pydantic.Field(description="EVAL:pass_ratio, EVAL:accuracy or EVAL:pass@K")
+    by: Literal["steps", "level", "subject"] | None = pydantic.Field(
+        None, description="in groups of problems as well; null: all problems only"
+    )
+
+
+class Report(Settings):
+    """What the report shows. A metric is EVAL:accuracy, EVAL:pass_ratio, EVAL:pass@K or one of those in --help."""
+
+    x: str = pydantic.Field(description="axis that runs from left to right; numbers are fitted over their logarithm")
+    metrics: tuple[str, ...] = pydantic.Field(
+        min_length=1,
+        description="EVAL:accuracy, :pass_ratio, :pass@K, :step_accuracy (of the step law), :calculation_errors, "
+        ":reasoning_errors (shares of all samples), :first_false_position; leakage:d1, leakage:d2",
+    )
+    contrasts: tuple[Contrast, ...] = pydantic.Field((), description="pairs of variants")
+    step_law: str | None = pydantic.Field(None, description="eval whose accuracy is shown by steps; null: none")
+    published: tuple[str, ...] = pydantic.Field((), description=f"tables of {PUBLISHED} that stand beside")
+
+    @pydantic.field_validator("metrics")
+    @classmethod
+    def _known(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        for metric in metrics:
+            if not _METRIC.fullmatch(metric):
+                raise ValueError(f"{metric!r} is no metric: write EVAL:pass_ratio, or another one of {_METRIC.pattern}")
+        return metrics
+
+
+class StudySettings(Settings):
+    """A study. In all of its texts {out} stands for its folder."""
+
+    out: str = pydantic.Field(description="folder of the study: cells/, report.html, study.json")
+    cells: str | None = pydantic.Field(
+        None, description="folder of its runs: those that another study has done there are taken; null: OUT/cells"
+    )
+    title: str = pydantic.Field(description="the question, or what is repeated")
+    about: str = pydantic.Field("", description="a paragraph for the report: what was chosen, and why")
+    scale: str = pydantic.Field(description="at what scale: model, data, hardware")
+    prepare: tuple[Preparation, ...] = pydantic.Field((), description="commands that make the data")
+    base: str | None = pydantic.Field(None, description="config of a training run that all cells start from")
+    train: dict[str, Any] = pydantic.Field({}, description="settings of training, over those of base")
+    axes: dict[str, dict[str, Any]] = pydantic.Field(
+        description="NAME: {KEY: [values]} for a setting of training, or NAME: {VARIANT: {KEY: value, …}, …}"
+    )
+    skip: tuple[dict[str, Any], ...] = pydantic.Field((), description="cells that are left out, such as {size: 960000}")
+    seeds: tuple[pydantic.NonNegativeInt, ...] = pydantic.Field(
+        (0,), min_length=1, description="of weights, order, subsets and samples; each cell is run with each"
+    )
+    evals: dict[str, dict[str, Any]] = pydantic.Field(
+        {}, description="NAME: settings of eval run (task, source, num_samples, …), for every cell"
+    )
+    errors: tuple[str, ...] = pydantic.Field((), description="evals whose errors are typed (eval errors)")
+    sheets: tuple[str, ...] = pydantic.Field((), description="evals that people grade (eval sheet)")
+    leakage: dict[str, Any] | None = pydantic.Field(None, description="settings of eval leakage; null: not computed")
+    report: Report = pydantic.Field(description="what is shown")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _place(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("out"), str):
+            tree = {**tree, "out": tree["out"].rstrip("/")}
+            return _replaced(tree, "{out}", tree["out"])
+        return tree
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> "StudySettings":
+        if not self.axes:
+            raise ValueError("axes: name at least one thing that cells differ in")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)}: one is there twice")
+        if not self.evals and self.leakage is None:
+            raise ValueError("evals: say what is measured of each cell (or leakage)")
+        for key in ("errors", "sheets"):
+            unknown = [name for name in getattr(self, key) if name not in self.evals]
+            if unknown:
+                raise ValueError(f"{key}: {unknown[0]!r} is none of evals: {', '.join(self.evals)}")
+        self._check_report()
+        return self
+
+    def _check_report(self) -> None:
+        report, graded = self.report, [name for name in self.evals if name not in self.sheets]
+        if report.x not in self.axes:
+            raise ValueError(f"report.x={report.x!r} is none of axes: {', '.join(self.axes)}")
+        named = [*report.metrics, *(contrast.metric for contrast in report.contrasts)]
+        for name in [metric.partition(":")[0] for metric in named] + ([report.step_law] if report.step_law else []):
+            if name == "leakage" and self.leakage is None:
+                raise ValueError("report.metrics: leakage:… needs the settings of leakage")
+            if name != "leakage" and name not in graded:
+                raise ValueError(f"report: {name!r} is none of the graded evals: {', '.join(graded)}")
+        for metric in report.metrics:
+            name, _, kind = metric.partition(":")
+            if kind in ("calculation_errors", "reasoning_errors", "first_false_position") and name not in self.errors:
+                raise ValueError(f"report.metrics: {metric} needs {name!r} in errors")
+        for index, contrast in enumerate(report.contrasts):
+            where = f"report.contrasts.{index}"
+            if contrast.axis not in self.axes:
+                raise ValueError(f"{where}.axis={contrast.axis!r} is none of axes: {', '.join(self.axes)}")
+            labels = [label for label, _ in variants_of(contrast.axis, self.axes[contrast.axis])]
+            for label in (contrast.first, contrast.second):
+                if label not in labels:
+                    raise ValueError(f"{where}: {label!r} is none of axes.{contrast.axis}: {', '.join(labels)}")
+            if not re.fullmatch(r"\w+:(accuracy|pass_ratio|pass@\d+)", contrast.metric):
+                raise ValueError(f"{where}.metric={contrast.metric!r}: differences are of accuracy, pass_ratio, pass@K")
+        unknown = set(report.published) - set(read_yaml(PUBLISHED))
+        if unknown:
+            raise ValueError(f"report.published: {min(unknown)!r} is not in {PUBLISHED}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid: where it stands, its seed, and its settings, all of them checked."""
+
+    point: dict[str, str]  # axis -> label
+    seed: int
+    folder: str
+    train: TrainSettings
+    evals: dict[str, RunSettings]
+    leakage: LeakageSettings | None
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.rsplit("/", 1)[1]
+
+    def settings(self) -> dict[str, Any]:
+        """What determines its results."""
+        return {
+            "train": self.train.model_dump(mode="json", exclude={"output_dir"}),
+            "evals": {
+                name: given.model_dump(mode="json", exclude={"checkpoint", "out"}) for name, given in self.evals.items()
+            },
+            "leakage": self.leakage and self.leakage.model_dump(mode="json", exclude={"checkpoint", "out"}),
+        }
+
+
+def cells_of(study: StudySettings) -> list[Cell]:
+    """The cells, in order: the first axis changes slowest, seeds fastest.
+
+    Raises UsageError where an axis cannot be meant so, a cell's settings are wrong, or two cells are the same.
+    """
+    axes = {name: variants_of(name, axis) for name, axis in study.axes.items()}
+    _check_order(axes)
+    _check_skips(study, axes)
+    tree: dict[str, Any] = {} if study.base is None else read_yaml(study.base)
+    cells: list[Cell] = []
+    for chosen in itertools.product(*axes.values()):
+        point = {axis: label for axis, (label, _) in zip(axes, chosen, strict=True)}
+        if any(all(point[axis] == str(label) for axis, label in skipped.items()) for skipped in study.skip):
+            continue
+        overrides = [(key, value) for _, changes in chosen for key, value in changes.items()]
+        cells += [_cell(study, tree, point, overrides, seed) for seed in study.seeds]
+    if not cells:
+        raise UsageError("skip leaves no cell")
+    _check_different(cells)
+    return cells
+
+
+def variants_of(name: str, axis: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The variants of an axis: label, and what it sets. Raises UsageError."""
+    if len(axis) == 1 and isinstance(next(iter(axis.values())), list):
+        ((key, values),) = axis.items()
+        if not values or any(isinstance(value, dict | list) for value in values):
+            raise UsageError(f"axes.{name}.{key}={values!r}: must be a list of plain values")
+        found = [(str(value), {key: value}) for value in values]
+    else:
+        wrong = [label for label, changes in axis.items() if not isinstance(changes, dict)]
+        if wrong or not axis:
+            raise UsageError(
+                f"axes.{name}{''.join(f'.{label}' for label in wrong[:1])}: write {{KEY: [values]}} for one setting, "
+                "or {VARIANT: {KEY: value, …}, …} for named variants"
+            )
+        found = [(str(label), dict(changes)) for label, changes in axis.items()]
+    labels = [label for label, _ in found]
+    if len(set(labels)) < len(labels):
+        raise UsageError(f"axes.{name}: {max(labels, key=labels.count)} is there twice")
+    return found
+
+
+def _cell(
+    study: StudySettings,
+    base: Mapping[str, Any],
+    point: dict[str, str],
+    overrides: Sequence[tuple[str, Any]],
+    seed: int,
+) -> Cell:
+    name = "_".join([*(_LABEL.sub("-", label) for label in point.values()), f"seed{seed}"])
+    folder = f"{(study.cells or study.out + '/cells').rstrip('/')}/{name}"
+    tree = _merged(copy.deepcopy(dict(base)), study.train)
+    for key, value in overrides:
+        set_key(tree, key, copy.deepcopy(value), f"axes: {key}")
+    for key, value in (("output_dir", f"{folder}/train"), ("seed", seed), ("data.seed", seed)):
+        set_key(tree, key, value, "train")
+    evals = {}
+    for eval_name, given in study.evals.items():
+        for key in _OURS:
+            if key in given:
+                raise UsageError(f"evals.{eval_name}.{key} is said by the study: leave it out")
+        ours = {"seed": seed, **given, "checkpoint": f"{folder}/train", "out": f"{folder}/{eval_name}"}
+        evals[eval_name] = validated(RunSettings, ours, f"evals.{eval_name}")
+    leakage = None
+    if study.leakage is not None:
+        ours = {**study.leakage, "checkpoint": f"{folder}/train", "out": f"{folder}/leakage.json"}
+        leakage = validated(LeakageSettings, ours, "leakage")
+    return Cell(point, seed, folder, validated(TrainSettings, tree, f"cell {name}"), evals, leakage)
+
+
+def published_tables(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Tables of published numbers. Raises RunError where the file is damaged."""
+    tables = read_yaml(PUBLISHED)
+    for name in names:
+        if not {"title", "columns", "rows"} <= set(tables[name]):
+            raise RunError(f"{PUBLISHED}: {name} must have title, columns and rows")
+    return {name: tables[name] for name in names}
+
+
+def _check_order(axes: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
+    """An axis must not undo what an earlier one sets."""
+    for (first, before), (second, after) in itertools.combinations(axes.items(), 2):
+        for key in {key for _, changes in before for key in changes}:
+            for other in {key for _, changes in after for key in changes}:
+                if key == other or key.startswith(f"{other}."):
+                    raise UsageError(
+                        f"axes.{second} sets {other} and so undoes what axes.{first} sets ({key}): two axes must not "
+                        "set the same thing; of a whole and a part of it, the whole comes first"
+                    )
+
+
+def _check_skips(study: StudySettings, axes: Mapping[str, Sequence[tuple[str, Any]]]) -> None:
+    for index, skipped in enumerate(study.skip):
+        for axis, label in skipped.items():
+            if axis not in axes:
+                raise UsageError(f"skip.{index}: {axis!r} is none of axes: {', '.join(axes)}")
+            labels = [known for known, _ in axes[axis]]
+            if str(label) not in labels:
+                raise UsageError(f"skip.{index}.{axis}={label!r} is none of {', '.join(labels)}")
+
+
+def _check_different(cells: Sequence[Cell]) -> None:
+    names: dict[str, Cell] = {}
+    settings: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.name in names:
+            raise UsageError(f"two cells would share the folder {cell.folder}: name their variants more differently")
+        names[cell.name] = cell
+        content = cell.train.model_dump_json(exclude={"output_dir"})
+        if content in settings:
+            other = settings[content]
+            differ = [axis for axis in cell.point if cell.point[axis] != other.point[axis]]
+            raise UsageError(
+                f"the cells {other.name} and {cell.name} are the same run: axes.{differ[0]} changes nothing between "
+                f"{other.point[differ[0]]} and {cell.point[differ[0]]}; is its key overwritten by another one?"
+            )
+        settings[content] = cell
+
+
+def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`: mappings are joined, all else is replaced. A dotted key is one of a mapping within."""
+    for key, value in above.items():
+        if "." in key:
+            set_key(below, key, copy.deepcopy(value), f"train: {key}")
+        elif isinstance(value, dict) and isinstance(below.get(key), dict):
+            below[key] = _merged(below[key], value)
+        else:
+            below[key] = copy.deepcopy(value)
+    return below
+
+
+def _replaced(tree: Any, mark: str, text: str) -> Any:
+    if isinstance(tree, str):
+        return tree.replace(mark, text)
+    if isinstance(tree, dict):
+        return {key: _replaced(value, mark, text) for key, value in tree.items()}
+    return [_replaced(value, mark, text) for value in tree] if isinstance(tree, list) else tree
+
+
+def paths_of(cell: Cell) -> Iterator[tuple[str, str]]:
+    """What a cell reads of this machine or a bucket: key, path."""
+    train = cell.train
+    validation = () if train.validation is None else train.validation.sources
+    for index, source in enumerate((*train.data.sources, *validation)):
+        if source.path is not None:
+            yield f"data.sources.{index}.path", source.path
+    for key, path in (
+        ("init_from", train.init_from), ("data.tokenizer", train.data.tokenizer),
+        *((f"evals.{name}.source", given.source) for name, given in cell.evals.items()),
+        *((f"evals.{name}.shots_source", given.shots_source) for name, given in cell.evals.items()),
+        *((f"leakage.{key}", getattr(cell.leakage, key, None)) for key in ("test", "new", "train", "original")),
+    ):  # fmt: skip
+        if path is not None:
+            yield key, path.partition("@")[0] if key == "init_from" else path

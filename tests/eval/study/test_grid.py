@@ -1,0 +1,142 @@
+"""The cells of a study: what is in a grid, and which grids cannot be meant."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.settings import UsageError, load_settings, validated
+from eval.study.settings import StudySettings, cells_of, published_tables
+from eval.study.settings import _METRIC as METRIC
+
+CONFIGS = sorted(Path("configs/studies").glob("*.yaml"))
+STUDIES = [path for path in CONFIGS if path.name != "published.yaml"]
+
+
+def study(**changes: Any) -> StudySettings:
+    tree: dict[str, Any] = {
+        "out": "runs/s",
+        "title": "T",
+        "scale": "small",
+        "train": {
+            "model": {"preset": "demo"},
+            "data": {"sources": [{"task": "demo", "path": "{out}/a.jsonl"}], "tokenizer": "t.model", "context": 256},
+            "batch_size": 2,
+            "num_steps": 3,
+        },
+        "axes": {
+            "data": {"plain": {}, "long": {"data.sources.0.resample": {"power": 1}}},
+            "size": {"data.sources.0.count": [10, 20]},
+        },
+        "seeds": [0, 5],
+        "evals": {"samples": {"task": "demo", "source": "{out}/test.jsonl", "num_samples": 4}},
+        "report": {"x": "size", "metrics": ["samples:pass_ratio"]},
+        **changes,
+    }
+    return validated(StudySettings, tree, "study")
+
+
+def test_the_grid_is_every_combination_with_every_seed() -> None:
+    cells = cells_of(study())
+    assert [cell.name for cell in cells] == [
+        f"{data}_{size}_seed{seed}" for data in ("plain", "long") for size in (10, 20) for seed in (0, 5)
+    ]
+    last = cells[-1]
+    assert last.point == {"data": "long", "size": "20"} and last.seed == 5
+    assert last.train.seed == last.train.data.seed == last.evals["samples"].seed == 5
+    (source,) = last.train.data.sources
+    assert source.path == "runs/s/a.jsonl" and source.count == 20
+    assert source.resample is not None and source.resample.power == 1
+    assert last.train.output_dir == "runs/s/cells/long_20_seed5/train" == last.evals["samples"].checkpoint
+    assert last.evals["samples"].out == "runs/s/cells/long_20_seed5/samples"
+    (plain,) = cells[0].train.data.sources
+    assert plain.resample is None and plain.count == 10
+
+
+def test_cells_are_skipped_by_their_labels() -> None:
+    cells = cells_of(study(skip=[{"data": "plain", "size": 20}]))
+    assert {cell.name for cell in cells} == {
+        f"{name}_seed{seed}" for name in ("plain_10", "long_10", "long_20") for seed in (0, 5)
+    }
+
+
+def test_a_base_config_is_changed_where_the_study_says_so(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump({"batch_size": 8, "num_epochs": 3, "optimizer": {"learning_rate": 1e-3}}))
+    changes = study().train | {"num_steps": None, "batch_size": 8, "optimizer.clip_norm": 0.5}
+    (cell, *_) = cells_of(study(base=str(base), train=changes))
+    assert (cell.train.batch_size, cell.train.num_epochs) == (8, 3)
+    assert (cell.train.optimizer.learning_rate, cell.train.optimizer.clip_norm) == (1e-3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": {}}, "axes: name at least one"),
+        ({"seeds": [1, 1]}, "one is there twice"),
+        ({"axes": {"size": {"data.sources.0.count": [10, 10]}}}, "axes.size: 10 is there twice"),
+        ({"axes": {"size": [10, 20]}}, "axes.size"),
+        ({"axes": {"size": {"small": 10}}}, "axes.size.small: write {KEY: [values]}"),
+        ({"axes": {"size": {"a": {"batch_size": 2}, "b": {"batch_size": 2}}}}, "are the same run: axes.size changes nothing between a and b"),
+        ({"axes": {"size": {"data.sources.0.count": [10]}, "more": {"data.sources.0.count": [20]}}}, "axes.more sets data.sources.0.count and so undoes what axes.size"),
+        ({"axes": {"size": {"data.sources.0.count": [10]}, "data": {"x": {"data.sources": []}}}}, "the whole comes first"),
+        ({"axes": {"size": {"x/y": {"batch_size": 4}, "x.y": {"batch_size": 2}, "x y": {"batch_size": 8}}}}, "would share the folder"),
+        ({"axes": {"size": {"batch_sizes": [10]}}}, "unknown key batch_sizes; did you mean batch_size?"),
+        ({"axes": {"size": {"data.sources.3.count": [10]}}}, "has entries 0 to 0"),
+        ({"axes": {"size": {"batch_size": [-1]}}}, "cell -1_seed0: batch_size=-1"),
+        ({"skip": [{"sizes": 10}]}, "skip.0: 'sizes' is none of axes: data, size"),
+        ({"skip": [{"size": 11}]}, "skip.0.size=11 is none of 10, 20"),
+        ({"skip": [{"size": 10}, {"size": 20}]}, "skip leaves no cell"),
+        ({"evals": {}}, "say what is measured"),
+        ({"evals": {"samples": {"task": "demo", "num_sample": 3}}}, "evals.samples: unknown key num_sample; did you mean num_samples?"),
+        ({"evals": {"samples": {"task": "demo", "out": "x"}}}, "evals.samples.out is said by the study"),
+        ({"errors": ["greedy"]}, "errors: 'greedy' is none of evals: samples"),
+        ({"report": {"x": "sizes", "metrics": ["samples:pass_ratio"]}}, "report.x='sizes' is none of axes: data, size"),
+        ({"report": {"x": "size", "metrics": ["samples:passratio"]}}, "'samples:passratio' is no metric"),
+        ({"report": {"x": "size", "metrics": ["greedy:accuracy"]}}, "'greedy' is none of the graded evals: samples"),
+        ({"report": {"x": "size", "metrics": ["samples:calculation_errors"]}}, "needs 'samples' in errors"),
+        ({"report": {"x": "size", "metrics": ["leakage:d1"]}}, "needs the settings of leakage"),
+        ({"report": {"x": "size", "metrics": ["samples:pass_ratio"], "published": ["table_9"]}}, "'table_9' is not in"),
+        ({"leakage": {"test": "a", "new": "b"}}, "leakage: train is required"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_one_clear_message(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        cells_of(study(**changes))
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("contrast, message", [
+    ({"axis": "model"}, "contrasts.0.axis='model' is none of axes"),
+    ({"second": "short"}, "'short' is none of axes.data: plain, long"),
+    ({"metric": "samples:step_accuracy"}, "differences are of accuracy, pass_ratio, pass@K"),
+])  # fmt: skip
+def test_contrasts_that_cannot_be_meant(contrast: dict[str, str], message: str) -> None:
+    whole = {"axis": "data", "first": "plain", "second": "long", "metric": "samples:pass_ratio", **contrast}
+    with pytest.raises(UsageError) as raised:
+        study(report={"x": "size", "metrics": ["samples:pass_ratio"], "contrasts": [whole]})
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_ours_is_a_grid_that_can_be_meant(path: Path) -> None:
+    settings = load_settings(StudySettings, str(path))
+    assert cells_of(settings) and settings.scale and settings.about
+    head = path.read_text().split("\n\n")[0]
+    assert f"python -m eval study --config {path}" in head.replace("\\\n#  ", "")
+    assert settings.report.published and published_tables(settings.report.published)
+
+
+def test_every_paper_study_has_its_demo() -> None:
+    names = {path.stem for path in STUDIES}
+    papers = {name for name in names if not name.endswith("_demo")}
+    assert papers and {f"{name}_demo" for name in papers} == names - papers
+
+
+def test_published_tables_are_rectangles_of_what_the_papers_print() -> None:
+    tables = yaml.safe_load(Path("configs/studies/published.yaml").read_text())
+    assert published_tables(list(tables))
+    assert all(len(row) == len(table["columns"]) for table in tables.values() for row in table["rows"])
+    assert tables["table_1"]["rows"][-1] == ["7.5K", 50.2, 49.5, 8.4, 7.9]
+    assert METRIC.fullmatch("samples:pass@256") and not METRIC.fullmatch("samples:pass@")

@@ -1,0 +1,214 @@
+"""Running a study: what is done is not done again, what fails does not end the others, what changed is refused."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_run import command, environment, run, write_config
+
+from data_pipeline.cli import RunError, StopSignal
+from data_pipeline.settings import UsageError, load_settings
+from eval.study import cells as cells_module
+from eval.study import run as run_module
+from eval.study.cells import Place, Stage, done_stages, places
+from eval.study.jobs import write_jobs
+from eval.study.run import StudyOptions, check_paths, choose, prepare, study, tell
+from eval.study.settings import StudySettings, cells_of
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    """A study of two sizes of the smallest model there is."""
+    base = write_config(folder, num_steps=4, checkpoint={"every": 4})
+    tree = {
+        "out": str(folder / "study"),
+        "title": "Two sizes",
+        "scale": "A model that learned nothing.",
+        "base": str(base),
+        "axes": {"size": {"data.sources.0.count": [10, 20]}},
+        "evals": {
+            "samples": {
+                "task": "demo", "source": str(folder / "data" / "test.jsonl"), "num_samples": 4, "max_tokens": 16,
+                "num_problems": 8, "dtype": "float32",
+            }
+        },
+        "report": {"x": "size", "metrics": ["samples:pass_ratio", "samples:pass@4"]},
+        **changes,
+    }  # fmt: skip
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+def settings_of(folder: Path, **changes: Any) -> StudySettings:
+    return load_settings(StudySettings, str(write_study(folder, **changes)))
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Commands that take no time stand in for training and sampling: cell -> words behind `python -m`."""
+    words: dict[str, list[str]] = {}
+
+    def of(cell: Any, study: Any) -> list[Stage]:
+        return [Stage("only", "the command", words.get(cell.name, ["json.tool", "--help"]))]
+
+    monkeypatch.setattr(cells_module, "stages_of", of)
+    monkeypatch.setattr(run_module, "stages_of", of)
+    monkeypatch.setattr(run_module, "write_study_report", lambda settings, cells: "report.html")
+    return words
+
+
+def test_a_cell_that_fails_is_named_with_its_last_lines_and_the_others_go_on(tmp_path: Path, stages) -> None:
+    settings = settings_of(tmp_path, axes={"size": {"data.sources.0.count": [10, 20, 30]}})
+    stages["20_seed0"] = ["json.tool", "--no-such-flag"]
+    with pytest.raises(RunError) as raised:
+        study(settings, StudyOptions(parallel=2))
+    assert "1 of 3 cells failed; the others are done" in str(raised.value)
+    assert "20_seed0: the command refuses its settings" in str(raised.value)
+    assert "unrecognized arguments: --no-such-flag" in str(raised.value)
+    assert str(tmp_path / "study/cells/20_seed0/log.txt") in str(raised.value)
+    assert [bool(done_stages(cell)) for cell in cells_of(settings)] == [True, False, True]
+    stages["20_seed0"] = ["json.tool", "--help"]
+    stages["10_seed0"] = stages["30_seed0"] = ["json.tool", "--not-run-again"]
+    study(settings, StudyOptions())
+    assert "done   10_seed0" in tell(settings, StudyOptions())
+
+
+def test_changed_settings_over_finished_cells_are_refused_before_anything_runs(tmp_path: Path, stages) -> None:
+    study(settings_of(tmp_path), StudyOptions())
+    for changes, line in (
+        ({"train": {"optimizer": {"learning_rate": 0.5}}}, "optimizer.learning_rate: 0.01 -> 0.5"),
+        (
+            {"evals": {"samples": {"task": "demo", "source": "x", "num_samples": 8}}},
+            "evals.samples.num_samples: 4 -> 8",
+        ),
+    ):
+        with pytest.raises(UsageError) as raised:
+            study(settings_of(tmp_path, **changes), StudyOptions())
+        assert line in str(raised.value) and "holds results of other settings" in str(raised.value)
+        assert "choose another out" in str(raised.value)
+    more = settings_of(tmp_path, axes={"size": {"data.sources.0.count": [10, 20, 30]}})
+    study(more, StudyOptions())  # more cells are no change
+    assert tell(more, StudyOptions()).count("done") == 3
+
+
+def test_missing_data_is_said_before_anything_runs(tmp_path: Path, stages) -> None:
+    settings = settings_of(tmp_path, train={"data.sources": [{"task": "demo", "path": "nowhere.jsonl"}]})
+    with pytest.raises(UsageError, match=r"data.sources.0.path=nowhere.jsonl does not exist \(cell 10_seed0\)"):
+        study(settings, StudyOptions())
+    with pytest.raises(UsageError, match=r"evals.samples.source=gone does not exist"):
+        check_paths(cells_of(settings_of(tmp_path, evals={"samples": {"task": "demo", "source": "gone"}})))
+    assert not (tmp_path / "study" / "cells").exists()
+
+
+def test_data_is_made_once_and_other_data_in_its_place_is_refused(tmp_path: Path, stages) -> None:
+    made = str(tmp_path / "made")
+    step = {"makes": f"{made}/test.jsonl", "run": f"data_pipeline prepare demo --out {made} --num-train 9 --num-test 9"}
+    settings = settings_of(tmp_path, prepare=[step])
+    (tmp_path / "study").mkdir()
+    with StopSignal() as stop:
+        prepare(settings, stop)
+        assert len(Path(step["makes"]).read_text().splitlines()) == 9
+        written = Path(step["makes"]).stat().st_mtime_ns
+        prepare(settings, stop)
+        assert Path(step["makes"]).stat().st_mtime_ns == written
+        other = settings_of(tmp_path, prepare=[{**step, "run": step["run"].replace("9", "8")}])
+        with pytest.raises(UsageError, match="was made by another command than prepare.0 says"):
+            prepare(other, stop)
+        with pytest.raises(RunError, match="could not be made: prepare.0 refuses its settings"):
+            prepare(settings_of(tmp_path, prepare=[{"makes": "x", "run": "data_pipeline prepare demo"}]), stop)
+        with pytest.raises(UsageError, match="its command has not made it"):
+            prepare(settings_of(tmp_path, prepare=[{"makes": "x", "run": "json.tool --help"}]), stop)
+
+
+def test_the_teacher_listens_while_data_is_made(tmp_path: Path, stages) -> None:
+    (tmp_path / "study").mkdir()
+    out = tmp_path / "rows"
+    settings = settings_of(
+        tmp_path,
+        prepare=[{
+            "makes": str(out / "dataset"),
+            "run": "data_pipeline synthesize --config configs/synthesis/demo.yaml teacher.base_url={teacher} "
+            f"out={out} seeds.path={tmp_path / 'data' / 'train.jsonl'} num_items=10 similarity=1",
+            "teacher": {"wrong_questions": 0, "wrong_answers": 0},
+        }],
+    )  # fmt: skip
+    with StopSignal() as stop:
+        prepare(settings, stop)
+    assert (out / "dataset").is_dir()
+
+
+def test_one_cell_or_a_share_of_them_is_chosen(tmp_path: Path) -> None:
+    cells = cells_of(settings_of(tmp_path, seeds=[0, 1, 2]))
+    assert [cell.name for cell in choose(cells, "20_seed1")] == ["20_seed1"]
+    shares = [choose(cells, f"{number}/4") for number in range(4)]
+    assert sorted(cell.name for share in shares for cell in share) == sorted(cell.name for cell in cells)
+    with pytest.raises(UsageError, match="one of 10_seed0, 10_seed1"):
+        choose(cells, "4/4")
+
+
+def test_cells_at_once_share_the_cores_and_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells_module.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 5})
+    assert list(places(2, ["0,1", "2,3"])) == [Place(frozenset({0, 1}), "0,1"), Place(frozenset({2, 3}), "2,3")]
+    assert list(places(1, [None])) == [Place(None, None)]
+    assert [place.cores for place in places(8, [None] * 8)] == [None] * 8
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "tpu"])
+def test_each_cell_becomes_a_job_whose_commands_the_launcher_takes(tmp_path: Path, launcher: str, monkeypatch) -> None:
+    settings = settings_of(tmp_path)
+    if launcher == "tpu":
+        with pytest.raises(UsageError, match="name a gs:// folder"):
+            write_jobs(settings, "tpu", "study.yaml", [])
+        return
+    write_jobs(settings, launcher, "study.yaml", [])
+    job = tmp_path / "study" / "jobs" / "10_seed0.sh"
+    assert subprocess.run(["bash", "-n", job]).returncode == 0
+    for line in job.read_text().splitlines():
+        if line.startswith("launch/slurm.sh"):
+            dry = line.replace("launch/slurm.sh", "launch/slurm.sh").replace(" --wait", " --wait --dry-run")
+            done = subprocess.run(["bash", "-c", dry], env=environment(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "sbatch" in done.stderr
+    assert (tmp_path / "study" / "cells" / "10_seed0" / "train.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_after_a_stop_and_reports_what_its_cells_measured(tmp_path: Path) -> None:
+    config = str(write_study(tmp_path, seeds=[0, 1]))
+    first = subprocess.Popen(
+        command("eval", "study", "--config", config), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    done = tmp_path / "study" / "cells" / "10_seed0" / "cell.json"
+    until = time.monotonic() + 120
+    while not (done.exists() and json.loads(done.read_text())["done"]):
+        assert time.monotonic() < until and first.poll() is None
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 75 and "run the same command again" in said
+    trained = json.loads(done.read_text())["done"]["train"]
+
+    whole = run("eval", "study", "--config", config, "--parallel", "2")
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads(done.read_text())["done"]["train"] == trained  # not again
+    out = tmp_path / "study"
+    told = json.loads((out / "study.json").read_text())
+    assert told["complete"] is True and [point["axes"] for point in told["points"]] == [{"size": "10"}, {"size": "20"}]
+    for point in told["points"]:
+        by_seed = point["metrics"]["samples:pass_ratio"]["by_seed"]
+        for seed, value in by_seed.items():
+            metrics = json.loads((out / f"cells/{point['axes']['size']}_seed{seed}/samples/metrics.json").read_text())
+            assert metrics["pass_ratio"]["4"]["value"] == pytest.approx(value)
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert "data:image/svg+xml" in page and "<script" not in page
+    assert "| 10_seed0 | 4 |" in text and "2 seeds" in text and "every run takes 4 optimizer steps" in text
+
+    again = run("eval", "study", "--config", config)
+    assert again.returncode == 0 and "4 of 4 cells are done already" in again.stderr
+    refused = run("eval", "study", "--config", config, "train.optimizer.learning_rate=0.5")
+    assert refused.returncode == 2 and "optimizer.learning_rate: 0.01 -> 0.5" in refused.stderr
