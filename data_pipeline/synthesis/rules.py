@@ -27,8 +27,8 @@ from data_pipeline.word_problems import Working, generate_problems, parse_story,
 class RuleTeacher(Settings):
     """`teacher`: word problems by rule, as an OpenAI-compatible server on this machine.
 
-    Its model is called "rules". It knows problems of its own only (those of `prepare demo`), and every strategy that
-    comes with the package: asked about other problems it guesses, and asked to change them it writes a new one.
+    Its model is called "rules". It knows problems of its own only (the stories of `prepare demo`), and every strategy
+    that comes with the package: asked about other problems it guesses, and asked to change them it writes a new one.
     """
 
     port: int = pydantic.Field(8765, ge=0, le=65535, description="of localhost; 0: any free one")
