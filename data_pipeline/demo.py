@@ -1,11 +1,15 @@
 """`prepare demo`: a small dataset and its tokenizer, generated, for the loop that a laptop runs."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Literal
 
 import pydantic
 from etils import epath
 
 from data_pipeline.cli import logger, make_folder
+from data_pipeline.expression_problems import generate_expressions
 from data_pipeline.files import write_atomically, write_json_lines
 from data_pipeline.settings import Settings
 from data_pipeline.tasks import Problem
@@ -13,22 +17,34 @@ from data_pipeline.templates import Template
 from data_pipeline.tokenizer import train_tokenizer
 from data_pipeline.word_problems import generate_problems
 
+Style = Literal["stories", "expressions", "both"]
+_VOCAB_SIZES: dict[Style, int] = {"stories": 512, "expressions": 384, "both": 512}
+
 
 class DemoData(Settings):
-    """`prepare demo`: generated word problems and a tokenizer for them."""
+    """`prepare demo`: generated problems and a tokenizer for them."""
 
     out: str = pydantic.Field(description="folder for train.jsonl, test.jsonl and tokenizer.model")
+    style: Style = pydantic.Field(
+        "stories",
+        description="word problems; expressions, such as $(3 + 4) \\cdot 2$; or both by turns, under one tokenizer",
+    )
     num_train: int = pydantic.Field(800, ge=1, le=1_000_000, description="training problems")
     num_test: int = pydantic.Field(60, ge=1, le=1_000_000, description="held-out problems")
-    vocab_size: int = pydantic.Field(512, ge=300, description="pieces of the tokenizer")
+    vocab_size: int | None = pydantic.Field(
+        None, ge=300, description="pieces of the tokenizer; none: 512, of expressions alone, whose words are few, 384"
+    )
     seed: pydantic.NonNegativeInt = pydantic.Field(0, description="seed of the generator")
 
 
 def prepare_demo(settings: DemoData) -> None:
-    """Writes train.jsonl, test.jsonl (no question in both) and tokenizer.model."""
+    """Writes train.jsonl, test.jsonl (no question in both) and tokenizer.model.
+
+    Raises UsageError where there are not so many different problems, or no tokenizer of so many pieces.
+    """
     out = epath.Path(settings.out)
     make_folder(out, "out")
-    problems = list(generate_problems(settings.num_train + settings.num_test, settings.seed))
+    problems = list(_generate(settings.style, settings.num_train + settings.num_test, settings.seed))
     train, test = problems[: settings.num_train], problems[settings.num_train :]
     for name, part in (("train", train), ("test", test)):
         write_json_lines(out / f"{name}.jsonl", (_row(problem) for problem in part))
@@ -38,7 +54,7 @@ def prepare_demo(settings: DemoData) -> None:
         for p in train
         for text in (template.render_prompt(p.question), template.render_response(p.solution, p.answer))
     ]
-    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    tokenizer = train_tokenizer(texts, settings.vocab_size or _VOCAB_SIZES[settings.style])
     write_atomically(out / "tokenizer.model", lambda file: file.write(tokenizer.model))
     logger.info(
         "wrote %d training and %d held-out problems and a tokenizer of %d pieces to %s",
@@ -49,6 +65,17 @@ def prepare_demo(settings: DemoData) -> None:
     )
 
 
+def _generate(style: Style, count: int, seed: int) -> Iterator[Problem]:
+    if style == "stories":
+        return generate_problems(count, seed)
+    if style == "expressions":
+        return generate_expressions(count, seed)
+    stories = (dataclasses.replace(problem, subject="story") for problem in generate_problems(-(-count // 2), seed))
+    by_turns = itertools.zip_longest(stories, generate_expressions(count // 2, seed))
+    return (problem for pair in by_turns for problem in pair if problem is not None)
+
+
 def _row(problem: Problem) -> dict[str, str]:
     row = dataclasses.asdict(problem)
-    return {key: row[key] for key in ("id", "question", "solution", "answer")}
+    keys = ("id", "question", "solution", "answer", "subject")
+    return {key: row[key] for key in keys if row[key] is not None}

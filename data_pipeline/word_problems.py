@@ -1,8 +1,10 @@
 """Multi-step word problems with worked steps, generated: data for the demo, for tests and for studies."""
 
+import dataclasses
 import random
 import re
 from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 from data_pipeline.problem import Problem
 
@@ -12,7 +14,106 @@ GAINS = ("buys {n} more", "finds {n} more", "gets {n} from {friend}", "wins {n} 
 LOSSES = ("gives {n} to {friend}", "loses {n}", "sells {n}", "puts {n} in a box")
 # The arithmetic is small enough to be met in full within a few hundred examples, so that what is left to learn
 # for a model of half a million weights is reading the story and keeping the chain of steps.
-MAX_START, MAX_CHANGE, MAX_VALUE = 9, 9, 20
+MIN_NUMBER, MAX_START, MAX_CHANGE, MAX_VALUE = 2, 9, 9, 20
+
+EventKind = Literal["gain", "loss", "double"]
+PHRASES: dict[EventKind, tuple[str, ...]] = {"gain": GAINS, "loss": LOSSES, "double": ("doubles the {item}",)}
+SIGNS: dict[EventKind, str] = {"gain": "+", "loss": "-", "double": "*"}
+
+
+class Event(NamedTuple):
+    """What happens in one sentence. `friend` is None where the phrase names none; the number of a double is 2."""
+
+    kind: EventKind
+    phrase: str
+    number: int
+    friend: str | None
+
+    def after(self, value: int) -> int:
+        """How many there are after it, where there were `value`."""
+        return calculated(value, SIGNS[self.kind], self.number)
+
+
+class Story(NamedTuple):
+    """What a word problem says: who has how many of what at first, and what happens then."""
+
+    name: str
+    item: str
+    start: int
+    events: tuple[Event, ...]
+
+    @property
+    def values(self) -> list[int]:
+        """How many there are at first, and after each event."""
+        values = [self.start]
+        for event in self.events:
+            values.append(event.after(values[-1]))
+        return values
+
+    @property
+    def is_within_bounds(self) -> bool:
+        """Whether every value is one that the generator allows."""
+        return all(0 < value <= MAX_VALUE for value in self.values)
+
+    @property
+    def question(self) -> str:
+        """The story in sentences, and what is asked."""
+        told = (event.phrase.format(n=event.number, friend=event.friend, item=self.item) for event in self.events)
+        sentences = [f"{self.name} has {self.start} {self.item}.", *(f"{self.name} {what}." for what in told)]
+        return " ".join([*sentences, asking(self.name, self.item)])
+
+    def problem(self, problem_id: str = "") -> Problem:
+        """The story as a problem, with one line of its solution for each event."""
+        working = Working()
+        answer = work_out(self, working)
+        return Problem(problem_id, self.question, working.solution, str(answer), num_steps=len(working.lines))
+
+
+class Working:
+    """The lines of a solution, as they are worked out.
+
+    With `slip`, a line's index and a number, the result of that line is off by the number, and what follows goes on
+    from it.
+    """
+
+    def __init__(self, slip: tuple[int, int] | None = None):
+        self.lines: list[str] = []
+        self._slip = slip
+
+    @property
+    def solution(self) -> str:
+        """The lines as one text."""
+        return "\n".join(self.lines)
+
+    def line(self, left: int, sign: str, right: int) -> int:
+        """Writes one calculation down, and returns its result."""
+        result = calculated(left, sign, right)
+        if self._slip is not None and self._slip[0] == len(self.lines):
+            result += self._slip[1]
+        self.lines.append(f"{left} {sign} {right} = {result}")
+        return result
+
+
+def calculated(left: int, sign: str, right: int) -> int:
+    """The result of "+", "-", "*" or "/". Raises ValueError where a division leaves a remainder."""
+    match sign:
+        case "+":
+            return left + right
+        case "-":
+            return left - right
+        case "*":
+            return left * right
+        case "/" if left % right == 0:
+            return left // right
+    raise ValueError(f"{left} {sign} {right} is no whole number")
+
+
+def work_out(story: Story, working: Working) -> int:
+    """How many there are in the end; each event is a line of `working`."""
+    value = story.start
+    for event in story.events:
+        value = working.line(value, SIGNS[event.kind], event.number)
+    return value
 
 
 def generate_problems(count: int, seed: int, min_steps: int = 2, max_steps: int = 4) -> Iterator[Problem]:
@@ -20,67 +121,71 @@ def generate_problems(count: int, seed: int, min_steps: int = 2, max_steps: int 
     rng = random.Random(seed)
     seen: set[str] = set()
     while len(seen) < count:
-        problem = _generate(rng, rng.randint(min_steps, max_steps), index=len(seen))
-        if problem.question not in seen:
+        story = _generate(rng, rng.randint(min_steps, max_steps))
+        if story.question not in seen:
+            problem = story.problem(f"demo/{len(seen)}")
             seen.add(problem.question)
             yield problem
 
 
-def _generate(rng: random.Random, num_steps: int, index: int) -> Problem:
+def draw_event(rng: random.Random, friend: str) -> Event:
+    """Any event, whether or not what comes of it is within bounds. `friend` is whom it names, if it names someone."""
+    number = rng.randint(MIN_NUMBER, MAX_CHANGE)
+    kind: EventKind = rng.choice(("gain", "gain", "loss", "loss", "double"))
+    if kind == "double":
+        return Event(kind, PHRASES[kind][0], 2, None)
+    phrase = rng.choice(PHRASES[kind])
+    return Event(kind, phrase, number, friend if "{friend}" in phrase else None)
+
+
+def _generate(rng: random.Random, num_steps: int) -> Story:
     name, friend = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
-    value = rng.randint(2, MAX_START)
-    sentences = [f"{name} has {value} {item}."]
-    steps: list[str] = []
-    while len(steps) < num_steps:
-        n = rng.randint(2, MAX_CHANGE)
-        event = rng.choice(("gain", "gain", "loss", "loss", "double"))
-        if event == "double":
-            phrase, sign, n, result = f"doubles the {item}", "*", 2, value * 2
-        elif event == "gain":
-            phrase, sign, result = rng.choice(GAINS).format(n=n, friend=friend), "+", value + n
-        else:
-            phrase, sign, result = rng.choice(LOSSES).format(n=n, friend=friend), "-", value - n
-        if not 0 < result <= MAX_VALUE:
-            continue
-        sentences.append(f"{name} {phrase}.")
-        steps.append(f"{value} {sign} {n} = {result}")
-        value = result
-    sentences.append(f"How many {item} does {name} have now?")
-    return Problem(
-        id=f"demo/{index}",
-        question=" ".join(sentences),
-        solution="\n".join(steps),
-        answer=str(value),
-        num_steps=num_steps,
-    )
+    story = Story(name, item, rng.randint(MIN_NUMBER, MAX_START), ())
+    while len(story.events) < num_steps:
+        longer = story._replace(events=(*story.events, draw_event(rng, friend)))
+        if longer.is_within_bounds:
+            story = longer
+    return story
 
 
 def solve(question: str) -> Problem | None:
     """The generated problem whose question this is, with its solution; None where it is none of ours."""
-    sentences = re.findall(r"[^.?]+[.?]", question.strip())
-    if len(sentences) < 2 or "".join(sentences) != question.strip():
+    story = parse_story(question)
+    return None if story is None else dataclasses.replace(story.problem(), question=question.strip())
+
+
+def parse_story(question: str) -> Story | None:
+    """The story that a question of the generator tells; None where it is none of ours."""
+    sentences = split_sentences(question)
+    begins = re.fullmatch(r"(\w+) has (\d+) (\w+)\.", sentences[0]) if len(sentences) > 1 else None
+    if begins is None or sentences[-1] != asking(begins[1], begins[3]):
         return None
-    begins = re.fullmatch(r"(\w+) has (\d+) (\w+)\.", sentences[0].strip())
-    if begins is None or sentences[-1].strip() != f"How many {begins[3]} does {begins[1]} have now?":
-        return None
-    name, value, steps = begins[1], int(begins[2]), []
+    events = []
     for sentence in sentences[1:-1]:
-        event = sentence.strip().removeprefix(f"{name} ").removesuffix(".")
-        number = re.search(r"\d+", event)
-        n = 2 if number is None else int(number[0])
-        if event == f"doubles the {begins[3]}":
-            sign, result = "*", value * 2
-        elif any(re.fullmatch(_pattern(phrase, n), event) for phrase in GAINS):
-            sign, result = "+", value + n
-        elif any(re.fullmatch(_pattern(phrase, n), event) for phrase in LOSSES):
-            sign, result = "-", value - n
-        else:
+        event = _parse_event(sentence.removeprefix(f"{begins[1]} ").removesuffix("."), begins[3])
+        if event is None:
             return None
-        steps.append(f"{value} {sign} {n} = {result}")
-        value = result
-    return Problem("", question.strip(), "\n".join(steps), str(value), num_steps=len(steps))
+        events.append(event)
+    return Story(begins[1], begins[3], int(begins[2]), tuple(events))
 
 
-def _pattern(phrase: str, n: int) -> str:
-    return phrase.format(n=n, friend=r"\w+")
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text of ours, which end with a full stop or a question mark; none where it goes on behind."""
+    sentences = re.findall(r"[^.?]+[.?]", text.strip())
+    return [sentence.strip() for sentence in sentences] if "".join(sentences) == text.strip() else []
+
+
+def _parse_event(told: str, item: str) -> Event | None:
+    for kind, phrases in PHRASES.items():
+        for phrase in phrases:
+            pattern = phrase.format(n=r"(?P<number>\d+)", friend=r"(?P<friend>\w+)", item=item)
+            if match := re.fullmatch(pattern, told):
+                said = match.groupdict()
+                return Event(kind, phrase, int(said.get("number", 2)), said.get("friend"))
+    return None
+
+
+def asking(name: str, item: str) -> str:
+    """The last sentence of a question."""
+    return f"How many {item} does {name} have now?"

@@ -1,10 +1,11 @@
 """`teacher`: a rule-based teacher behind the same interface as a language model, for demos, tests and studies.
 
-It writes word problems of our generator and solves them, with a share of wrong questions and answers that one sets: so
-that all of synthesis runs without a model and without a network, and its filters can be seen at work. What it replies
-is a function of the request.
+It writes word problems of our generator, or changes those it is given as the strategy says, and solves them, with a
+share of wrong questions and answers that one sets: so that all of synthesis runs without a model and without a network,
+and its filters can be seen at work. What it replies is a function of the request.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -16,16 +17,18 @@ from typing import Any
 
 import pydantic
 
+from data_pipeline import word_problem_variants as variants
 from data_pipeline.cli import logger
 from data_pipeline.settings import Settings, UsageError
-from data_pipeline.word_problems import generate_problems, solve
+from data_pipeline.synthesis.strategies import Strategy, strategies, unfilled
+from data_pipeline.word_problems import Working, generate_problems, parse_story, work_out
 
 
 class RuleTeacher(Settings):
     """`teacher`: word problems by rule, as an OpenAI-compatible server on this machine.
 
-    Its model is called "rules". It knows problems of its own only: asked about others, as rephrasing and MetaMath's
-    masked numbers do, it guesses.
+    Its model is called "rules". It knows problems of its own only (the stories of `prepare demo`), and every strategy
+    that comes with the package: asked about other problems it guesses, and asked to change them it writes a new one.
     """
 
     port: int = pydantic.Field(8765, ge=0, le=65535, description="of localhost; 0: any free one")
@@ -51,8 +54,7 @@ def reply_to(prompt: str, body: dict[str, Any], rules: RuleTeacher) -> str:
     rng = random.Random(digest)
     if "SOLUTION:" in prompt:
         return _answer(_after(prompt, "The question:"), rng, rules)
-    (problem,) = generate_problems(1, rng.getrandbits(60), rules.min_steps, rules.max_steps)
-    whole = problem.question
+    whole = _asked(prompt, rng, rules) or _brand_new(rng, rules)
     created = _unanswerable(whole) if rng.random() < rules.wrong_questions else whole
     if "FINAL CREATED QUESTION:" not in prompt:
         label = next(iter(re.findall(r"^([A-Z][A-Z ]+): <", prompt, re.MULTILINE)), "CREATED QUESTION")
@@ -64,29 +66,76 @@ def reply_to(prompt: str, body: dict[str, Any], rules: RuleTeacher) -> str:
     return f"CREATED QUESTION: {created}\nVERIFICATION AND MODIFICATION: {said}\nFINAL CREATED QUESTION: {final}"
 
 
+def _brand_new(rng: random.Random, rules: RuleTeacher) -> str:
+    (problem,) = generate_problems(1, rng.getrandbits(60), rules.min_steps, rules.max_steps)
+    return problem.question
+
+
+def _asked(prompt: str, rng: random.Random, rules: RuleTeacher) -> str | None:
+    """What the prompt's strategy makes of its seed; None where a new problem is as good, or all that can be done."""
+    for name, strategy in _strategies().items():
+        texts = strategy.read_prompt(prompt, "number") if strategy.asks else None
+        if texts is None:
+            continue
+        if name == "self_verification":
+            return variants.state_answer(texts["masked"], texts["answer"], _last_sentence(strategy))
+        story = parse_story(texts.get("reference", texts.get("question", "")))
+        if story is None or not story.is_within_bounds:
+            return None
+        match name:
+            case "add_constraint":
+                return (variants.add_event(story, rng) if len(story.events) <= rules.max_steps else story).question
+            case "change_numbers":
+                return variants.change_numbers(story, rng).question
+            case "change_background":
+                return variants.change_background(story, rng).question
+            case "change_numbers_and_background":
+                return variants.change_background(variants.change_numbers(story, rng), rng).question
+            case "rephrasing":
+                return variants.rephrase(story, rng).question
+        return None
+    return None
+
+
+@functools.cache
+def _strategies() -> dict[str, Strategy]:
+    return strategies()
+
+
+def _last_sentence(strategy: Strategy) -> str:
+    """The question that a prompt gives in quotation marks, to be written as it is."""
+    return re.findall(r'"([^"]+\?)"', strategy.question or "")[-1]
+
+
 def _answer(question: str, rng: random.Random, rules: RuleTeacher) -> str:
-    problem = solve(question)
-    if problem is None:  # it knows its own problems only; a model would guess, too
+    solved = _solved(question)
+    if solved is None:  # it knows its own problems only; a model would guess, too
         return f"SOLUTION: I take it to be this.\nFINAL ANSWER: {rng.randint(1, 20)}"
-    lines = problem.solution.splitlines()
-    answer = int(problem.answer)
+    lines = solved[0].lines
     if lines and rng.random() < rules.wrong_answers:
-        place = rng.randrange(len(lines))
-        off = rng.choice((-2, -1, 1, 2))
-        value = None
-        for index in range(place, len(lines)):
-            left, sign, n, _, _ = lines[index].split()
-            start = int(left) if value is None else value
-            value = {"+": start + int(n), "-": start - int(n), "*": start * int(n)}[sign] + (
-                off if index == place else 0
-            )
-            lines[index] = f"{start} {sign} {n} = {value}"
-        answer = value if value is not None else answer
-    return "\n".join(["SOLUTION: " + "\n".join(lines), f"FINAL ANSWER: {answer}"])
+        solved = None
+        while solved is None:  # a slip may leave an odd number to be halved
+            solved = _solved(question, slip=(rng.randrange(len(lines)), rng.choice((-2, -1, 1, 2))))
+    working, answer = solved
+    return f"SOLUTION: {working.solution}\nFINAL ANSWER: {answer}"
+
+
+def _solved(question: str, slip: tuple[int, int] | None = None) -> tuple[Working, int] | None:
+    """Lines and answer of a story, or of one in which a number is unknown; None of any other question."""
+    working = Working(slip)
+    story = parse_story(question)
+    if story is not None:
+        return working, work_out(story, working)
+    texts = unfilled(_strategies()["fobar"].given or "", question)
+    masked = variants.read_statement(question)
+    if texts is not None:
+        masked = variants.read_masked(texts["masked"], texts["answer"])
+    value = None if masked is None else variants.find_masked(masked, working)
+    return None if value is None else (working, value)
 
 
 def _unanswerable(question: str) -> str:
-    """A question that does not say how many there are at first."""
+    """A question that does not say how many there are at first; where that is x, how many in the end."""
     return re.sub(r"has \d+ ", "has some ", question, count=1)
 
 

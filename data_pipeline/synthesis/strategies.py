@@ -81,10 +81,18 @@ class Strategy(Settings):
         values = {"question": seed.question, "reference": seed.question, "answer": seed.answer}
         if masked is not None:
             values["masked"] = masked.question
+        return filled(self._layout(kind), values)
+
+    def read_prompt(self, prompt: str, kind: Kind) -> dict[str, str] | None:
+        """The texts that `question_prompt` made a prompt of, by their places; None where it is another's prompt."""
+        return unfilled(self._layout(kind), prompt)
+
+    def _layout(self, kind: Kind) -> str:
+        """The prompt of the question call, with the places of the seed's texts left open."""
         if self.create is None:
-            return filled(self.question or self.given or "", values)
+            return self.question or self.given or ""
         layout = _prompt("question_verified" if self.verify else "question_unverified")
-        return filled(layout, values | {"create": self.create.strip(), "rules": _prompt(f"rules_{kind}")})
+        return filled(layout, {"create": self.create.strip(), "rules": _prompt(f"rules_{kind}")})
 
     def digests(self, kind: Kind) -> dict[str, str]:
         """Identifies the wording of each prompt file, and of each key of the strategy."""
@@ -145,6 +153,20 @@ def masked(seed: Problem, variation: int, random_seed: int) -> Masked | None:
 def filled(text: str, values: Mapping[str, str]) -> str:
     """`text` with its places filled; braces of LaTeX are none, nor is what is filled in looked at again."""
     return _PLACE.sub(lambda place: values.get(place[1], place[0]), text).strip()
+
+
+def unfilled(layout: str, text: str) -> dict[str, str] | None:
+    """The texts with which `filled` makes `text` of `layout`, by their places; None where it cannot."""
+    pieces = _PLACE.split(layout.strip())  # text and place by turns
+    pattern, seen = "", set()
+    for index, piece in enumerate(pieces):
+        if index % 2 == 0:
+            pattern += re.escape(piece)
+        else:
+            pattern += f"(?P={piece})" if piece in seen else f"(?P<{piece}>.+?)"
+            seen.add(piece)
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    return None if match is None else match.groupdict()
 
 
 @functools.cache

@@ -1,6 +1,9 @@
 """The command `python -m data_pipeline`, and what the package may import."""
 
 import ast
+import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,42 @@ def test_prepare_demo_writes_the_same_bytes_for_the_same_seed(tmp_path):
     assert (tmp_path / "a" / "train.jsonl").read_bytes() != (tmp_path / "c" / "train.jsonl").read_bytes()
 
 
+def test_prepare_demo_of_stories_says_no_subject_and_takes_it_for_granted(tmp_path):
+    for out, more in (("a", ()), ("b", ("--style", "stories", "--vocab-size", "512"))):
+        assert exit_code("--out", str(tmp_path / out), "--num-train", "300", *more) == 0
+    for name in NAMES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    keys = {tuple(json.loads(line)) for line in (tmp_path / "a" / "train.jsonl").read_text().splitlines()}
+    assert keys == {("id", "question", "solution", "answer")}
+
+
+@pytest.mark.parametrize(
+    ("style", "size", "subjects"),
+    [("expressions", 384, {"expression": 1}), ("both", 512, {"story": 0.5, "expression": 0.5})],
+)
+def test_prepare_demo_of_another_style_says_of_each_problem_what_it_is(tmp_path, style, size, subjects):
+    assert exit_code("--out", str(tmp_path), "--style", style, "--num-test", "40") == 0
+    train, test = (read_problems("demo", name, str(tmp_path / f"{name}.jsonl")) for name in ("train", "test"))
+    assert (len(train), len(test)) == (800, 40)
+    tokenizer = Tokenizer.load(str(tmp_path / "tokenizer.model"))
+    assert tokenizer.vocab_size == size
+    for part in (train, test, train[:20]):
+        assert Counter(p.subject for p in part) == {name: share * len(part) for name, share in subjects.items()}
+        for problem in part:
+            assert (problem.subject == "expression") == ("$" in problem.question)
+            assert tokenizer.decode(tokenizer.encode_response(problem.question)) == problem.question
+    asked = [re.sub(r"[^$]*(\$.+\$).*", r"\1", p.question) for p in (*train, *test)]  # in whatever words
+    assert len(set(asked)) == len({p.id for p in (*train, *test)}) == 840
+
+
+def test_prepare_demo_of_both_styles_shares_odd_numbers_out(tmp_path):
+    arguments = ("--style", "both", "--num-train", "41", "--num-test", "4", "--vocab-size", "340")
+    assert exit_code("--out", str(tmp_path), *arguments) == 0
+    train, test = (read_problems("demo", name, str(tmp_path / f"{name}.jsonl")) for name in ("train", "test"))
+    assert Counter(p.subject for p in train) == {"story": 21, "expression": 20}
+    assert Counter(p.subject for p in test) == {"story": 2, "expression": 2}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -51,6 +90,8 @@ def test_prepare_demo_writes_the_same_bytes_for_the_same_seed(tmp_path):
         (("--out", "x", "--vocab-size", "5"), "--vocab-size '5'"),
         (("--out", "x", "--num-train", "2", "--vocab-size", "9999"), "no tokenizer of 9999 pieces"),
         (("--out", "x", "--colour", "red"), "--colour"),
+        (("--out", "x", "--style", "poems"), "--style 'poems'"),
+        (("--out", "x", "--style", "expressions", "--num-train", "1000000"), "and 1,000,060 were asked for"),
     ],
 )
 def test_a_usage_error_ends_with_exit_code_2_and_names_the_flag(tmp_path, monkeypatch, capsys, arguments, said):

@@ -1,5 +1,6 @@
 """Generated word problems, recomputed by an evaluator of its own."""
 
+import dataclasses
 import itertools
 import operator
 import re
@@ -8,7 +9,7 @@ import pytest
 
 from data_pipeline.answers import extract, is_equal
 from data_pipeline.templates import Template
-from data_pipeline.word_problems import MAX_VALUE, generate_problems
+from data_pipeline.word_problems import MAX_VALUE, generate_problems, parse_story, solve
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
@@ -96,3 +97,29 @@ def test_a_rendered_solution_is_graded_right(problems):
     for problem in problems:
         extracted = extract(Template().render_response(problem.solution, problem.answer), "number")
         assert is_equal(extracted.answer, problem.answer, "number")
+
+
+def test_a_question_is_read_as_the_story_it_was_written_from(problems):
+    for problem in problems:
+        story = parse_story(problem.question)
+        assert story.question == problem.question
+        assert dataclasses.replace(story.problem(), id=problem.id) == problem
+        assert dataclasses.replace(solve(f" {problem.question}\n"), id=problem.id) == problem
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "",
+        "Why?",
+        "Ann has 3 eggs.",
+        "Ann has some eggs. Ann loses 2. How many eggs does Ann have now?",
+        "Ann has 3 eggs. Ann eats 2. How many eggs does Ann have now?",
+        "Ann has 3 eggs. Ben loses 2. How many eggs does Ann have now?",
+        "Ann has 3 eggs. Ann doubles the pens. How many eggs does Ann have now?",
+        "Ann has 3 eggs. Ann loses 2. How many pens does Ann have now?",
+        "Ann has 3 eggs. Ann loses 2. How many eggs does Ann have now? And then",
+    ],
+)
+def test_a_question_of_another_kind_is_not_read(question):
+    assert parse_story(question) is None and solve(question) is None

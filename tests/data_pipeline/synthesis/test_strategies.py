@@ -15,7 +15,7 @@ from data_pipeline.settings import UsageError, load_settings, validated
 from data_pipeline.synthesis.rules import RuleTeacher, completion
 from data_pipeline.synthesis.run import synthesize
 from data_pipeline.synthesis.settings import SynthesisSettings
-from data_pipeline.synthesis.strategies import answer_prompt, load_strategy, masked, strategies
+from data_pipeline.synthesis.strategies import answer_prompt, load_strategy, masked, strategies, unfilled
 
 pytestmark = pytest.mark.usefixtures("logging_left_as_it_was")
 
@@ -34,6 +34,34 @@ def test_a_prompt_holds_the_seed_its_labels_and_no_place_that_is_left_open(name,
         for label in strategy.question_fields:
             assert re.search(rf"^{label.upper()}: <", prompt, re.MULTILINE)
     assert strategy.about and len(strategy.about.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["number", "latex"])
+@pytest.mark.parametrize("name", list(strategies()))
+def test_a_prompt_is_read_back_by_its_own_strategy_and_by_no_other_that_asks(name, kind):
+    strategy = load_strategy(name)
+    hidden = masked(SEED, 0, 0) if strategy.mask else None
+    prompt = strategy.question_prompt(SEED, hidden, kind)
+    texts = strategy.read_prompt(prompt, kind)
+    whole = {"question": SEED.question, "reference": SEED.question, "answer": SEED.answer}
+    if hidden is not None:
+        whole["masked"] = hidden.question
+    assert texts and texts.items() <= whole.items() and {"reference", "question", "masked"} & texts.keys()
+    others = [other for other in strategies() if other != name and load_strategy(other).asks]
+    assert [other for other in others if load_strategy(other).read_prompt(prompt, kind) is not None] == []
+
+
+def test_a_text_is_read_back_from_its_layout():
+    assert unfilled("{question}? {answer} {question}", "a.b? c\nd a.b") == {"question": "a.b", "answer": "c\nd"}
+    assert unfilled("{question}? {answer} {question}", "a? c b") is None
+    assert unfilled(r"Say \frac{a}{b}: {answer}", r"Say \frac{a}{b}: 3") == {"answer": "3"}
+    assert unfilled("Say it", "Say it") == {} and unfilled("Say it", "Say it.") is None
+
+
+def test_what_is_to_be_created_may_speak_of_the_seed(tmp_path):
+    (tmp_path / "s.yaml").write_text("about: x\ncreate: The answer must not be {answer}.\n")
+    prompt = load_strategy(str(tmp_path / "s.yaml")).question_prompt(SEED, None, "number")
+    assert "Job 1, create. The answer must not be 662.\n" in prompt and SEED.question in prompt
 
 
 def test_the_papers_call_creates_verifies_and_modifies_and_its_ablation_creates_only():
