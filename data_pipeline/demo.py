@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from typing import Literal
 
 import pydantic
@@ -31,10 +30,25 @@ class DemoData(Settings):
     )
     num_train: int = pydantic.Field(800, ge=1, le=1_000_000, description="training problems")
     num_test: int = pydantic.Field(60, ge=1, le=1_000_000, description="held-out problems")
+    max_steps: int = pydantic.Field(4, ge=2, le=8, description="most steps of a problem; the fewest are 2")
+    rarer: float = pydantic.Field(
+        1.0,
+        ge=1,
+        le=10,
+        allow_inf_nan=False,
+        description="in training stories each number of steps is so many times as rare as the one before, and in the "
+        "test set all are alike",
+    )
     vocab_size: int | None = pydantic.Field(
         None, ge=300, description="pieces of the tokenizer; none: 512, of expressions alone, whose words are few, 384"
     )
     seed: pydantic.NonNegativeInt = pydantic.Field(0, description="seed of the generator")
+
+    @pydantic.model_validator(mode="after")
+    def _only_stories_are_rarer(self) -> "DemoData":
+        if self.rarer > 1 and self.style != "stories":
+            raise ValueError(f"rarer={self.rarer:g} is of stories: leave style={self.style} out")
+        return self
 
 
 def prepare_demo(settings: DemoData) -> None:
@@ -44,8 +58,7 @@ def prepare_demo(settings: DemoData) -> None:
     """
     out = epath.Path(settings.out)
     make_folder(out, "out")
-    problems = list(_generate(settings.style, settings.num_train + settings.num_test, settings.seed))
-    train, test = problems[: settings.num_train], problems[settings.num_train :]
+    train, test = _generate(settings)
     for name, part in (("train", train), ("test", test)):
         write_json_lines(out / f"{name}.jsonl", (_row(problem) for problem in part))
     template = Template()
@@ -65,14 +78,25 @@ def prepare_demo(settings: DemoData) -> None:
     )
 
 
-def _generate(style: Style, count: int, seed: int) -> Iterator[Problem]:
-    if style == "stories":
-        return generate_problems(count, seed)
-    if style == "expressions":
-        return generate_expressions(count, seed)
-    stories = (dataclasses.replace(problem, subject="story") for problem in generate_problems(-(-count // 2), seed))
-    by_turns = itertools.zip_longest(stories, generate_expressions(count // 2, seed))
-    return (problem for pair in by_turns for problem in pair if problem is not None)
+def _generate(settings: DemoData) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems."""
+    count, seed, most = settings.num_train + settings.num_test, settings.seed, settings.max_steps
+    if settings.rarer > 1:
+        test = list(generate_problems(settings.num_test, seed + 1, max_steps=most))
+        asked = {problem.question for problem in test}
+        more = generate_problems(settings.num_train, seed, max_steps=most, rarer=settings.rarer, without=asked)
+        own = [dataclasses.replace(p, id=f"demo/{settings.num_train + index}") for index, p in enumerate(test)]
+        return list(more), own
+    if settings.style == "stories":
+        problems = list(generate_problems(count, seed, max_steps=most))
+    elif settings.style == "expressions":
+        problems = list(generate_expressions(count, seed, max_steps=most))
+    else:
+        stories = generate_problems(-(-count // 2), seed, max_steps=most)
+        marked = (dataclasses.replace(problem, subject="story") for problem in stories)
+        by_turns = itertools.zip_longest(marked, generate_expressions(count // 2, seed, max_steps=most))
+        problems = [problem for pair in by_turns for problem in pair if problem is not None]
+    return problems[: settings.num_train], problems[settings.num_train :]
 
 
 def _row(problem: Problem) -> dict[str, str]:

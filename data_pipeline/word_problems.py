@@ -3,7 +3,7 @@
 import dataclasses
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal, NamedTuple
 
 from data_pipeline.problem import Problem
@@ -116,14 +116,28 @@ def work_out(story: Story, working: Working) -> int:
     return value
 
 
-def generate_problems(count: int, seed: int, min_steps: int = 2, max_steps: int = 4) -> Iterator[Problem]:
-    """`count` different problems whose solutions have `min_steps` to `max_steps` lines. Deterministic in `seed`."""
+def generate_problems(
+    count: int,
+    seed: int,
+    min_steps: int = 2,
+    max_steps: int = 4,
+    *,
+    rarer: float = 1.0,
+    without: Collection[str] = (),
+) -> Iterator[Problem]:
+    """`count` different problems whose solutions have `min_steps` to `max_steps` lines. Deterministic in `seed`.
+
+    Each number of steps is `rarer` times as rare as the one before. The questions in `without` are left out.
+    """
     rng = random.Random(seed)
-    seen: set[str] = set()
-    while len(seen) < count:
-        story = _generate(rng, rng.randint(min_steps, max_steps))
+    every = range(min_steps, max_steps + 1)
+    shares = [rarer**-steps for steps in every]
+    seen = set(without)
+    while len(seen) < count + len(without):
+        num_steps = rng.randint(min_steps, max_steps) if rarer == 1 else rng.choices(every, shares)[0]
+        story = _generate(rng, num_steps)
         if story.question not in seen:
-            problem = story.problem(f"demo/{len(seen)}")
+            problem = story.problem(f"demo/{len(seen) - len(without)}")
             seen.add(problem.question)
             yield problem
 

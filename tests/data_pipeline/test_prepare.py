@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import scipy.stats
 
 import data_pipeline
 from data_pipeline.__main__ import main
@@ -71,6 +72,20 @@ def test_prepare_demo_of_another_style_says_of_each_problem_what_it_is(tmp_path,
             assert tokenizer.decode(tokenizer.encode_response(problem.question)) == problem.question
     asked = [re.sub(r"[^$]*(\$.+\$).*", r"\1", p.question) for p in (*train, *test)]  # in whatever words
     assert len(set(asked)) == len({p.id for p in (*train, *test)}) == 840
+
+
+def test_long_stories_are_rare_in_training_and_as_frequent_as_short_ones_in_the_test_set(tmp_path):
+    flags = ("--num-train", "3000", "--num-test", "400", "--max-steps", "5", "--rarer", "3")
+    assert exit_code("--out", str(tmp_path), *flags) == 0
+    rows = {name: read_problems("demo", name, str(tmp_path / f"{name}.jsonl")) for name in ("train", "test")}
+    counts = {name: Counter(problem.num_steps for problem in of) for name, of in rows.items()}
+    assert set(counts["train"]) == set(counts["test"]) == {2, 3, 4, 5}
+    expected = [3000 * share / (27 + 9 + 3 + 1) for share in (27, 9, 3, 1)]
+    assert scipy.stats.chisquare([counts["train"][steps] for steps in (2, 3, 4, 5)], expected).pvalue > 1e-4
+    assert min(counts["test"].values()) > 70  # of 100 each
+    assert not {p.question for p in rows["train"]} & {p.question for p in rows["test"]}
+    assert not {p.id for p in rows["train"]} & {p.id for p in rows["test"]}
+    assert exit_code("--out", str(tmp_path), "--rarer", "3", "--style", "both") == 2
 
 
 def test_prepare_demo_of_both_styles_shares_odd_numbers_out(tmp_path):

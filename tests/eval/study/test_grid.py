@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from data_pipeline.settings import UsageError, load_settings, validated
-from eval.study.settings import StudySettings, cells_of, published_tables
 from eval.study.settings import _METRIC as METRIC
+from eval.study.settings import StudySettings, cells_of, published_tables
 
 CONFIGS = sorted(Path("configs/studies").glob("*.yaml"))
 STUDIES = [path for path in CONFIGS if path.name != "published.yaml"]
