@@ -43,9 +43,10 @@ plan: $(VENV)/.tpu
 bench: $(VENV)/.torch
 	$(BIN)/python -m benchmarks.train --out runs/benchmarks
 
-# The pages of docs/ as a site that opens from disk; a dead link, anchor or module name in them is an error.
+# The pages of docs/ as a site that opens from disk; a dead link, anchor or module name in them is an error. The variable
+# silences a notice of the theme's makers about a mkdocs that is not pinned here.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # the variable silences a notice of the theme's makers
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Open $(CURDIR)/runs/site/index.html in a browser."
 
 lint: $(VENV)/.dev

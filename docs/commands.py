@@ -24,7 +24,7 @@ Every command prints this page's text with `--help`. Exit codes: 0 success, 1 fa
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the page. A process of its own makes it, since a command sets up logging and signals as it starts."""
-    environment = {**os.environ, "COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "COLUMNS": "94", "JAX_PLATFORMS": "cpu"}
     made = subprocess.run([sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     files.append(File.generated(config, "reference/commands.md", content=made.stdout))
     return files
