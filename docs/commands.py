@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -52,5 +53,5 @@ def section(level: int, title: str, main: Any, words: list[str]) -> Iterator[str
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())  # where mkdocs was started: the root
+    sys.path.insert(0, str(Path.cwd()))  # where mkdocs was started: the root
     print("\n".join(page()))
