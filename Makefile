@@ -6,9 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-SOURCES := mathscale_jax data_pipeline eval benchmarks configs launch tests setup.py
+SOURCES := mathscale_jax data_pipeline eval benchmarks configs docs launch tests setup.py
 
-.PHONY: demo test test-tpu test-slurm parity plan bench lint format types constraints clean
+.PHONY: demo test test-tpu test-slurm parity plan bench docs lint format types constraints clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m data_pipeline prepare demo --out $(DEMO)/data
@@ -42,6 +42,12 @@ plan: $(VENV)/.tpu
 # Our training step against PyTorch's on this machine; the other benchmarks need data or a GPU: see their --help.
 bench: $(VENV)/.torch
 	$(BIN)/python -m benchmarks.train --out runs/benchmarks
+
+# The pages of docs/ as a site that opens from disk; a dead link, anchor or module name in them is an error. The variable
+# silences a notice of the theme's makers about a mkdocs that is not pinned here.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open $(CURDIR)/runs/site/index.html in a browser."
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -80,6 +86,12 @@ $(VENV)/.tpu: $(VENV)/.dev
 	@echo "Installing the TPU compiler into $(VENV) (once; 700 MB)"
 	@$(BIN)/pip install -q -c constraints.txt -e '.[dev,tpu]'
 	@touch $@
+
+# With the core, since a page shows every command's --help.
+$(VENV)/.docs: $(VENV)/bin/pip pyproject.toml constraints.txt
+	@echo "Installing what builds the documentation into $(VENV) (once)"
+	@$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	@touch $(VENV)/.core $@
 
 # Pins every extra for Python 3.11 and newer. Run after changing a dependency in pyproject.toml.
 constraints: $(VENV)/.dev
