@@ -11,6 +11,7 @@ from eval.study.settings import _METRIC as METRIC
 from eval.study.settings import StudySettings, cells_of, published_tables
 
 CONFIGS = sorted(Path("configs/studies").glob("*.yaml"))
+COUNT = "data.sources.0.count"
 STUDIES = [path for path in CONFIGS if path.name != "published.yaml"]
 
 
@@ -78,18 +79,18 @@ def test_a_base_config_is_changed_where_the_study_says_so(tmp_path: Path) -> Non
         ({"axes": {"size": {"data.sources.0.count": [10, 10]}}}, "axes.size: 10 is there twice"),
         ({"axes": {"size": [10, 20]}}, "axes.size"),
         ({"axes": {"size": {"small": 10}}}, "axes.size.small: write {KEY: [values]}"),
-        ({"axes": {"size": {"a": {"batch_size": 2}, "b": {"batch_size": 2}}}}, "are the same run: axes.size changes nothing between a and b"),
-        ({"axes": {"size": {"data.sources.0.count": [10]}, "more": {"data.sources.0.count": [20]}}}, "axes.more sets data.sources.0.count and so undoes what axes.size"),
-        ({"axes": {"size": {"data.sources.0.count": [10]}, "data": {"x": {"data.sources": []}}}}, "the whole comes first"),
-        ({"axes": {"size": {"x/y": {"batch_size": 4}, "x.y": {"batch_size": 2}, "x y": {"batch_size": 8}}}}, "would share the folder"),
+        ({"axes": {"size": {"a": {"batch_size": 2}, "b": {"batch_size": 2}}}}, "axes.size changes nothing between a and b"),
+        ({"axes": {"a": {COUNT: [10]}, "b": {COUNT: [20]}}}, f"axes.b sets {COUNT} and so undoes what axes.a"),
+        ({"axes": {"size": {COUNT: [10]}, "data": {"x": {"data.sources": []}}}}, "the whole comes first"),
+        ({"axes": {"size": {"x/y": {"batch_size": 4}, "x y": {"batch_size": 8}}}}, "would share the folder"),
         ({"axes": {"size": {"batch_sizes": [10]}}}, "unknown key batch_sizes; did you mean batch_size?"),
         ({"axes": {"size": {"data.sources.3.count": [10]}}}, "has entries 0 to 0"),
-        ({"axes": {"size": {"batch_size": [-1]}}}, "cell -1_seed0: batch_size=-1"),
+        ({"axes": {"size": {"batch_size": [-1]}}}, "cell -1_seed0: batch_size=-1: Input should be"),
         ({"skip": [{"sizes": 10}]}, "skip.0: 'sizes' is none of axes: data, size"),
         ({"skip": [{"size": 11}]}, "skip.0.size=11 is none of 10, 20"),
         ({"skip": [{"size": 10}, {"size": 20}]}, "skip leaves no cell"),
         ({"evals": {}}, "say what is measured"),
-        ({"evals": {"samples": {"task": "demo", "num_sample": 3}}}, "evals.samples: unknown key num_sample; did you mean num_samples?"),
+        ({"evals": {"samples": {"task": "demo", "num_sample": 3}}}, "unknown key num_sample; did you mean num_samples?"),
         ({"evals": {"samples": {"task": "demo", "out": "x"}}}, "evals.samples.out is said by the study"),
         ({"errors": ["greedy"]}, "errors: 'greedy' is none of evals: samples"),
         ({"report": {"x": "sizes", "metrics": ["samples:pass_ratio"]}}, "report.x='sizes' is none of axes: data, size"),

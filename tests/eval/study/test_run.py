@@ -117,9 +117,9 @@ def test_data_is_made_once_and_other_data_in_its_place_is_refused(tmp_path: Path
         prepare(settings, stop)
         assert Path(step["makes"]).stat().st_mtime_ns == written
         other = settings_of(tmp_path, prepare=[{**step, "run": step["run"].replace("9", "8")}])
-        with pytest.raises(UsageError, match="was made by another command than prepare.0 says"):
+        with pytest.raises(UsageError, match=r"was made by another command than prepare\.0 says"):
             prepare(other, stop)
-        with pytest.raises(RunError, match="could not be made: prepare.0 refuses its settings"):
+        with pytest.raises(RunError, match=r"could not be made: prepare\.0 refuses its settings"):
             prepare(settings_of(tmp_path, prepare=[{"makes": "x", "run": "data_pipeline prepare demo"}]), stop)
         with pytest.raises(UsageError, match="its command has not made it"):
             prepare(settings_of(tmp_path, prepare=[{"makes": "x", "run": "json.tool --help"}]), stop)
@@ -170,7 +170,7 @@ def test_each_cell_becomes_a_job_whose_commands_the_launcher_takes(tmp_path: Pat
     assert subprocess.run(["bash", "-n", job]).returncode == 0
     for line in job.read_text().splitlines():
         if line.startswith("launch/slurm.sh"):
-            dry = line.replace("launch/slurm.sh", "launch/slurm.sh").replace(" --wait", " --wait --dry-run")
+            dry = line.replace(" --wait", " --wait --dry-run")
             done = subprocess.run(["bash", "-c", dry], env=environment(), capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             assert "sbatch" in done.stderr
