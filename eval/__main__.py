@@ -141,10 +141,10 @@ def _leakage(parser: ArgumentParser) -> cli.Action:
 
 
 def _study(parser: ArgumentParser) -> cli.Action:
-    from data_pipeline.settings import describe, load_settings
+    from data_pipeline.settings import describe
     from eval.study.jobs import LAUNCHERS, write_jobs
     from eval.study.run import StudyOptions, study, tell
-    from eval.study.settings import StudySettings
+    from eval.study.settings import StudySettings, load_study
 
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.epilog = "\n".join(["settings:", *describe(StudySettings)])
@@ -159,7 +159,7 @@ def _study(parser: ArgumentParser) -> cli.Action:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that differ from the config's")
 
     def act(arguments: Namespace) -> None:
-        settings = load_settings(StudySettings, arguments.config, arguments.overrides)
+        settings = load_study(arguments.config, arguments.overrides)
         options = cli.from_flags(StudyOptions, arguments)
         if arguments.dry_run:
             print(tell(settings, options))

@@ -24,6 +24,7 @@ _SIGNED = ("leakage:d1", "leakage:d2")  # nats; all other metrics are shares
 _TITLES = {
     "accuracy": "accuracy", "pass_ratio": "PassRatio@{n}", "step_accuracy": "accuracy of a step",
     "calculation_errors": "samples with a calculation error", "reasoning_errors": "samples with a reasoning error",
+    "calculation_share": "calculation errors, of wrong samples",
     "first_false_position": "place of the first false equation", "d1": "d1 = loss(test) - loss(new), nats",
     "d2": "d2 = loss(test) - loss(train), nats",
 }  # fmt: skip

@@ -105,9 +105,9 @@ def _value(cell: Cell, name: str, kind: str) -> tuple[float, float] | None:
     if kind == "first_false_position":
         position = errors["program"]["first_false_position"]
         return None if position is None else (position, 0.0)
-    share = errors["program"]["shares"][_ERRORS[kind]]
-    if share is None:
-        return None
+    share = errors["program"]["shares"]["calculation" if kind == "calculation_share" else _ERRORS[kind]]
+    if share is None or kind == "calculation_share":
+        return share and _with_error(share)
     right, right_error = _with_error(metrics["pass_ratio"][str(metrics["num_samples"])])
     of_wrong, of_wrong_error = _with_error(share)
     return (1 - right) * of_wrong, float(np.hypot((1 - right) * of_wrong_error, of_wrong * right_error))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 
 from data_pipeline.cli import RunError
-from data_pipeline.settings import Settings, UsageError, read_yaml, set_key, validated
+from data_pipeline.settings import Settings, UsageError, apply_override, read_yaml, set_key, validated
 from data_pipeline.synthesis.rules import RuleTeacher
 from eval.leakage import LeakageSettings
 from eval.sample import RunSettings
@@ -19,8 +19,10 @@ from mathscale_jax.config import TrainSettings
 PUBLISHED = "configs/studies/published.yaml"
 _OURS = ("checkpoint", "out", "shard", "endpoint", "model", "template")  # what a cell says of its own runs
 _LABEL = re.compile(r"[^A-Za-z0-9.-]+")
+_OF_ERRORS = ("calculation_errors", "reasoning_errors", "calculation_share", "first_false_position")
 _METRIC = re.compile(
-    r"(\w+):(accuracy|pass_ratio|pass@\d+|step_accuracy|calculation_errors|reasoning_errors|first_false_position)"
+    r"(\w+):(accuracy|pass_ratio|pass@\d+|step_accuracy|calculation_errors|reasoning_errors|calculation_share"
+    r"|first_false_position)"
     r"|(leakage):(d1|d2)"
 )
 
@@ -56,7 +58,8 @@ class Report(Settings):
     metrics: tuple[str, ...] = pydantic.Field(
         min_length=1,
         description="EVAL:accuracy, :pass_ratio, :pass@K, :step_accuracy (of the step law), :calculation_errors, "
-        ":reasoning_errors (shares of all samples), :first_false_position; leakage:d1, leakage:d2",
+        ":reasoning_errors (shares of all samples), :calculation_share (of wrong ones), :first_false_position; "
+        "leakage:d1, leakage:d2",
     )
     contrasts: tuple[Contrast, ...] = pydantic.Field((), description="pairs of variants")
     step_law: str | None = pydantic.Field(None, description="eval whose accuracy is shown by steps; null: none")
@@ -74,6 +77,11 @@ class Report(Settings):
 class StudySettings(Settings):
     """A study. In all of its texts {out} stands for its folder."""
 
+    extends: str | None = pydantic.Field(
+        None,
+        description="YAML file that this one adds to: its prepare steps come first, train, evals and eval_settings are "
+        "joined with its own, all else is replaced",
+    )
     out: str = pydantic.Field(description="folder of the study: cells/, report.html, study.json")
     cells: str | None = pydantic.Field(
         None, description="folder of its runs: those that another study has done there are taken; null: OUT/cells"
@@ -94,6 +102,7 @@ class StudySettings(Settings):
     evals: dict[str, dict[str, Any]] = pydantic.Field(
         {}, description="NAME: settings of eval run (task, source, num_samples, …), for every cell"
     )
+    eval_settings: dict[str, Any] = pydantic.Field({}, description="settings of all evals, below their own")
     errors: tuple[str, ...] = pydantic.Field((), description="evals whose errors are typed (eval errors)")
     sheets: tuple[str, ...] = pydantic.Field((), description="evals that people grade (eval sheet)")
     leakage: dict[str, Any] | None = pydantic.Field(None, description="settings of eval leakage; null: not computed")
@@ -134,7 +143,7 @@ class StudySettings(Settings):
                 raise ValueError(f"report: {name!r} is none of the graded evals: {', '.join(graded)}")
         for metric in report.metrics:
             name, _, kind = metric.partition(":")
-            if kind in ("calculation_errors", "reasoning_errors", "first_false_position") and name not in self.errors:
+            if kind in _OF_ERRORS and name not in self.errors:
                 raise ValueError(f"report.metrics: {metric} needs {name!r} in errors")
         for index, contrast in enumerate(report.contrasts):
             where = f"report.contrasts.{index}"
@@ -176,6 +185,22 @@ class Cell:
             },
             "leakage": self.leakage and self.leakage.model_dump(mode="json", exclude={"checkpoint", "out"}),
         }
+
+
+def load_study(path: str, overrides: Sequence[str] = ()) -> StudySettings:
+    """A study from its YAML file, what it extends, and `key=value` overrides. Raises UsageError."""
+    tree = read_yaml(path)
+    below = read_yaml(tree.pop("extends")) if tree.get("extends") is not None else {}
+    for key, value in tree.items():
+        if key == "prepare" and isinstance(value, list):
+            below[key] = [*below.get(key, []), *value]
+        elif key in ("train", "evals", "eval_settings") and isinstance(value, dict):
+            below[key] = _merged(below.get(key, {}), value)
+        else:
+            below[key] = value
+    for override in overrides:
+        apply_override(below, override)
+    return validated(StudySettings, below, path)
 
 
 def cells_of(study: StudySettings) -> list[Cell]:
@@ -240,7 +265,13 @@ def _cell(
         for key in _OURS:
             if key in given:
                 raise UsageError(f"evals.{eval_name}.{key} is said by the study: leave it out")
-        ours = {"seed": seed, **given, "checkpoint": f"{folder}/train", "out": f"{folder}/{eval_name}"}
+        ours = {
+            "seed": seed,
+            **study.eval_settings,
+            **given,
+            "checkpoint": f"{folder}/train",
+            "out": f"{folder}/{eval_name}",
+        }
         evals[eval_name] = validated(RunSettings, ours, f"evals.{eval_name}")
     leakage = None
     if study.leakage is not None:

@@ -12,13 +12,13 @@ import yaml
 from small_run import command, environment, run, write_config
 
 from data_pipeline.cli import RunError, StopSignal
-from data_pipeline.settings import UsageError, load_settings
+from data_pipeline.settings import UsageError
 from eval.study import cells as cells_module
 from eval.study import run as run_module
 from eval.study.cells import Place, Stage, done_stages, places
 from eval.study.jobs import write_jobs
 from eval.study.run import StudyOptions, check_paths, choose, prepare, study, tell
-from eval.study.settings import StudySettings, cells_of
+from eval.study.settings import StudySettings, cells_of, load_study
 
 
 def write_study(folder: Path, **changes: Any) -> Path:
@@ -45,7 +45,7 @@ def write_study(folder: Path, **changes: Any) -> Path:
 
 
 def settings_of(folder: Path, **changes: Any) -> StudySettings:
-    return load_settings(StudySettings, str(write_study(folder, **changes)))
+    return load_study(str(write_study(folder, **changes)))
 
 
 @pytest.fixture
