@@ -7,6 +7,7 @@ import queue
 import shlex
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -36,6 +37,8 @@ from eval.study.cells import (
 from eval.study.report import write_study_report
 from eval.study.settings import Cell, StudySettings, cells_of, paths_of
 
+_PATIENCE = 2.0  # seconds between two looks whether another job has made the data
+
 
 class StudyOptions(Settings):
     """How a study is run; none of it changes what comes out."""
@@ -60,12 +63,14 @@ def study(settings: StudySettings, options: StudyOptions) -> None:
     slots = list(places(options.parallel, gpus_of_shards(os.environ, options.parallel)))
     out = epath.Path(settings.out)
     make_folder(out, "out")
-    if options.cell is None:
-        write_text(out / "study.yaml", to_yaml(settings))
-    with StopSignal() as stop:
-        with locked(out, "out") if settings.prepare else contextlib.nullcontext():
-            prepare(settings, stop)
+    with StopSignal() as stop, contextlib.ExitStack() as alone:
+        _lock(alone, out, patient=options.cell is not None)
+        prepare(settings, stop)
         check_paths(chosen)
+        if options.cell is None:
+            write_text(out / "study.yaml", to_yaml(settings))
+        else:
+            alone.close()  # other jobs have cells of their own
         todo = [cell for cell in chosen if not is_done(cell, settings)]
         if len(todo) < len(chosen):
             logger.info("%d of %d cells are done already", len(chosen) - len(todo), len(chosen))
@@ -77,6 +82,19 @@ def study(settings: StudySettings, options: StudyOptions) -> None:
     if failed:
         listed = "\n".join(f"{cell.name}: {message}" for cell, message in failed)
         raise RunError(f"{len(failed)} of {len(chosen)} cells failed; the others are done:\n{listed}")
+
+
+def _lock(alone: contextlib.ExitStack, out: epath.Path, patient: bool) -> None:
+    """Keeps other commands from making the same data; jobs that share a study wait for the one that makes it."""
+    while True:
+        try:
+            alone.enter_context(locked(out, "out"))
+            return
+        except UsageError:
+            if not patient:
+                raise
+            StopSignal.heed()
+            time.sleep(_PATIENCE)
 
 
 def choose(cells: Sequence[Cell], which: str | None) -> list[Cell]:

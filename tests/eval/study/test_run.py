@@ -3,15 +3,18 @@
 import json
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from etils import epath
 from small_run import command, environment, run, write_config
 
 from data_pipeline.cli import RunError, StopSignal
+from data_pipeline.files import locked
 from data_pipeline.settings import UsageError
 from eval.study import cells as cells_module
 from eval.study import run as run_module
@@ -140,6 +143,29 @@ def test_the_teacher_listens_while_data_is_made(tmp_path: Path, stages) -> None:
     with StopSignal() as stop:
         prepare(settings, stop)
     assert (out / "dataset").is_dir()
+
+
+def test_two_commands_do_not_run_one_study_and_a_job_of_one_cell_waits(tmp_path: Path, stages, monkeypatch) -> None:
+    settings = settings_of(tmp_path)
+    folder = epath.Path(settings.out)
+    folder.mkdir()
+    with locked(folder, "out"), pytest.raises(UsageError, match="in use by another run"):
+        study(settings, StudyOptions())
+    monkeypatch.setattr(run_module, "_PATIENCE", 0.05)
+    released, held = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(folder, "out"):
+            held.set()
+            time.sleep(0.5)
+            released.set()
+
+    threading.Thread(target=hold).start()
+    assert held.wait(5)
+    study(settings, StudyOptions(cell="20_seed0"))
+    assert released.is_set()  # it has waited
+    assert [bool(done_stages(cell)) for cell in cells_of(settings)] == [False, True]
+    assert not (tmp_path / "study" / "study.yaml").exists()  # which is the whole study's
 
 
 def test_one_cell_or_a_share_of_them_is_chosen(tmp_path: Path) -> None:
