@@ -222,6 +222,7 @@ def cells_of(study: StudySettings) -> list[Cell]:
     if not cells:
         raise UsageError("skip leaves no cell")
     _check_different(cells)
+    _check_samples(study, cells[0])
     return cells
 
 
@@ -309,6 +310,17 @@ def _check_skips(study: StudySettings, axes: Mapping[str, Sequence[tuple[str, An
             labels = [known for known, _ in axes[axis]]
             if str(label) not in labels:
                 raise UsageError(f"skip.{index}.{axis}={label!r} is none of {', '.join(labels)}")
+
+
+def _check_samples(study: StudySettings, cell: Cell) -> None:
+    """Each Pass@K must have K samples, and accuracy be of one."""
+    for metric in (*study.report.metrics, *(contrast.metric for contrast in study.report.contrasts)):
+        name, _, kind = metric.partition(":")
+        drawn = cell.evals[name].num_samples if name in cell.evals else 0
+        if kind.startswith("pass@") and int(kind.removeprefix("pass@")) > drawn:
+            raise UsageError(f"report: {metric}: {name!r} draws {drawn} samples a problem")
+        if kind == "accuracy" and drawn > 1:
+            raise UsageError(f"report: {metric}: {name!r} draws {drawn} samples a problem: say {name}:pass_ratio")
 
 
 def _check_different(cells: Sequence[Cell]) -> None:

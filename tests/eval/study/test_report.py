@@ -1,0 +1,181 @@
+"""The report of a study against numbers computed by hand from the grades of its cells."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from etils import epath
+
+from data_pipeline.settings import UsageError, validated
+from eval.study.cells import stages_of
+from eval.study.report import write_study_report
+from eval.study.settings import Cell, StudySettings, cells_of
+
+STEPS = [2, 2, 3, 3]  # of the four problems
+# Right samples of 4, of each problem: data, size, seed -> counts.
+RIGHT = {
+    ("plain", 10, 0): [0, 1, 0, 1], ("plain", 10, 1): [1, 1, 0, 0],
+    ("plain", 20, 0): [2, 2, 1, 1], ("plain", 20, 1): [3, 2, 1, 1],
+    ("plain", 80, 0): [4, 4, 2, 2], ("plain", 80, 1): [4, 3, 3, 2],
+    ("long", 10, 0): [0, 1, 2, 3], ("long", 10, 1): [1, 1, 2, 2],
+    ("long", 20, 0): [2, 2, 3, 3], ("long", 20, 1): [3, 2, 3, 3],
+    ("long", 80, 0): [4, 4, 4, 4], ("long", 80, 1): [4, 3, 4, 4],
+}  # fmt: skip
+
+
+def study(folder: Path, **changes: Any) -> StudySettings:
+    tree: dict[str, Any] = {
+        "out": str(folder / "s"), "title": "Title", "about": "About <b>it</b>.", "scale": "Small.",
+        "train": {
+            "model": {"preset": "demo"}, "batch_size": 2, "num_epochs": 3,
+            "data": {"sources": [{"task": "demo", "path": "a"}], "tokenizer": "t", "context": 256},
+        },
+        "axes": {
+            "data": {"plain": {}, "long": {"data.sources.0.resample": {"power": 1}}},
+            "size": {"data.sources.0.count": [10, 20, 80]},
+        },
+        "seeds": [0, 1],
+        "evals": {"samples": {"task": "demo", "num_samples": 4}},
+        "report": {
+            "x": "size", "metrics": ["samples:pass_ratio", "samples:pass@4", "samples:pass@2"], "step_law": "samples",
+            "contrasts": [
+                {"axis": "data", "first": "plain", "second": "long", "metric": "samples:pass_ratio", "by": "steps"}
+            ],
+            "published": ["table_1"],
+        },
+        **changes,
+    }  # fmt: skip
+    return validated(StudySettings, tree, "study")
+
+
+def finish(cell: Cell, settings: StudySettings, right: list[int], **more: Any) -> None:
+    """Writes what the commands of a cell would have left, with `right` samples right of each problem."""
+    folder, out = Path(cell.folder), Path(cell.evals["samples"].out)
+    (out / "grades").mkdir(parents=True)
+    (folder / "train").mkdir()
+    (folder / "train" / "metrics.jsonl").write_text('{"step": 7, "loss": 0.5}\n')
+    problems = [
+        {"problem_id": f"p{i}", "question": "?", "answer": "1", "num_steps": steps} for i, steps in enumerate(STEPS)
+    ]
+    grades = [
+        {"problem_id": f"p{i}", "sample_id": s, "answer": "1", "correct": s < count, "vote": "1" if s < count else "2"}
+        for i, count in enumerate(right)
+        for s in range(4)
+    ]
+    for name, rows in (("problems.jsonl", problems), ("grades/part-0-3.jsonl", grades)):
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = {"complete": True, "grader_version": "2", "num_samples": 4, "step_law": None, **more}
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    done = {stage.name: 60.0 for stage in stages_of(cell, settings)}
+    record = {
+        "point": cell.point,
+        "seed": cell.seed,
+        "settings": cell.settings(),
+        "done": done,
+        "versions": {"jax": "1"},
+    }
+    (folder / "cell.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> StudySettings:
+    settings = study(tmp_path)
+    for cell in cells_of(settings):
+        finish(cell, settings, RIGHT[cell.point["data"], int(cell.point["size"]), cell.seed])
+    return settings
+
+
+def numbers(settings: StudySettings) -> dict[str, Any]:
+    write_study_report(settings, cells_of(settings))
+    return json.loads((epath.Path(settings.out) / "study.json").read_text())
+
+
+def test_values_are_means_over_seeds_of_means_over_problems(finished: StudySettings) -> None:
+    told = numbers(finished)
+    assert told["complete"] is True
+    for point in told["points"]:
+        counts = np.array([RIGHT[point["axes"]["data"], int(point["axes"]["size"]), seed] for seed in (0, 1)])
+        measured = point["metrics"]
+        assert measured["samples:pass_ratio"]["value"] == pytest.approx(counts.mean() / 4)
+        assert measured["samples:pass_ratio"]["by_seed"]["1"] == pytest.approx(counts[1].mean() / 4)
+        assert measured["samples:pass@4"]["value"] == pytest.approx((counts > 0).mean())
+        of_two = 1 - scipy.special.comb(4 - counts, 2) / 6
+        assert measured["samples:pass@2"]["value"] == pytest.approx(of_two.mean())
+        assert point["steps"] == [7, 7]
+
+
+def test_the_slope_is_that_of_the_means_and_its_interval_that_of_both_chances(finished: StudySettings) -> None:
+    fit = numbers(finished)["fits"]["samples:pass_ratio"]["plain"]
+    counts = np.array([[RIGHT["plain", size, seed] for seed in (0, 1)] for size in (10, 20, 80)]) / 4
+    logs = np.log2([10, 20, 80])
+    assert fit["per_doubling"]["value"] == pytest.approx(np.polyfit(logs, counts.mean(axis=(1, 2)), 1)[0])
+    of_problem = [np.polyfit(logs, counts[:, :, p].mean(axis=1), 1)[0] for p in range(4)]
+    of_seed = [np.polyfit(logs, counts[:, s].mean(axis=1), 1)[0] for s in range(2)]
+    a, b = np.var(of_problem, ddof=1) / 4, np.var(of_seed, ddof=1) / 2
+    half = scipy.stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 3 + b**2)) * np.sqrt(a + b)
+    low, high = fit["per_doubling"]["ci95"]
+    assert high - low == pytest.approx(2 * half)
+
+
+def test_differences_are_paired_and_told_by_groups_of_steps(finished: StudySettings) -> None:
+    rows = {(row["where"], row["group"]): row for row in numbers(finished)["contrasts"]}
+    assert {where for where, _ in rows} == {"10", "20", "80", "all together"}
+    assert {group for _, group in rows} == {"all", "2 steps", "3 steps"}
+    short, long = rows["10", "2 steps"], rows["10", "3 steps"]
+    assert short["num_problems"] == long["num_problems"] == 2
+    assert short["difference"]["value"] == 0  # resampling changed nothing there
+    assert long["difference"]["value"] == pytest.approx((9 - 1) / 16)
+    every = [rows[str(size), "all"]["difference"]["value"] for size in (10, 20, 80)]
+    assert rows["all together", "all"]["difference"]["value"] == pytest.approx(np.mean(every))
+
+
+def test_the_pages_say_what_is_published_what_is_ours_and_by_which_rule(finished: StudySettings) -> None:
+    numbers(finished)
+    out = Path(finished.out)
+    text, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    assert "every run takes 3 epochs of its data" in text and "2 seeds" in text
+    assert "## Measured here" in text and "## Published: real against synthetic data" in text
+    assert "| 7.5K | 50.2 | 49.5 | 8.4 | 7.9 |" in text
+    assert "| plain | 80 | 75.0 [" in text and "| long_80_seed1 | 7 | 2.0 | 93.8 | 100.0 | 100.0 |" in text
+    # 12.5, 40.6 and 75 % at log2 of 10, 20 and 80: -4/3 * 12.5 - 1/3 * 40.625 + 5/3 * 75, over 14/3.
+    (line,) = [line for line in text.splitlines() if line.startswith("- PassRatio@4 (plain)")]
+    assert "+20.31 points for each doubling" in line
+    assert "&lt;b&gt;it" in page and "<b>it" not in page
+    assert page.count("data:image/svg+xml;base64,") == 1 and (out / "metrics.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (out / "step_law.png").exists()  # two problems of each number of steps are no points
+
+
+def test_a_study_under_way_says_so(tmp_path: Path) -> None:
+    settings = study(tmp_path)
+    first = cells_of(settings)[0]
+    finish(first, settings, [1, 1, 1, 1])
+    assert numbers(settings)["complete"] is False
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert "**Unfinished.** 1 of 12 cells are done" in text
+
+
+def test_errors_count_as_shares_of_all_samples(tmp_path: Path) -> None:
+    metrics = ["samples:calculation_errors", "samples:reasoning_errors", "samples:calculation_share"]
+    settings = study(tmp_path, errors=["samples"], report={"x": "size", "metrics": metrics}, seeds=[0])
+    cell = cells_of(settings)[0]
+    ratio = {"4": {"value": 0.75, "ci95": [0.75, 0.75]}}
+    finish(cell, settings, [3, 3, 3, 3], pass_ratio=ratio)
+    out = Path(cell.evals["samples"].out)
+    shares = {"calculation": {"value": 0.4, "ci95": [0.2, 0.6]}, "reasoning": {"value": 0.6, "ci95": [0.4, 0.8]}}
+    digest = hashlib.sha256((out / "metrics.json").read_bytes()).hexdigest()
+    (out / "errors.json").write_text(json.dumps({"metrics_sha256": digest, "program": {"shares": shares}}))
+    measured = numbers(settings)["points"][0]["metrics"]
+    assert measured["samples:calculation_errors"]["value"] == pytest.approx(0.1)
+    assert measured["samples:calculation_errors"]["ci95"] == pytest.approx([0.05, 0.15])
+    assert measured["samples:reasoning_errors"]["value"] == pytest.approx(0.15)
+    assert measured["samples:calculation_share"]["ci95"] == pytest.approx([0.2, 0.6])
+
+
+def test_pass_at_more_samples_than_were_drawn_is_refused(tmp_path: Path) -> None:
+    settings = study(tmp_path, report={"x": "size", "metrics": ["samples:pass@8"]})
+    with pytest.raises(UsageError, match="'samples' draws 4 samples a problem"):
+        cells_of(settings)
