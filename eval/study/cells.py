@@ -24,7 +24,8 @@ from etils import epath
 from data_pipeline.cli import EXIT_PREEMPTED, EXIT_USAGE, RunError, StopSignal, flags_of
 from data_pipeline.files import damage_named, write_json, write_text
 from data_pipeline.settings import UsageError, differences, to_yaml, validated
-from eval.study.settings import Cell, StudySettings
+from eval.study.grid import Cell
+from eval.study.settings import StudySettings
 from mathscale_jax.config import TrainSettings, changes_that_forbid_resume
 
 _KEPT = 8  # last lines of a command that are shown where it fails

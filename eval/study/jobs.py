@@ -11,7 +11,8 @@ from data_pipeline.files import write_text
 from data_pipeline.settings import UsageError
 from eval.sample import SampleSettings
 from eval.study.cells import begin, check_unchanged, is_done
-from eval.study.settings import Cell, StudySettings, cells_of
+from eval.study.grid import Cell, cells_of
+from eval.study.settings import StudySettings
 
 _LONGEST_NAME = 40  # of a TPU, so that suffixes fit into Cloud TPU's 61
 

@@ -14,20 +14,14 @@ from etils import epath
 from data_pipeline.cli import logger
 from data_pipeline.files import write_atomically, write_json, write_text
 from data_pipeline.pages import write_page
-from eval.study.cells import done_stages, is_done
-from eval.study.estimates import Estimate, Scores, combined, estimate, log_fit
-from eval.study.figures import Line, Panel, are_numbers, panels, short_number, step_laws
+from eval.study.analysis import SIGNED, Table, differences_of, numbers, steps_of, title_of
+from eval.study.cells import done_stages
+from eval.study.estimates import Estimate
+from eval.study.figures import Panel, panels, short_number, step_laws
+from eval.study.grid import Cell
 from eval.study.results import Point, points_of
-from eval.study.settings import Cell, Contrast, StudySettings, published_tables, variants_of
+from eval.study.settings import Contrast, StudySettings, published_tables
 
-_SIGNED = ("leakage:d1", "leakage:d2")  # nats; all other metrics are shares
-_TITLES = {
-    "accuracy": "accuracy", "pass_ratio": "PassRatio@{n}", "step_accuracy": "accuracy of a step",
-    "calculation_errors": "samples with a calculation error", "reasoning_errors": "samples with a reasoning error",
-    "calculation_share": "calculation errors, of wrong samples",
-    "first_false_position": "place of the first false equation", "d1": "d1 = loss(test) - loss(new), nats",
-    "d2": "d2 = loss(test) - loss(train), nats",
-}  # fmt: skip
 Row = list[str]
 
 
@@ -35,14 +29,14 @@ def write_study_report(settings: StudySettings, cells: Sequence[Cell]) -> epath.
     """Writes the report on the cells that are done; returns the page's path. Raises UsageError where none is."""
     out = epath.Path(settings.out)
     points = points_of(settings, cells)
-    table = _Table(settings, points)
+    table = Table(settings, points)
     figures = _figures(settings, points, table)
     for name, content in figures.items():
         for kind, data in content.items():
             write_atomically(out / f"{name}.{kind}", functools.partial(_write, data))
     parts = list(_text(settings, cells, points, table, figures))
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
-    write_json(out / "study.json", _numbers(settings, cells, points, table))
+    write_json(out / "study.json", numbers(settings, cells, points, table))
     write_page(
         out / "report.html",
         Path(__file__).with_name("report.html.j2"),
@@ -52,60 +46,12 @@ def write_study_report(settings: StudySettings, cells: Sequence[Cell]) -> epath.
     return out / "report.html"
 
 
-class _Table:
-    """Every metric at every point, and along each line."""
-
-    def __init__(self, settings: StudySettings, points: Sequence[Point]):
-        self.settings = settings
-        x = settings.report.x
-        self.scores: dict[str, list[Scores | None]] = {
-            metric: [point.scores(metric) for point in points] for metric in settings.report.metrics
-        }
-        self.x_labels = [label for label, _ in variants_of(x, settings.axes[x])]
-        self.lines: dict[str, list[int]] = {}  # name of a line -> its points, from left to right
-        for index, point in enumerate(points):
-            self.lines.setdefault(label_of(point, without=x), []).append(index)
-        self.x = [point.labels[x] for point in points]
-
-    def estimate(self, metric: str, index: int) -> Estimate | None:
-        """A metric at a point."""
-        scores = self.scores[metric][index]
-        return None if scores is None else estimate(scores, None if metric in _SIGNED else (0.0, 1.0))
-
-    def line(self, metric: str, name: str) -> Line | None:
-        """A metric along x."""
-        there = [index for index in self.lines[name] if self.scores[metric][index] is not None]
-        if not there:
-            return None
-        labels = [self.x[index] for index in there]
-        scores = [found for index in there if (found := self.scores[metric][index]) is not None]
-        estimates = [of for index in there if (of := self.estimate(metric, index)) is not None]
-        fit = log_fit([float(label) for label in labels], scores) if are_numbers(labels) else None
-        return Line(name, labels, estimates, fit)
-
-
-def label_of(point: Point, without: str) -> str:
-    """The variants that a point has on all axes but one."""
-    return ", ".join(label for axis, label in point.labels.items() if axis != without)
-
-
-def title_of(metric: str, settings: StudySettings) -> str:
-    """A metric in words, with its eval's name where there are several."""
-    name, _, kind = metric.partition(":")
-    if name == "leakage":
-        return _TITLES[kind]
-    told = kind.replace("pass@", "Pass@") if kind.startswith("pass@") else _TITLES[kind]
-    told = told.format(n=settings.evals[name].get("num_samples", 256))
-    several = len({metric.partition(":")[0] for metric in settings.report.metrics}) > 1
-    return f"{name}: {told}" if several else told
-
-
-def _figures(settings: StudySettings, points: Sequence[Point], table: _Table) -> dict[str, dict[str, bytes]]:
+def _figures(settings: StudySettings, points: Sequence[Point], table: Table) -> dict[str, dict[str, bytes]]:
     drawn = []
     for metric in settings.report.metrics:
         lines = [line for name in table.lines if (line := table.line(metric, name)) is not None]
         if lines:
-            drawn.append(Panel(title_of(metric, settings), metric not in _SIGNED, lines))
+            drawn.append(Panel(title_of(metric, settings), metric not in SIGNED, lines))
     figures = {}
     if drawn:
         figures["metrics"] = panels(drawn, settings.report.x, table.x_labels)
@@ -118,7 +64,7 @@ def _figures(settings: StudySettings, points: Sequence[Point], table: _Table) ->
 
 
 def _text(
-    settings: StudySettings, cells: Sequence[Cell], points: Sequence[Point], table: _Table, figures: dict[str, Any]
+    settings: StudySettings, cells: Sequence[Cell], points: Sequence[Point], table: Table, figures: dict[str, Any]
 ) -> Iterator[str]:
     done = sum(len(point.cells) for point in points)
     yield f"# {settings.title}"
@@ -179,7 +125,7 @@ def _budget(settings: StudySettings, points: Sequence[Point]) -> str:
     return f"Training budget: {rule} (a step is {' or '.join(sorted(batch))}); {told}."
 
 
-def _main_table(settings: StudySettings, points: Sequence[Point], table: _Table) -> str:
+def _main_table(settings: StudySettings, points: Sequence[Point], table: Table) -> str:
     metrics = settings.report.metrics
     rows = [[*settings.axes, *(title_of(metric, settings) + _unit(metric) for metric in metrics)]]
     for index, point in enumerate(points):
@@ -201,14 +147,14 @@ def _reading(settings: StudySettings, points: Sequence[Point]) -> str:
     return said + (f" {'; '.join(drawn)}." if drawn else "")
 
 
-def _fits(settings: StudySettings, table: _Table) -> Iterator[str]:
+def _fits(settings: StudySettings, table: Table) -> Iterator[str]:
     for metric in settings.report.metrics:
         for name in table.lines:
             line = table.line(metric, name)
             if line is None or line.fit is None:
                 continue
             of = f" ({name})" if name else ""
-            slope, points = line.fit.slope, metric not in _SIGNED
+            slope, points = line.fit.slope, metric not in SIGNED
             way = "no clear direction" if not slope.clear else "rises" if slope.value > 0 else "falls"
             scale, unit = (100, " points") if points else (1, "")
             low, high = (scale * end for end in slope.ci95)
@@ -216,46 +162,6 @@ def _fits(settings: StudySettings, table: _Table) -> Iterator[str]:
                 f"- {title_of(metric, settings)}{of}: {way}, {scale * slope.value:+.2f}{unit} for each doubling "
                 f"[{low:+.2f}, {high:+.2f}]; no point lies further than {scale * line.fit.off:.1f}{unit} from the line."
             )
-
-
-def differences_of(
-    settings: StudySettings, points: Sequence[Point], contrast: Contrast
-) -> Iterator[tuple[str, str, int, Estimate, float, float]]:
-    """Where, group, problems, difference, first and second value: at each place, and over all places together."""
-    pairs = []
-    for point in points:
-        if point.labels[contrast.axis] != contrast.first:
-            continue
-        wanted = {**point.labels, contrast.axis: contrast.second}
-        other = next((each for each in points if each.labels == wanted), None)
-        if other is not None:
-            pairs.append((point, other))
-    every: list[tuple[str, list[Scores]]] = []
-    name = contrast.metric.partition(":")[0]
-    for first, second in pairs:
-        both = [first.scores(contrast.metric), second.scores(contrast.metric)]
-        assert both[0] is not None and both[1] is not None  # metrics of problems are always there
-        first.groups(name, "steps")
-        every.append((label_of(first, without=contrast.axis), [both[0], both[1]]))
-    if not every:
-        return
-    if len(every) > 1:
-        share = [1 / len(every)] * len(every)
-        every.append(("all together", [combined(share, [both[i] for _, both in every]) for i in (0, 1)]))
-    groups = pairs[0][0].groups(name, contrast.by) if contrast.by else []
-    named = sorted({group for group in groups if group is not None})
-    for place, (before, after) in every:
-        for group in [None, *named]:
-            if group is None:
-                a, b, told = before, after, "all"
-            else:
-                members = [each == group for each in groups]
-                a, b, told = before.of_group(members), after.of_group(members), f"{group} {contrast.by}"
-            assert a.per_problem is not None
-            yield (
-                place, told, a.per_problem.shape[1], estimate(combined([1, -1], [b, a])),
-                float(a.values.mean()), float(b.values.mean()),
-            )  # fmt: skip
 
 
 def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contrast) -> Iterator[str]:
@@ -292,7 +198,7 @@ def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:
 _FITS = ("all", "first_four")
 
 
-def _every_run(settings: StudySettings, points: Sequence[Point], table: _Table) -> str:
+def _every_run(settings: StudySettings, points: Sequence[Point], table: Table) -> str:
     metrics = settings.report.metrics
     rows = [["run", "steps", "minutes", *(title_of(metric, settings) + _unit(metric) for metric in metrics)]]
     for index, point in enumerate(points):
@@ -302,7 +208,7 @@ def _every_run(settings: StudySettings, points: Sequence[Point], table: _Table) 
                 found = table.estimate(metric, index)
                 value = None if found is None else found.by_seed.get(cell.seed)
                 values.append("-" if value is None else _number(value, metric))
-            rows.append([cell.name, f"{_steps(cell):,}", f"{sum(done_stages(cell).values()) / 60:.1f}", *values])
+            rows.append([cell.name, f"{steps_of(cell):,}", f"{sum(done_stages(cell).values()) / 60:.1f}", *values])
     return _markdown(rows)
 
 
@@ -316,64 +222,12 @@ def _versions(points: Sequence[Point]) -> str:
     )
 
 
-def _numbers(settings: StudySettings, cells: Sequence[Cell], points: Sequence[Point], table: _Table) -> dict[str, Any]:
-    """study.json."""
-
-    def told(found: Estimate | None) -> dict[str, Any] | None:
-        if found is None:
-            return None
-        by_seed = {str(seed): value for seed, value in found.by_seed.items()}
-        return {"value": found.value, "ci95": list(found.ci95), "by_seed": by_seed}
-
-    metrics = settings.report.metrics
-    fits: dict[str, dict[str, Any]] = {}
-    for metric in metrics:
-        for name in table.lines:
-            line = table.line(metric, name)
-            if line is not None and line.fit is not None:
-                fit = {"per_doubling": told(line.fit.slope), "intercept": line.fit.intercept, "off": line.fit.off}
-                fits.setdefault(metric, {})[name] = fit
-    contrasts = []
-    for contrast in settings.report.contrasts:
-        for place, group, number, difference, first, second in differences_of(settings, points, contrast):
-            contrasts.append(
-                {
-                    **contrast.model_dump(), "where": place, "group": group, "num_problems": number,
-                    "first_value": first, "second_value": second, "difference": told(difference),
-                }
-            )  # fmt: skip
-    law = settings.report.step_law
-    return {
-        "title": settings.title,
-        "scale": settings.scale,
-        "complete": all(is_done(cell, settings) for cell in cells),
-        "points": [
-            {
-                "axes": point.labels,
-                "seeds": list(point.seeds),
-                "steps": [_steps(cell) for cell in point.cells],
-                "metrics": {metric: told(table.estimate(metric, index)) for metric in metrics},
-                **({} if law is None else {"step_law": point.step_law(law)}),
-            }
-            for index, point in enumerate(points)
-        ],
-        "fits": fits,
-        "contrasts": contrasts,
-    }
-
-
-def _steps(cell: Cell) -> int:
-    """Optimizer steps that a cell was trained."""
-    lines = (epath.Path(cell.train.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return max((json.loads(line)["step"] for line in lines[-5:]), default=0)
-
-
 def _unit(metric: str) -> str:
-    return "" if metric in _SIGNED else ", %"
+    return "" if metric in SIGNED else ", %"
 
 
 def _number(value: float, metric: str) -> str:
-    return f"{value:+.3f}" if metric in _SIGNED else f"{100 * value:.1f}"
+    return f"{value:+.3f}" if metric in SIGNED else f"{100 * value:.1f}"
 
 
 def _shown(found: Estimate | None, metric: str) -> str:

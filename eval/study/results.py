@@ -16,7 +16,8 @@ from eval.files import read_errors, read_metrics
 from eval.step_law import as_arrays, step_law
 from eval.study.cells import is_done
 from eval.study.estimates import Scores
-from eval.study.settings import Cell, StudySettings
+from eval.study.grid import Cell
+from eval.study.settings import StudySettings
 
 _ERRORS = {f"{name}_errors": name for name in TYPES}
 _WIDTH = 2 * 1.959964  # of a 95 % interval, in standard errors

@@ -34,8 +34,9 @@ from eval.study.cells import (
     run_command,
     stages_of,
 )
+from eval.study.grid import Cell, cells_of, paths_of
 from eval.study.report import write_study_report
-from eval.study.settings import Cell, StudySettings, cells_of, paths_of
+from eval.study.settings import StudySettings
 
 _PATIENCE = 2.0  # seconds between two looks whether another job has made the data
 

@@ -1,10 +1,8 @@
-"""What a study is: the cells of a grid, what is measured of each, and what the report makes of them."""
+"""What a study is: what its cells differ in, what is measured of each, and what the report makes of them."""
 
 import copy
-import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -12,13 +10,8 @@ import pydantic
 from data_pipeline.cli import RunError
 from data_pipeline.settings import Settings, UsageError, apply_override, read_yaml, set_key, validated
 from data_pipeline.synthesis.rules import RuleTeacher
-from eval.leakage import LeakageSettings
-from eval.sample import RunSettings
-from mathscale_jax.config import TrainSettings
 
 PUBLISHED = "configs/studies/published.yaml"
-_OURS = ("checkpoint", "out", "shard", "endpoint", "model", "template")  # what a cell says of its own runs
-_LABEL = re.compile(r"[^A-Za-z0-9.-]+")
 _OF_ERRORS = ("calculation_errors", "reasoning_errors", "calculation_share", "first_false_position")
 _METRIC = re.compile(
     r"(\w+):(accuracy|pass_ratio|pass@\d+|step_accuracy|calculation_errors|reasoning_errors|calculation_share"
@@ -160,33 +153,6 @@ class StudySettings(Settings):
             raise ValueError(f"report.published: {min(unknown)!r} is not in {PUBLISHED}")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid: where it stands, its seed, and its settings, all of them checked."""
-
-    point: dict[str, str]  # axis -> label
-    seed: int
-    folder: str
-    train: TrainSettings
-    evals: dict[str, RunSettings]
-    leakage: LeakageSettings | None
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return self.folder.rsplit("/", 1)[1]
-
-    def settings(self) -> dict[str, Any]:
-        """What determines its results."""
-        return {
-            "train": self.train.model_dump(mode="json", exclude={"output_dir"}),
-            "evals": {
-                name: given.model_dump(mode="json", exclude={"checkpoint", "out"}) for name, given in self.evals.items()
-            },
-            "leakage": self.leakage and self.leakage.model_dump(mode="json", exclude={"checkpoint", "out"}),
-        }
-
-
 def load_study(path: str, overrides: Sequence[str] = ()) -> StudySettings:
     """A study from its YAML file, what it extends, and `key=value` overrides. Raises UsageError."""
     tree = read_yaml(path)
@@ -195,7 +161,7 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> StudySettings:
         if key == "prepare" and isinstance(value, list):
             below[key] = [*below.get(key, []), *value]
         elif key in ("train", "evals", "eval_settings") and isinstance(value, dict):
-            below[key] = _merged(below.get(key, {}), value)
+            below[key] = merged(below.get(key, {}), value)
         else:
             below[key] = value
     for override in overrides:
@@ -203,27 +169,21 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> StudySettings:
     return validated(StudySettings, below, path)
 
 
-def cells_of(study: StudySettings) -> list[Cell]:
-    """The cells, in order: the first axis changes slowest, seeds fastest.
+def published_tables(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Tables of published numbers. Raises RunError where the file is damaged."""
+    tables = read_yaml(PUBLISHED)
+    for name in names:
+        if not {"title", "columns", "rows"} <= set(tables[name]):
+            raise RunError(f"{PUBLISHED}: {name} must have title, columns and rows")
+    return {name: tables[name] for name in names}
 
-    Raises UsageError where an axis cannot be meant so, a cell's settings are wrong, or two cells are the same.
-    """
-    axes = {name: variants_of(name, axis) for name, axis in study.axes.items()}
-    _check_order(axes)
-    _check_skips(study, axes)
-    tree: dict[str, Any] = {} if study.base is None else read_yaml(study.base)
-    cells: list[Cell] = []
-    for chosen in itertools.product(*axes.values()):
-        point = {axis: label for axis, (label, _) in zip(axes, chosen, strict=True)}
-        if any(all(point[axis] == str(label) for axis, label in skipped.items()) for skipped in study.skip):
-            continue
-        overrides = [(key, value) for _, changes in chosen for key, value in changes.items()]
-        cells += [_cell(study, tree, point, overrides, seed) for seed in study.seeds]
-    if not cells:
-        raise UsageError("skip leaves no cell")
-    _check_different(cells)
-    _check_samples(study, cells[0])
-    return cells
+
+def _replaced(tree: Any, mark: str, text: str) -> Any:
+    if isinstance(tree, str):
+        return tree.replace(mark, text)
+    if isinstance(tree, dict):
+        return {key: _replaced(value, mark, text) for key, value in tree.items()}
+    return [_replaced(value, mark, text) for value in tree] if isinstance(tree, list) else tree
 
 
 def variants_of(name: str, axis: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -247,132 +207,13 @@ def variants_of(name: str, axis: Mapping[str, Any]) -> list[tuple[str, dict[str,
     return found
 
 
-def _cell(
-    study: StudySettings,
-    base: Mapping[str, Any],
-    point: dict[str, str],
-    overrides: Sequence[tuple[str, Any]],
-    seed: int,
-) -> Cell:
-    name = "_".join([*(_LABEL.sub("-", label) for label in point.values()), f"seed{seed}"])
-    folder = f"{(study.cells or study.out + '/cells').rstrip('/')}/{name}"
-    tree = _merged(copy.deepcopy(dict(base)), study.train)
-    for key, value in overrides:
-        set_key(tree, key, copy.deepcopy(value), f"axes: {key}")
-    for key, value in (("output_dir", f"{folder}/train"), ("seed", seed), ("data.seed", seed)):
-        set_key(tree, key, value, "train")
-    evals = {}
-    for eval_name, given in study.evals.items():
-        for key in _OURS:
-            if key in given:
-                raise UsageError(f"evals.{eval_name}.{key} is said by the study: leave it out")
-        ours = {
-            "seed": seed,
-            **study.eval_settings,
-            **given,
-            "checkpoint": f"{folder}/train",
-            "out": f"{folder}/{eval_name}",
-        }
-        evals[eval_name] = validated(RunSettings, ours, f"evals.{eval_name}")
-    leakage = None
-    if study.leakage is not None:
-        ours = {**study.leakage, "checkpoint": f"{folder}/train", "out": f"{folder}/leakage.json"}
-        leakage = validated(LeakageSettings, ours, "leakage")
-    return Cell(point, seed, folder, validated(TrainSettings, tree, f"cell {name}"), evals, leakage)
-
-
-def published_tables(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Tables of published numbers. Raises RunError where the file is damaged."""
-    tables = read_yaml(PUBLISHED)
-    for name in names:
-        if not {"title", "columns", "rows"} <= set(tables[name]):
-            raise RunError(f"{PUBLISHED}: {name} must have title, columns and rows")
-    return {name: tables[name] for name in names}
-
-
-def _check_order(axes: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
-    """An axis must not undo what an earlier one sets."""
-    for (first, before), (second, after) in itertools.combinations(axes.items(), 2):
-        for key in {key for _, changes in before for key in changes}:
-            for other in {key for _, changes in after for key in changes}:
-                if key == other or key.startswith(f"{other}."):
-                    raise UsageError(
-                        f"axes.{second} sets {other} and so undoes what axes.{first} sets ({key}): two axes must not "
-                        "set the same thing; of a whole and a part of it, the whole comes first"
-                    )
-
-
-def _check_skips(study: StudySettings, axes: Mapping[str, Sequence[tuple[str, Any]]]) -> None:
-    for index, skipped in enumerate(study.skip):
-        for axis, label in skipped.items():
-            if axis not in axes:
-                raise UsageError(f"skip.{index}: {axis!r} is none of axes: {', '.join(axes)}")
-            labels = [known for known, _ in axes[axis]]
-            if str(label) not in labels:
-                raise UsageError(f"skip.{index}.{axis}={label!r} is none of {', '.join(labels)}")
-
-
-def _check_samples(study: StudySettings, cell: Cell) -> None:
-    """Each Pass@K must have K samples, and accuracy be of one."""
-    for metric in (*study.report.metrics, *(contrast.metric for contrast in study.report.contrasts)):
-        name, _, kind = metric.partition(":")
-        drawn = cell.evals[name].num_samples if name in cell.evals else 0
-        if kind.startswith("pass@") and int(kind.removeprefix("pass@")) > drawn:
-            raise UsageError(f"report: {metric}: {name!r} draws {drawn} samples a problem")
-        if kind == "accuracy" and drawn > 1:
-            raise UsageError(f"report: {metric}: {name!r} draws {drawn} samples a problem: say {name}:pass_ratio")
-
-
-def _check_different(cells: Sequence[Cell]) -> None:
-    names: dict[str, Cell] = {}
-    settings: dict[str, Cell] = {}
-    for cell in cells:
-        if cell.name in names:
-            raise UsageError(f"two cells would share the folder {cell.folder}: name their variants more differently")
-        names[cell.name] = cell
-        content = cell.train.model_dump_json(exclude={"output_dir"})
-        if content in settings:
-            other = settings[content]
-            differ = [axis for axis in cell.point if cell.point[axis] != other.point[axis]]
-            raise UsageError(
-                f"the cells {other.name} and {cell.name} are the same run: axes.{differ[0]} changes nothing between "
-                f"{other.point[differ[0]]} and {cell.point[differ[0]]}; is its key overwritten by another one?"
-            )
-        settings[content] = cell
-
-
-def _merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`: mappings are joined, all else is replaced. A dotted key is one of a mapping within."""
     for key, value in above.items():
         if "." in key:
             set_key(below, key, copy.deepcopy(value), f"train: {key}")
         elif isinstance(value, dict) and isinstance(below.get(key), dict):
-            below[key] = _merged(below[key], value)
+            below[key] = merged(below[key], value)
         else:
             below[key] = copy.deepcopy(value)
     return below
-
-
-def _replaced(tree: Any, mark: str, text: str) -> Any:
-    if isinstance(tree, str):
-        return tree.replace(mark, text)
-    if isinstance(tree, dict):
-        return {key: _replaced(value, mark, text) for key, value in tree.items()}
-    return [_replaced(value, mark, text) for value in tree] if isinstance(tree, list) else tree
-
-
-def paths_of(cell: Cell) -> Iterator[tuple[str, str]]:
-    """What a cell reads of this machine or a bucket: key, path."""
-    train = cell.train
-    validation = () if train.validation is None else train.validation.sources
-    for index, source in enumerate((*train.data.sources, *validation)):
-        if source.path is not None:
-            yield f"data.sources.{index}.path", source.path
-    for key, path in (
-        ("init_from", train.init_from), ("data.tokenizer", train.data.tokenizer),
-        *((f"evals.{name}.source", given.source) for name, given in cell.evals.items()),
-        *((f"evals.{name}.shots_source", given.shots_source) for name, given in cell.evals.items()),
-        *((f"leakage.{key}", getattr(cell.leakage, key, None)) for key in ("test", "new", "train", "original")),
-    ):  # fmt: skip
-        if path is not None:
-            yield key, path.partition("@")[0] if key == "init_from" else path

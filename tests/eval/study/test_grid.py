@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from data_pipeline.settings import UsageError, validated
+from eval.study.grid import cells_of
 from eval.study.settings import _METRIC as METRIC
-from eval.study.settings import StudySettings, cells_of, load_study, published_tables
+from eval.study.settings import StudySettings, load_study, published_tables
 
 CONFIGS = sorted(Path("configs/studies").glob("*.yaml"))
 COUNT = "data.sources.0.count"

@@ -12,8 +12,9 @@ from etils import epath
 
 from data_pipeline.settings import UsageError, validated
 from eval.study.cells import stages_of
+from eval.study.grid import Cell, cells_of
 from eval.study.report import write_study_report
-from eval.study.settings import Cell, StudySettings, cells_of
+from eval.study.settings import StudySettings
 
 STEPS = [2, 2, 3, 3]  # of the four problems
 # Right samples of 4, of each problem: data, size, seed -> counts.

@@ -19,9 +19,10 @@ from data_pipeline.settings import UsageError
 from eval.study import cells as cells_module
 from eval.study import run as run_module
 from eval.study.cells import Place, Stage, done_stages, places
+from eval.study.grid import cells_of
 from eval.study.jobs import write_jobs
 from eval.study.run import StudyOptions, check_paths, choose, prepare, study, tell
-from eval.study.settings import StudySettings, cells_of, load_study
+from eval.study.settings import StudySettings, load_study
 
 
 def write_study(folder: Path, **changes: Any) -> Path:
