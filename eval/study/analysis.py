@@ -8,7 +8,7 @@ from etils import epath
 
 from eval.study.cells import is_done
 from eval.study.estimates import Estimate, Scores, combined, estimate, log_fit
-from eval.study.figures import Line
+from eval.study.figures import Line, are_numbers
 from eval.study.grid import Cell
 from eval.study.results import Point
 from eval.study.settings import Contrast, StudySettings, variants_of
