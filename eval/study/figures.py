@@ -26,6 +26,7 @@ _COLOURS = (
 _MARKS = "os^Dv*P<>X"
 _PAPER, _INK, _MUTED, _GRID = (COLOURS[name][0] for name in ("paper", "ink", "muted", "grid"))
 _PANEL = (4.6, 3.5)  # inches
+_LETTERS = 15  # of a legend, in an inch
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _panel(axes: Any, panel: Panel, places: Mapping[str, float], every_x: Sequen
     if not numeric and max(map(len, every_x)) > 9:
         axes.tick_params(axis="x", rotation=30)
     axes.set_xlabel(x_label, color=_MUTED)
-    axes.set_title(panel.title + (", %" if panel.is_share else ""), size=10, color=_MUTED, loc="left")
+    title = ", ".join(part for part in (panel.title, "%" if panel.is_share else "") if part)
+    axes.set_title(title, size=10, color=_MUTED, loc="left")
     if panel.is_share:
         low, high = axes.get_ylim()
         axes.set_ylim(max(0, low), min(102, high))
@@ -165,12 +167,12 @@ class _figure:
 
 
 def _legend(figure: Any, axes: Any) -> None:
-    """Below all panels, where there is more than one line."""
+    """Below all panels, where lines have names; in as many columns as their names leave room for."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1 or any(labels):
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, labelcolor=_INK
-        )
+    if any(labels):
+        fitting = int(_LETTERS * figure.get_size_inches()[0] / (max(map(len, labels)) + 6))  # 6: the mark
+        columns = max(1, min(4, len(labels), fitting))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, labelcolor=_INK)
 
 
 def _files(figure: Any) -> dict[str, bytes]:

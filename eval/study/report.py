@@ -1,6 +1,7 @@
 """The report of a study: report.md, the same as report.html, figures, and study.json for programs."""
 
 import base64
+import dataclasses
 import functools
 import json
 import os
@@ -52,6 +53,10 @@ def _figures(settings: StudySettings, points: Sequence[Point], table: Table) -> 
         lines = [line for name in table.lines if (line := table.line(metric, name)) is not None]
         if lines:
             drawn.append(Panel(title_of(metric, settings), metric not in SIGNED, lines))
+    shares = [panel for panel in drawn if panel.is_share]
+    if len(table.lines) == 1 and len(shares) > 1:  # what one line is of each metric stands in one picture
+        together = [dataclasses.replace(panel.lines[0], label=panel.title) for panel in shares]
+        drawn = [Panel("", True, together), *(panel for panel in drawn if not panel.is_share)]
     figures = {}
     if drawn:
         figures["metrics"] = panels(drawn, settings.report.x, table.x_labels)
