@@ -164,7 +164,8 @@ def _study(parser: ArgumentParser) -> cli.Action:
         if arguments.dry_run:
             print(tell(settings, options))
         elif arguments.emit is not None:
-            write_jobs(settings, arguments.emit, arguments.config, arguments.overrides)
+            again = ["python", "-m", "eval", "study", "--config", arguments.config, *arguments.overrides]
+            write_jobs(settings, arguments.emit, options.cell, again)
         else:
             study(settings, options)
 

@@ -52,7 +52,7 @@ def diagnose(folder: epath.Path, settings: ErrorSettings) -> dict[str, Any]:
         "metrics_sha256": metrics_digest(folder),
         "seed": settings.seed,
         "num_wrong_in_all": num_in_all,
-        "program": error_types(examined),
+        "program": error_types(examined, [sample["problem_id"] for sample in wrong]),
     }
     if settings.endpoint is not None:
         assert settings.model is not None
@@ -118,7 +118,7 @@ def _opinions(opinions: Sequence[Opinion | None], examined: Sequence[Examined]) 
 
 
 def _wrong_samples(folder: epath.Path, settings: ErrorSettings) -> tuple[list[dict[str, str]], int]:
-    """Question, answer and text of the wrong samples that are drawn, and how many wrong ones there are in all."""
+    """Problem, question, answer and text of the wrong samples that are drawn, and how many there are in all."""
     wrong = [
         (row["problem_id"], row["sample_id"])
         for row in read_grades(folder)
@@ -134,5 +134,10 @@ def _wrong_samples(folder: epath.Path, settings: ErrorSettings) -> tuple[list[di
             key = (sample["problem_id"], sample["sample_id"])
             if key in chosen and key not in texts:
                 problem = problems[key[0]]
-                texts[key] = {"question": problem["question"], "answer": problem["answer"], "text": sample["text"]}
+                texts[key] = {
+                    "problem_id": key[0],
+                    "question": problem["question"],
+                    "answer": problem["answer"],
+                    "text": sample["text"],
+                }
     return list(texts.values()), len(wrong)

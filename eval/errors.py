@@ -142,26 +142,54 @@ def examine(response: str) -> Examined:
     return Examined(len(stated), sum(map(bool, stated)), false[0] if false else None)
 
 
-def error_types(examined: Sequence[Examined]) -> dict[str, Any]:
+def error_types(examined: Sequence[Examined], problems: Sequence[str]) -> dict[str, Any]:
     """Wrong solutions by type, their shares with 95 % intervals, and where the first false equation stands.
 
-    The position is the number of steps before it, of all. Shares are of the solutions that can be checked; intervals
-    are Wilson's.
+    `problems` says of each solution which problem it solves. The position is the number of steps before the false
+    equation, of all. Shares are of the solutions that can be checked; their intervals, see `share`.
     """
     types = [each.error for each in examined]
+    checked = [(kind, problem) for kind, problem in zip(types, problems, strict=True) if kind is not None]
     positions = [each.first_false / each.num_steps for each in examined if each.first_false is not None]
     return {
         "num_wrong": len(examined),
         **{name: types.count(name) for name in TYPES},
         "not_checkable": types.count(None),
-        "shares": {name: share(types.count(name), len(types) - types.count(None)) for name in TYPES},
+        "shares": {name: share([(kind == name, problem) for kind, problem in checked]) for name in TYPES},
         "first_false_position": float(np.mean(positions)) if positions else None,
     }
 
 
-def share(count: int, total: int) -> dict[str, Any] | None:
-    """count / total with Wilson's 95 % interval; None of nothing."""
-    if not total:
+def share(found: Sequence[tuple[bool, str]]) -> dict[str, Any] | None:
+    """The share of True with its 95 % interval, of pairs (found, problem); None of nothing.
+
+    Solutions of one problem go wrong alike, so they are not as many witnesses: the interval is Wilson's (1927) for the
+    number of independent ones that would vary as much (Kish's design effect, from the variance between problems), and
+    for the number of problems where all solutions are of one kind.
+    """
+    if not found:
         return None
-    interval = scipy.stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
-    return {"value": count / total, "ci95": [float(interval.low), float(interval.high)]}
+    counts: dict[str, list[int]] = {}
+    for hit, problem in found:
+        of_problem = counts.setdefault(problem, [0, 0])
+        of_problem[0] += hit
+        of_problem[1] += 1
+    hits, sizes = np.array(list(counts.values()), float).T
+    total, groups = sizes.sum(), len(sizes)
+    value = float(hits.sum() / total)
+    alone = value * (1 - value) / total  # the variance, if solutions were independent
+    if alone > 0 and groups > 1:
+        together = float(np.square(hits - value * sizes).sum() / total**2 * groups / (groups - 1))
+        effective = total / max(1.0, together / alone)
+    else:
+        effective = float(groups)
+    low, high = wilson(value, effective)
+    return {"value": value, "ci95": [low, high]}
+
+
+def wilson(value: float, number: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `number` independent cases, which may be no whole number."""
+    squared = scipy.stats.norm.ppf(0.975) ** 2 / number
+    middle = value + squared / 2
+    half = float(np.sqrt(squared * (value * (1 - value) + squared / 4)))
+    return max(0.0, float((middle - half) / (1 + squared))), min(1.0, float((middle + half) / (1 + squared)))

@@ -83,7 +83,7 @@ def sample_in_shards(settings: SampleSettings, num_shards: int) -> epath.Path:
     return epath.Path(settings.out)
 
 
-def gpus_of_shards(environ: Mapping[str, str], num_shards: int) -> list[str | None]:
+def gpus_of_shards(environ: Mapping[str, str], num_shards: int, flag: str = "--shards") -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each shard; None where there is no GPU. Raises UsageError where shares are not even."""
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and shutil.which("nvidia-smi"):
@@ -95,7 +95,7 @@ def gpus_of_shards(environ: Mapping[str, str], num_shards: int) -> list[str | No
         return [None] * num_shards
     if len(gpus) % num_shards:
         even = [number for number in range(1, len(gpus) + 1) if len(gpus) % number == 0]
-        raise UsageError(f"--shards {num_shards} does not share the {len(gpus)} GPUs here evenly; these do: {even}")
+        raise UsageError(f"{flag} {num_shards} does not share the {len(gpus)} GPUs here evenly; these do: {even}")
     each = len(gpus) // num_shards
     return [",".join(gpus[first : first + each]) for first in range(0, len(gpus), each)]
 

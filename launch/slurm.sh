@@ -82,6 +82,7 @@ code=0
 "$python" "$root/launch/check.py" "${checked[@]}" > /dev/null || code=$?
 ((code != 2)) || exit 2
 ((code == 0)) || echo 'warning: the settings were not checked: the packages are not installed here' >&2
+code=0
 
 job=("$root/launch/job.sbatch" "$root")
 if [[ $command == train ]]; then

@@ -1,18 +1,21 @@
 """What a study's report is made of: every metric at every point, its lines, and differences between variants."""
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
 
 from eval.study.cells import is_done
-from eval.study.estimates import Estimate, Scores, combined, estimate, log_fit
+from eval.study.estimates import Estimate, Scores, combined, estimate, log_fit, paired
 from eval.study.figures import Line, are_numbers
 from eval.study.grid import Cell
 from eval.study.results import Point
 from eval.study.settings import Contrast, StudySettings, variants_of
 
+TOGETHER = "all together"  # over all places of the grid
 SIGNED = ("leakage:d1", "leakage:d2")  # nats; all other metrics are shares
 _TITLES = {
     "accuracy": "accuracy", "pass_ratio": "PassRatio@{n}", "step_accuracy": "accuracy of a step",
@@ -27,8 +30,8 @@ class Table:
     """Every metric at every point, and along each line."""
 
     def __init__(self, settings: StudySettings, points: Sequence[Point]):
-        self.settings = settings
         x = settings.report.x
+        _check_same_problems(settings, points)
         self.scores: dict[str, list[Scores | None]] = {
             metric: [point.scores(metric) for point in points] for metric in settings.report.metrics
         }
@@ -37,6 +40,9 @@ class Table:
         for index, point in enumerate(points):
             self.lines.setdefault(label_of(point, without=x), []).append(index)
         self.x = [point.labels[x] for point in points]
+        if are_numbers(self.x_labels):
+            for line in self.lines.values():
+                line.sort(key=lambda index: float(self.x[index]))
 
     def estimate(self, metric: str, index: int) -> Estimate | None:
         """A metric at a point."""
@@ -55,6 +61,16 @@ class Table:
         return Line(name, labels, estimates, fit)
 
 
+def _check_same_problems(settings: StudySettings, points: Sequence[Point]) -> None:
+    """Raises UsageError where the runs of an eval are not of the same problems, or graded by the same version."""
+    told = [*settings.report.metrics, *(contrast.metric for contrast in settings.report.contrasts)]
+    names = {m.partition(":")[0] for m in told if re.search(r":(accuracy|pass_ratio|pass@\d+)$", m)}
+    for name in sorted(names):
+        runs = [run for point in points for run in point.graded(name)]
+        for run in runs[1:]:
+            runs[0].check_against(run)
+
+
 def label_of(point: Point, without: str) -> str:
     """The variants that a point has on all axes but one."""
     return ", ".join(label for axis, label in point.labels.items() if axis != without)
@@ -66,48 +82,56 @@ def title_of(metric: str, settings: StudySettings) -> str:
     if name == "leakage":
         return _TITLES[kind]
     told = kind.replace("pass@", "Pass@") if kind.startswith("pass@") else _TITLES[kind]
-    told = told.format(n=settings.evals[name].get("num_samples", 256))
+    told = told.format(n={**settings.eval_settings, **settings.evals[name]}.get("num_samples", 256))
     several = len({metric.partition(":")[0] for metric in settings.report.metrics}) > 1
     return f"{name}: {told}" if several else told
 
 
-def differences_of(
-    settings: StudySettings, points: Sequence[Point], contrast: Contrast
-) -> Iterator[tuple[str, str, int, Estimate, float, float]]:
-    """Where, group, problems, difference, first and second value: at each place, and over all places together."""
+@dataclass(frozen=True)
+class Difference:
+    """Two variants at a place of the grid, on a group of problems: second - first, over the seeds that both have."""
+
+    where: str
+    group: str
+    num_problems: int
+    difference: Estimate
+    first: float
+    second: float
+
+
+def differences_of(settings: StudySettings, points: Sequence[Point], contrast: Contrast) -> list[Difference]:
+    """At each place, and over all places together where there are several."""
     pairs = []
     for point in points:
-        if point.labels[contrast.axis] != contrast.first:
-            continue
         wanted = {**point.labels, contrast.axis: contrast.second}
         other = next((each for each in points if each.labels == wanted), None)
-        if other is not None:
+        if other is not None and point.labels[contrast.axis] == contrast.first:
             pairs.append((point, other))
     every: list[tuple[str, list[Scores]]] = []
-    name = contrast.metric.partition(":")[0]
     for first, second in pairs:
-        both = [first.scores(contrast.metric), second.scores(contrast.metric)]
-        assert both[0] is not None and both[1] is not None  # metrics of problems are always there
-        every.append((label_of(first, without=contrast.axis), [both[0], both[1]]))
-    if not every:
-        return
-    if len(every) > 1:
+        scores = [found for point in (first, second) if (found := point.scores(contrast.metric)) is not None]
+        common = paired(scores) if len(scores) == 2 else None
+        if common is not None:
+            every.append((label_of(first, without=contrast.axis), common))
+    everywhere = paired([scores for _, both in every for scores in both]) if len(every) > 1 else None
+    if everywhere is not None:
         share = [1 / len(every)] * len(every)
-        every.append(("all together", [combined(share, [both[i] for _, both in every]) for i in (0, 1)]))
-    groups = pairs[0][0].groups(name, contrast.by) if contrast.by else []
+        every.append((TOGETHER, [combined(share, everywhere[side::2]) for side in (0, 1)]))
+    groups = pairs[0][0].groups(contrast.metric.partition(":")[0], contrast.by) if every and contrast.by else []
     named = sorted({group for group in groups if group is not None})
-    for place, (before, after) in every:
-        for group in [None, *named]:
-            if group is None:
-                a, b, told = before, after, "all"
-            else:
-                members = [each == group for each in groups]
-                a, b, told = before.of_group(members), after.of_group(members), f"{group} {contrast.by}"
-            assert a.per_problem is not None
-            yield (
-                place, told, a.per_problem.shape[1], estimate(combined([1, -1], [b, a])),
-                float(a.values.mean()), float(b.values.mean()),
-            )  # fmt: skip
+    return [
+        _difference(place, f"{group} {contrast.by}" if group is not None else "all", before, after, members)
+        for place, (before, after) in every
+        for group in [None, *named]
+        for members in [None if group is None else [each == group for each in groups]]
+    ]
+
+
+def _difference(where: str, group: str, before: Scores, after: Scores, members: Sequence[bool] | None) -> Difference:
+    a, b = (of if members is None else of.of_group(members) for of in (before, after))
+    assert a.per_problem is not None  # of accuracy, pass_ratio and pass@K
+    difference = estimate(combined([1, -1], [b, a]))
+    return Difference(where, group, a.per_problem.shape[1], difference, float(a.values.mean()), float(b.values.mean()))
 
 
 def numbers(settings: StudySettings, cells: Sequence[Cell], points: Sequence[Point], table: Table) -> dict[str, Any]:
@@ -117,7 +141,7 @@ def numbers(settings: StudySettings, cells: Sequence[Cell], points: Sequence[Poi
         if found is None:
             return None
         by_seed = {str(seed): value for seed, value in found.by_seed.items()}
-        return {"value": found.value, "ci95": list(found.ci95), "by_seed": by_seed}
+        return {"value": found.value, "ci95": found.ci95 and list(found.ci95), "by_seed": by_seed}
 
     metrics = settings.report.metrics
     fits: dict[str, dict[str, Any]] = {}
@@ -125,17 +149,19 @@ def numbers(settings: StudySettings, cells: Sequence[Cell], points: Sequence[Poi
         for name in table.lines:
             line = table.line(metric, name)
             if line is not None and line.fit is not None:
-                fit = {"per_doubling": told(line.fit.slope), "intercept": line.fit.intercept, "off": line.fit.off}
-                fits.setdefault(metric, {})[name] = fit
-    contrasts = []
-    for contrast in settings.report.contrasts:
-        for place, group, number, difference, first, second in differences_of(settings, points, contrast):
-            contrasts.append(
-                {
-                    **contrast.model_dump(), "where": place, "group": group, "num_problems": number,
-                    "first_value": first, "second_value": second, "difference": told(difference),
-                }
-            )  # fmt: skip
+                fit = line.fit
+                fits.setdefault(metric, {})[name] = {
+                    "per_doubling": told(fit.slope), "intercept": fit.intercept, "off": fit.off,
+                    "straight": fit.straight, "last_doubling": told(fit.last),
+                }  # fmt: skip
+    contrasts = [
+        {
+            **contrast.model_dump(), "where": found.where, "group": found.group, "num_problems": found.num_problems,
+            "first_value": found.first, "second_value": found.second, "difference": told(found.difference),
+        }
+        for contrast in settings.report.contrasts
+        for found in differences_of(settings, points, contrast)
+    ]  # fmt: skip
     law = settings.report.step_law
     return {
         "title": settings.title,

@@ -1,12 +1,13 @@
-"""One cell of a study: the ordinary commands that it consists of, what is done of them, and how they are run.
+"""One cell of a study: the ordinary commands that it consists of, and how they are run.
 
-cell.json     the settings that determine the results, and which commands are done, in how many seconds
+cell.json     what determines its results, and which commands are done: see record.py
 train.yaml    what `python -m mathscale_jax.train` reads
 log.txt       what the commands said
 train/, NAME/ of each eval, leakage.json
 """
 
-import importlib.metadata
+import contextlib
+import fcntl
 import json
 import os
 import subprocess
@@ -17,21 +18,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from etils import epath
 
-from data_pipeline.cli import EXIT_PREEMPTED, EXIT_USAGE, RunError, StopSignal, flags_of
-from data_pipeline.files import damage_named, write_json, write_text
-from data_pipeline.settings import UsageError, differences, to_yaml, validated
+from data_pipeline.cli import EXIT_PREEMPTED, EXIT_USAGE, StopSignal, flags_of
+from data_pipeline.files import write_text
+from data_pipeline.settings import UsageError, to_yaml
+from eval.files import parts, what_is_missing
 from eval.study.grid import Cell
+from eval.study.record import begin_record, done_stages, mark_done, read_json
 from eval.study.settings import StudySettings
-from mathscale_jax.config import TrainSettings, changes_that_forbid_resume
 
 _KEPT = 8  # last lines of a command that are shown where it fails
 _LOOK = 0.2  # seconds between two looks at a command
 _GRACE = 600.0  # seconds for a command to save what it has
-_VERSIONS = ("mathscale-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 @dataclass(frozen=True)
@@ -66,37 +67,10 @@ def stages_of(cell: Cell, study: StudySettings) -> list[Stage]:
     return stages
 
 
-def done_stages(cell: Cell) -> dict[str, float]:
-    """The commands that are done, and the seconds they took."""
-    return _record(cell).get("done", {})
-
-
 def is_done(cell: Cell, study: StudySettings) -> bool:
     """Whether nothing is left to do for it."""
     done = done_stages(cell)
     return all(stage.name in done for stage in stages_of(cell, study))
-
-
-def check_unchanged(cells: Sequence[Cell]) -> None:
-    """Raises UsageError where a folder holds results of other settings than its cell has now."""
-    for cell in cells:
-        record = _record(cell)
-        if not record:
-            continue
-        now, before = cell.settings(), record["settings"]
-        earlier = validated(TrainSettings, {**before["train"], "output_dir": "-"}, f"{cell.folder}/cell.json")
-        lines = changes_that_forbid_resume(earlier, cell.train)
-        for name in before["evals"].keys() & now["evals"].keys():  # others may come, or go
-            changes = differences(before["evals"][name], now["evals"][name])
-            lines += [f"evals.{name}.{line}" for line in changes if not line.startswith("shards:")]
-        if before["leakage"] and now["leakage"]:
-            lines += [f"leakage.{line}" for line in differences(before["leakage"], now["leakage"])]
-        if lines:
-            listed = "\n  ".join(lines)
-            raise UsageError(
-                f"{cell.folder} holds results of other settings:\n  {listed}\n"
-                "choose another out for the changed study, or remove the folder to run this cell again"
-            )
 
 
 def begin(cell: Cell) -> None:
@@ -104,26 +78,83 @@ def begin(cell: Cell) -> None:
     folder = epath.Path(cell.folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "train.yaml", to_yaml(cell.train))
-    _write_record(cell, done_stages(cell))
+    begin_record(cell)
 
 
 def run_cell(cell: Cell, study: StudySettings, stop: StopSignal, told: Callable[[str], None], place: "Place") -> None:
-    """Runs what is not done yet. Raises CellFailed, or Interrupted where `stop` was asked for."""
+    """Runs what is not done yet, when no other command does. Raises CellFailed, or Interrupted by `stop`."""
     if stop.exit_code is not None:
         raise Interrupted
-    begin(cell)
-    for stage in stages_of(cell, study):
-        done = done_stages(cell)
-        if stage.name in done:
-            continue
-        if stop.exit_code is not None:
-            raise Interrupted
-        started = time.monotonic()
-        if not _nothing_wrong(cell, stage):
-            run_command([sys.executable, "-m", *stage.words], stage.title, log_of(cell), stop, place)
-        seconds = time.monotonic() - started
-        _write_record(cell, {**done, stage.name: round(seconds, 1)})
-        told(f"{cell.name}: {stage.title} done in {seconds:.0f} s{_result(cell, stage)}")
+    epath.Path(cell.folder).mkdir(parents=True, exist_ok=True)
+    with _alone(cell, stop, told) as lock:
+        begin(cell)
+        for stage in stages_of(cell, study):
+            if stage.name in done_stages(cell):
+                continue
+            if stop.exit_code is not None:
+                raise Interrupted
+            started = time.monotonic()
+            for words in _left_of(cell, stage):
+                run_command([sys.executable, "-m", *words], stage.title, log_of(cell), stop, place, lock)
+            seconds = time.monotonic() - started
+            mark_done(cell, stage.name, seconds)
+            told(f"{cell.name}: {stage.title} done in {seconds:.0f} s{_result(cell, stage)}")
+
+
+def _left_of(cell: Cell, stage: Stage) -> list[list[str]]:
+    """The commands that a stage still needs: none, or less than all, where jobs elsewhere have done some of it."""
+    if stage.name == "train":
+        return [] if _is_trained(cell) else [stage.words]
+    out = stage.words[-1]
+    if stage.name.endswith("-errors"):
+        metrics = read_json(epath.Path(out) / "metrics.json")
+        nothing_wrong = metrics["pass_ratio"][str(metrics["num_samples"])]["value"] == 1
+        return [] if nothing_wrong else [stage.words]
+    if stage.name in cell.evals:
+        folder = epath.Path(cell.evals[stage.name].out)
+        if (folder / "run.json").exists() and parts(folder, "samples"):
+            missing = what_is_missing(folder)
+            if missing is None or missing.startswith("all samples are there"):
+                if stage.words[1] == "sample":
+                    return []
+                return [["eval", "grade", str(folder)], ["eval", "report", str(folder), "--complete"]]
+    return [stage.words]
+
+
+def _is_trained(cell: Cell) -> bool:
+    """Whether the newest checkpoint is that of the last step."""
+    from mathscale_jax.checkpoint import open_checkpoint, steps_in
+
+    if not steps_in(epath.Path(cell.train.output_dir) / "checkpoints"):
+        return False
+    try:
+        checkpoint = open_checkpoint(cell.train.output_dir)
+    except UsageError:  # training says what is wrong with it
+        return False
+    training = checkpoint.meta.training
+    return training is not None and checkpoint.step == training["num_steps"]
+
+
+@contextlib.contextmanager
+def _alone(cell: Cell, stop: StopSignal, told: Callable[[str], None]) -> Iterator[int | None]:
+    """Waits until no other command runs the cell, be it one whose study was killed; gives the lock to be inherited."""
+    if "://" in cell.folder:  # no locks there
+        yield None
+        return
+    with (Path(cell.folder) / ".lock").open("w") as file:
+        waiting = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waiting:
+                    told(f"{cell.name}: waiting for another command that runs it")
+                waiting = True
+                if stop.exit_code is not None:
+                    raise Interrupted from None
+                time.sleep(_LOOK)
+        yield file.fileno()
 
 
 @dataclass(frozen=True)
@@ -134,12 +165,18 @@ class Place:
     gpus: str | None = None
 
 
-def run_command(words: Sequence[str], title: str, log: Path | None, stop: StopSignal, place: Place) -> None:
-    """Runs a command to its end; what it says goes to `log`. Raises CellFailed, or Interrupted."""
+def run_command(
+    words: Sequence[str], title: str, log: Path | None, stop: StopSignal, place: Place, lock: int | None = None
+) -> None:
+    """Runs a command to its end; what it says goes to `log`. Raises CellFailed, or Interrupted.
+
+    The command holds `lock`, too, and so longer than a study that is killed.
+    """
     environment = os.environ | ({} if place.gpus is None else {"CUDA_VISIBLE_DEVICES": place.gpus})
     process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        pass_fds=() if lock is None else (lock,),
+    )  # fmt: skip
     if place.cores is not None:  # before it has begun to count them
         os.sched_setaffinity(process.pid, place.cores)
     lines: deque[str] = deque(maxlen=_KEPT)
@@ -170,26 +207,24 @@ def run_command(words: Sequence[str], title: str, log: Path | None, stop: StopSi
 
 
 def _keep(stream: IO[str], lines: deque[str], log: Path | None, title: str) -> None:
-    with open(os.devnull if log is None else log, "a") as file:  # noqa: PTH123
-        file.write(f"\n$ python {title}\n")
+    """Reads to the end, whatever becomes of the log: a command whose output nobody takes would stand still."""
+    with contextlib.ExitStack() as open_files:
+        file: IO[str] | None = None
+        with contextlib.suppress(OSError):
+            file = open_files.enter_context(open(os.devnull if log is None else log, "a"))  # noqa: PTH123
+            file.write(f"\n$ python {title}\n")
         for line in stream:
-            file.write(line)
-            file.flush()
             if line.strip():
                 lines.append(line.rstrip())
+            with contextlib.suppress(OSError):  # a full disk, which the command itself will meet
+                if file is not None:
+                    file.write(line)
+                    file.flush()
 
 
 def log_of(cell: Cell) -> Path | None:
     """Where a cell's commands are heard; nowhere on an object store, which has no append."""
     return None if "://" in cell.folder else Path(cell.folder) / "log.txt"
-
-
-def _nothing_wrong(cell: Cell, stage: Stage) -> bool:
-    """Whether the errors of an eval without a wrong sample are asked for."""
-    if not stage.name.endswith("-errors"):
-        return False
-    metrics = _json(epath.Path(stage.words[-1]) / "metrics.json")
-    return metrics["pass_ratio"][str(metrics["num_samples"])]["value"] == 1
 
 
 def _result(cell: Cell, stage: Stage) -> str:
@@ -199,32 +234,11 @@ def _result(cell: Cell, stage: Stage) -> str:
         losses = [row["loss"] for row in map(json.loads, lines[-20:]) if "loss" in row]
         return f": loss {losses[-1]:.3f}" if losses else ""
     if stage.name in cell.evals and stage.words[1] == "run":
-        metrics = _json(epath.Path(cell.evals[stage.name].out) / "metrics.json")
+        metrics = read_json(epath.Path(cell.evals[stage.name].out) / "metrics.json")
         n = str(metrics["num_samples"])
         ratio, passed = (100 * metrics[key][n]["value"] for key in ("pass_ratio", "pass_at"))
         return f": {ratio:.1f} % right" + (f", Pass@{n} {passed:.1f} %" if n != "1" else "")
     return ""
-
-
-def _json(file: epath.Path) -> Any:
-    with damage_named(file, "remove the cell's folder to run it again"):
-        return json.loads(file.read_text())
-
-
-def _record(cell: Cell) -> dict[str, Any]:
-    file = epath.Path(cell.folder) / "cell.json"
-    if not file.exists():
-        return {}
-    record = _json(file)
-    if not {"settings", "done", "versions"} <= set(record):
-        raise RunError(f"{file} is damaged: remove the cell's folder to run it again")
-    return record
-
-
-def _write_record(cell: Cell, done: dict[str, float]) -> None:
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
-    record = {"point": cell.point, "seed": cell.seed, "settings": cell.settings(), "done": done, "versions": versions}
-    write_json(epath.Path(cell.folder) / "cell.json", record)
 
 
 def places(parallel: int, gpus: Sequence[str | None]) -> Iterator[Place]:

@@ -11,6 +11,8 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
+FEWEST = 5  # problems, from which on an interval over them means something
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -38,39 +40,57 @@ class Scores:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over seeds, its 95 % interval, and each seed's value. `seeds_known`: the interval covers seeds, too."""
+    """The mean over seeds, its 95 % interval, and each seed's value.
+
+    No interval (None) where nothing varies, which is no certainty, and of fewer than FEWEST problems.
+    """
 
     value: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     by_seed: dict[int, float]
-    seeds_known: bool
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.ci95[0] > 0 or self.ci95[1] < 0
+        """Whether there is an interval, and it leaves zero out."""
+        return self.ci95 is not None and (self.ci95[0] > 0 or self.ci95[1] < 0)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """value = intercept + slope * log2(x), the slope with its interval; `off`: the largest distance of a point."""
+    """value = intercept + slope * log2(x), the slope with its interval, and how well a line fits.
+
+    `off` is the largest distance of a point from the line, `last` the slope between the last two points.
+    `straight`: no point's interval ends before the line.
+    """
 
     slope: Estimate
     intercept: float
     off: float
+    last: Estimate
+    straight: bool
+
+
+def paired(scores: Sequence[Scores]) -> list[Scores] | None:
+    """The scores of those seeds that all of them have; None where there is no such seed."""
+    seeds = tuple(seed for seed in scores[0].seeds if all(seed in other.seeds for other in scores))
+    if not seeds:
+        return None
+    places = [[of.seeds.index(seed) for seed in seeds] for of in scores]
+    return [
+        Scores(seeds, of.values[at], None if of.per_problem is None else of.per_problem[at], of.errors[at])
+        for of, at in zip(scores, places, strict=True)
+    ]
 
 
 def combined(weights: Sequence[float], scores: Sequence[Scores]) -> Scores:
-    """sum of weights * scores, seed by seed and problem by problem, over the seeds that all of them have."""
-    seeds = [seed for seed in scores[0].seeds if all(seed in other.seeds for other in scores)]
-    places = [[of.seeds.index(seed) for seed in seeds] for of in scores]
-    triples = list(zip(weights, scores, places, strict=True))
-    values = sum((w * of.values[at] for w, of, at in triples), np.zeros(len(seeds)))
-    errors = np.sqrt(sum(((w * of.errors[at]) ** 2 for w, of, at in triples), np.zeros(len(seeds))))
+    """sum of weights * scores, seed by seed and problem by problem. All must be of the same seeds, see `paired`."""
+    pairs = list(zip(weights, scores, strict=True))
+    values = np.sum([w * of.values for w, of in pairs], axis=0)
+    errors = np.sqrt(np.sum([(w * of.errors) ** 2 for w, of in pairs], axis=0))
     per_problem = None
     if all(of.per_problem is not None for of in scores):
-        per_problem = np.sum([w * of.per_problem[at] for w, of, at in triples if of.per_problem is not None], axis=0)
-    return Scores(tuple(seeds), values, per_problem, errors)
+        per_problem = np.sum([w * of.per_problem for w, of in pairs if of.per_problem is not None], axis=0)
+    return Scores(scores[0].seeds, values, per_problem, errors)
 
 
 def estimate(scores: Scores, bounds: tuple[float, float] | None = None) -> Estimate:
@@ -82,8 +102,11 @@ def estimate(scores: Scores, bounds: tuple[float, float] | None = None) -> Estim
     """
     num_seeds = len(scores.seeds)
     value = float(scores.values.mean())
+    by_seed = {seed: float(of) for seed, of in zip(scores.seeds, scores.values, strict=True)}
     parts = []
-    if scores.per_problem is not None and scores.per_problem.shape[1] > 1:
+    if scores.per_problem is not None:
+        if scores.per_problem.shape[1] < FEWEST:
+            return Estimate(value, None, by_seed)
         of_problem = scores.per_problem.mean(axis=0)
         parts.append((float(of_problem.var(ddof=1)) / len(of_problem), len(of_problem) - 1.0))
     elif scores.per_problem is None:
@@ -91,24 +114,32 @@ def estimate(scores: Scores, bounds: tuple[float, float] | None = None) -> Estim
     if num_seeds > 1:
         parts.append((float(scores.values.var(ddof=1)) / num_seeds, num_seeds - 1.0))
     variance = sum(part for part, _ in parts)
-    half = 0.0
-    if variance > 0:
-        freedom = variance**2 / max(sum(part**2 / of for part, of in parts), 1e-300)
-        half = float(scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance))
+    if variance < 1e-18:  # nothing varies, but for rounding
+        return Estimate(value, None, by_seed)
+    freedom = variance**2 / max(sum(part**2 / of for part, of in parts), 1e-300)
+    half = float(scipy.stats.t.ppf(0.975, freedom) * np.sqrt(variance))
     low, high = value - half, value + half
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
-    by_seed = {seed: float(of) for seed, of in zip(scores.seeds, scores.values, strict=True)}
-    return Estimate(value, (low, high), by_seed, num_seeds > 1)
+    return Estimate(value, (low, high), by_seed)
 
 
 def log_fit(x: Sequence[float], scores: Sequence[Scores]) -> Fit | None:
-    """The least-squares line through the points over log2(x); None with fewer than three points."""
-    if len(set(x)) < 3:
+    """The least-squares line through the points over log2(x), of the seeds that all have; None of fewer than three."""
+    common = paired(scores) if len(set(x)) > 2 else None
+    if common is None:
         return None
+    scores = common
     logs = np.log2(np.asarray(x, float))
     centred = logs - logs.mean()
     slope = estimate(combined((centred / np.square(centred).sum()).tolist(), scores))
     heights = np.array([of.values.mean() for of in scores])
     intercept = float(heights.mean() - slope.value * logs.mean())
-    return Fit(slope, intercept, float(np.abs(heights - intercept - slope.value * logs).max()))
+    off = np.abs(heights - intercept - slope.value * logs)
+    order = np.argsort(logs)
+    before, after = order[-2:]
+    step = 1 / float(logs[after] - logs[before])
+    last = estimate(combined([step, -step], [scores[after], scores[before]]))
+    ends = [estimate(of).ci95 for of in scores]
+    widths = [np.inf if end is None else (end[1] - end[0]) / 2 for end in ends]
+    return Fit(slope, intercept, float(off.max()), last, bool(np.all(off <= widths)))

@@ -54,9 +54,10 @@ def panels(drawn: Sequence[Panel], x_label: str, every_x: Sequence[str]) -> dict
     columns = min(2, len(drawn))
     with _figure(columns, rows) as (figure, grid):
         places = _places(every_x)
+        names = list(dict.fromkeys(line.label for panel in drawn for line in panel.lines))
         for panel, axes in zip(drawn, grid, strict=False):
-            _panel(axes, panel, places, every_x, x_label)
-        _legend(figure, grid[0])
+            _panel(axes, panel, places, every_x, names, x_label)
+        _legend(figure, grid)
         return _files(figure)
 
 
@@ -80,20 +81,29 @@ def step_laws(laws: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
         axes.set_xlabel("steps in the reference solution", color=_MUTED)
         axes.set_ylim(0, 102)
         axes.set_title("samples answered right, % = accuracy of a step ^ steps", size=10, color=_MUTED, loc="left")
-        _legend(figure, axes)
+        _legend(figure, [axes])
         return _files(figure)
 
 
-def _panel(axes: Any, panel: Panel, places: Mapping[str, float], every_x: Sequence[str], x_label: str) -> None:
+def _panel(
+    axes: Any,
+    panel: Panel,
+    places: Mapping[str, float],
+    every_x: Sequence[str],
+    every_line: Sequence[str],
+    x_label: str,
+) -> None:
     scale = 100 if panel.is_share else 1
     numeric = are_numbers(every_x)
+    names = list(every_line)
     width = 0.12 * min(np.diff(sorted(places.values())), default=1.0)
-    for number, line in enumerate(panel.lines):
+    for line in panel.lines:
+        number = names.index(line.label)
         colour = _COLOURS[number % len(_COLOURS)]
-        shift = width * (number - (len(panel.lines) - 1) / 2) * (1 if not numeric else 0.35)
+        shift = width * (number - (len(names) - 1) / 2) * (1 if not numeric else 0.35)
         x = np.array([places[label] for label in line.x]) + shift
         y = scale * np.array([each.value for each in line.estimates])
-        ends = scale * np.array([each.ci95 for each in line.estimates])
+        ends = scale * np.array([each.ci95 or (each.value, each.value) for each in line.estimates])
         axes.vlines(x, ends[:, 0], ends[:, 1], color=colour, linewidth=1.3, alpha=0.8)
         mark = _MARKS[number % len(_MARKS)]
         axes.plot(x, y, mark + ("-" if numeric else ""), color=colour, linewidth=1.6, markersize=5, label=line.label)
@@ -166,9 +176,13 @@ class _figure:
         self._context.__exit__(*raised)
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def _legend(figure: Any, panels: Sequence[Any]) -> None:
     """Below all panels, where lines have names; in as many columns as their names leave room for."""
-    handles, labels = axes.get_legend_handles_labels()
+    named: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    handles, labels = list(named.values()), list(named)
     if any(labels):
         fitting = int(_LETTERS * figure.get_size_inches()[0] / (max(map(len, labels)) + 6))  # 6: the mark
         columns = max(1, min(4, len(labels), fitting))

@@ -76,7 +76,7 @@ def _cell(
 ) -> Cell:
     name = "_".join([*(_LABEL.sub("-", label) for label in point.values()), f"seed{seed}"])
     folder = f"{(study.cells or study.out + '/cells').rstrip('/')}/{name}"
-    tree = merged(copy.deepcopy(dict(base)), study.train)
+    tree = merged(copy.deepcopy(dict(base)), study.train, "train")
     for key, value in overrides:
         set_key(tree, key, copy.deepcopy(value), f"axes: {key}")
     for key, value in (("output_dir", f"{folder}/train"), ("seed", seed), ("data.seed", seed)):

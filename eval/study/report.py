@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import functools
-import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,10 @@ from data_pipeline.cli import logger
 from data_pipeline.files import write_atomically, write_json, write_text
 from data_pipeline.pages import write_page
 from eval.study.analysis import SIGNED, Table, differences_of, numbers, steps_of, title_of
-from eval.study.cells import done_stages
 from eval.study.estimates import Estimate
 from eval.study.figures import Panel, panels, short_number, step_laws
 from eval.study.grid import Cell
+from eval.study.record import done_stages, read_record
 from eval.study.results import Point, points_of
 from eval.study.settings import Contrast, StudySettings, published_tables
 
@@ -96,7 +95,7 @@ def _text(
         yield (
             "Share of right samples by the number of steps in the reference solution, all seeds together, and "
             "accuracy = (accuracy of a step) ^ steps, fitted to all points (drawn through) and to the first four "
-            "(dotted)."
+            "(dotted). Intervals here are over problems only."
         )
         yield "![The step law](step_law.png)"
         yield _law_table(settings, points)
@@ -141,15 +140,13 @@ def _main_table(settings: StudySettings, points: Sequence[Point], table: Table) 
 
 def _reading(settings: StudySettings, points: Sequence[Point]) -> str:
     seeds = "and seeds" if len(settings.seeds) > 1 else "only, as there is one seed"
-    said = f"Mean over seeds, in brackets its 95 % interval over problems {seeds}."
-    sizes = {name: cells[0].evals[name] for name in settings.evals if (cells := points[0].cells)}
-    drawn = [
-        f"{name}: {given.num_samples} samples a problem at temperature {given.temperature}"
-        if given.temperature
-        else f"{name}: greedy"
-        for name, given in sizes.items()
-    ]
-    return said + (f" {'; '.join(drawn)}." if drawn else "")
+    said = f"Mean over seeds, in brackets its 95 % interval over problems {seeds}; none where nothing varies."
+    if any(metric.endswith(":first_false_position") for metric in settings.report.metrics):
+        said += " That of the first false equation's place is over seeds only."
+    for name, given in points[0].cells[0].evals.items():
+        how = f"{given.num_samples} samples a problem at temperature {given.temperature:g}"
+        said += f" {name}: {how if given.temperature else 'greedy'}."
+    return said
 
 
 def _fits(settings: StudySettings, table: Table) -> Iterator[str]:
@@ -158,34 +155,42 @@ def _fits(settings: StudySettings, table: Table) -> Iterator[str]:
             line = table.line(metric, name)
             if line is None or line.fit is None:
                 continue
-            of = f" ({name})" if name else ""
-            slope, points = line.fit.slope, metric not in SIGNED
-            way = "no clear direction" if not slope.clear else "rises" if slope.value > 0 else "falls"
-            scale, unit = (100, " points") if points else (1, "")
-            low, high = (scale * end for end in slope.ci95)
-            yield (
-                f"- {title_of(metric, settings)}{of}: {way}, {scale * slope.value:+.2f}{unit} for each doubling "
-                f"[{low:+.2f}, {high:+.2f}]; no point lies further than {scale * line.fit.off:.1f}{unit} from the line."
-            )
+            of, fit, unit = f" ({name})" if name else "", line.fit, "" if metric in SIGNED else " points"
+            slope = f"{_signed(fit.slope, metric)}{unit} for each doubling"
+            way = "no clear direction" if not fit.slope.clear else "rises" if fit.slope.value > 0 else "falls"
+            told = f"{way}, {slope}; no point lies further than {_size(fit.off, metric)}{unit} from the line"
+            if not fit.straight:
+                told = (
+                    f"{way}, but along no straight line: {slope} on average, points up to {_size(fit.off, metric)}"
+                    f"{unit} from it; between the last two sizes {_signed(fit.last, metric)}{unit}"
+                )
+            yield f"- {title_of(metric, settings)}{of}: {told}."
 
 
 def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contrast) -> Iterator[str]:
-    found = list(differences_of(settings, points, contrast))
+    found = differences_of(settings, points, contrast)
     if not found:
         return
     yield f"## {contrast.second} against {contrast.first}: {title_of(contrast.metric, settings)}"
     rows = [["where", "problems", "number", f"{contrast.first}, %", f"{contrast.second}, %", "difference, points", ""]]
-    for place, group, number, difference, first, second in found:
-        low, high = difference.ci95
-        verdict = "" if not difference.clear else "better" if difference.value > 0 else "worse"
+    for each in found:
+        better = "better" if each.difference.value > 0 else "worse"
         rows.append(
             [
-                place or "-", group, str(number), f"{100 * first:.1f}", f"{100 * second:.1f}",
-                f"{100 * difference.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", verdict,
+                each.where or "-", each.group, str(each.num_problems), f"{100 * each.first:.1f}",
+                f"{100 * each.second:.1f}", _signed(each.difference, contrast.metric),
+                better if each.difference.clear else "",
             ]
         )  # fmt: skip
     yield _markdown(rows)
-    yield "Paired: the same problems and seeds on both sides. A verdict stands where the interval leaves zero out."
+    number = len(found)
+    chance = (
+        f" Of {number} such comparisons {number / 20:.1f} are so by chance alone, on average." if number > 1 else ""
+    )
+    yield (
+        "Paired: the same problems and seeds on both sides. A verdict stands where the 95 % interval leaves zero out."
+        f"{chance}"
+    )
 
 
 def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:
@@ -218,11 +223,17 @@ def _every_run(settings: StudySettings, points: Sequence[Point], table: Table) -
 
 
 def _versions(points: Sequence[Point]) -> str:
-    cell = points[0].cells[0]
-    versions = json.loads((epath.Path(cell.folder) / "cell.json").read_text())["versions"]
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    """What the runs were made with, and when."""
+    done = [entry for point in points for cell in point.cells for entry in read_record(cell)["done"].values()]
+    versions: dict[str, set[str]] = {}
+    for entry in done:
+        for name, version in entry["versions"].items():
+            versions.setdefault(name, set()).add(version)
+    told = ", ".join(f"{name} {' and '.join(sorted(of))}" for name, of in versions.items())
+    first, last = (day[:10] for day in (min(entry["at"] for entry in done), max(entry["at"] for entry in done)))
+    days = first if first == last else f"{first} to {last}"
     return (
-        f"Made with {told}, Python {platform.python_version()}; report written on a machine with "
+        f"Made on {days} with {told}, Python {platform.python_version()}; report written on a machine with "
         f"{os.cpu_count()} CPU cores. The study as it was run is `study.yaml` beside this file."
     )
 
@@ -235,11 +246,27 @@ def _number(value: float, metric: str) -> str:
     return f"{value:+.3f}" if metric in SIGNED else f"{100 * value:.1f}"
 
 
+def _size(value: float, metric: str) -> str:
+    return f"{value:.3f}" if metric in SIGNED else f"{100 * value:.1f}"
+
+
 def _shown(found: Estimate | None, metric: str) -> str:
     if found is None:
         return "-"
+    if found.ci95 is None:
+        return _number(found.value, metric)
     low, high = found.ci95
     return f"{_number(found.value, metric)} [{_number(low, metric)}, {_number(high, metric)}]"
+
+
+def _signed(found: Estimate, metric: str) -> str:
+    """A difference, in points where the metric is a share."""
+    scale, digits = (1, 3) if metric in SIGNED else (100, 1)
+    value = f"{scale * found.value:+.{digits}f}"
+    if found.ci95 is None:
+        return value
+    low, high = (scale * end for end in found.ci95)
+    return f"{value} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def _markdown(rows: Sequence[Row]) -> str:

@@ -40,7 +40,7 @@ class Point:
         """EVAL:KIND of each seed, see `Report.metrics`; None where no cell has it."""
         name, _, kind = metric.partition(":")
         if kind in ("accuracy", "pass_ratio") or kind.startswith("pass@"):
-            runs = self._graded(name)
+            runs = self.graded(name)
             if kind.startswith("pass@"):
                 k = int(kind.removeprefix("pass@"))
                 return Scores.of_problems(self.seeds, np.array([run.pass_at([k])[:, 0] for run in runs]))
@@ -54,15 +54,16 @@ class Point:
 
     def groups(self, name: str, by: str) -> list[Any]:
         """The group of each problem of an eval, in the order of the scores."""
-        return self._graded(name)[0].groups(GROUPS[by])  # type: ignore[arg-type]
+        return self.graded(name)[0].groups(GROUPS[by])  # type: ignore[arg-type]
 
     def step_law(self, name: str) -> dict[str, Any] | None:
         """The law fitted to an eval's problems, each with its share of right samples in all seeds."""
-        runs = self._graded(name)
+        runs = self.graded(name)
         accuracy = np.mean([run.correct / run.num_samples for run in runs], axis=0)
         return step_law(*as_arrays(runs[0].groups("num_steps"), accuracy.tolist()))
 
-    def _graded(self, name: str) -> list[GradedRun]:
+    def graded(self, name: str) -> list[GradedRun]:
+        """The graded runs of an eval, one a seed, in which the problems are the same."""
         if name not in self._runs:
             runs = [GradedRun(epath.Path(cell.evals[name].out)) for cell in self.cells]
             for run in runs[1:]:
@@ -92,22 +93,27 @@ def _value(cell: Cell, name: str, kind: str) -> tuple[float, float] | None:
             return _with_error(json.loads(file.read_text())[kind])
     folder = epath.Path(cell.evals[name].out)
     metrics = read_metrics(folder)
+    ratio = metrics["pass_ratio"][str(metrics["num_samples"])] if kind in _ERRORS else None
     if kind == "step_accuracy":
         law = metrics["step_law"]
         if law is None:
             return None
         return _with_error({"value": law["all"]["accuracy_step"], "ci95": law["all"]["ci95"]})
+    if ratio is not None and ratio["value"] == 1:
+        return 0.0, 0.0
     errors = read_errors(folder)
     if errors is None:
         return None
     if kind == "first_false_position":
         position = errors["program"]["first_false_position"]
         return None if position is None else (position, 0.0)
-    share = errors["program"]["shares"]["calculation" if kind == "calculation_share" else _ERRORS[kind]]
-    if share is None or kind == "calculation_share":
+    program = errors["program"]
+    share = program["shares"]["calculation" if kind == "calculation_share" else _ERRORS[kind]]
+    if share is None or ratio is None:
         return share and _with_error(share)
-    right, right_error = _with_error(metrics["pass_ratio"][str(metrics["num_samples"])])
-    of_wrong, of_wrong_error = _with_error(share)
+    right, right_error = _with_error(ratio)
+    checked = 1 - program["not_checkable"] / program["num_wrong"]  # those without an equation are of neither type
+    of_wrong, of_wrong_error = (checked * each for each in _with_error(share))
     return (1 - right) * of_wrong, float(np.hypot((1 - right) * of_wrong_error, of_wrong * right_error))
 
 

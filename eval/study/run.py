@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
 
 import pydantic
 from etils import epath
@@ -22,19 +21,9 @@ from data_pipeline.progress import Progress
 from data_pipeline.settings import Settings, UsageError, to_yaml
 from data_pipeline.synthesis.rules import Handler, Server
 from eval.shards import gpus_of_shards
-from eval.study.cells import (
-    CellFailed,
-    Interrupted,
-    Place,
-    check_unchanged,
-    done_stages,
-    is_done,
-    places,
-    run_cell,
-    run_command,
-    stages_of,
-)
+from eval.study.cells import CellFailed, Interrupted, Place, is_done, places, run_cell, run_command, stages_of
 from eval.study.grid import Cell, cells_of, paths_of
+from eval.study.record import check_unchanged, done_stages
 from eval.study.report import write_study_report
 from eval.study.settings import StudySettings
 
@@ -42,10 +31,12 @@ _PATIENCE = 2.0  # seconds between two looks whether another job has made the da
 
 
 class StudyOptions(Settings):
-    """How a study is run; none of it changes what comes out."""
+    """How a study is run."""
 
     parallel: pydantic.PositiveInt = pydantic.Field(
-        1, description="cells at once, each on its share of this machine's cores and GPUs"
+        1,
+        description="cells at once, each on its share of this machine's cores and GPUs, to which the config's mesh "
+        "must fit; an evaluation that was stopped goes on with as many GPUs as it began with",
     )
     cell: str | None = pydantic.Field(
         None, description="only this one, and no report; or i/N: every N-th cell from the i-th on, for N jobs"
@@ -61,7 +52,7 @@ def study(settings: StudySettings, options: StudyOptions) -> None:
     cells = cells_of(settings)
     check_unchanged(cells)
     chosen = choose(cells, options.cell)
-    slots = list(places(options.parallel, gpus_of_shards(os.environ, options.parallel)))
+    slots = list(places(options.parallel, gpus_of_shards(os.environ, options.parallel, "--parallel")))
     out = epath.Path(settings.out)
     make_folder(out, "out")
     with StopSignal() as stop, contextlib.ExitStack() as alone:
@@ -78,15 +69,18 @@ def study(settings: StudySettings, options: StudyOptions) -> None:
         failed = _run_all(todo, settings, stop, slots)
         if stop.exit_code is not None:
             raise Stopped("stopped: what is done is kept; run the same command again", stop.exit_code)
-    if options.cell is None:
-        logger.info("the report: %s", write_study_report(settings, cells))
-    if failed:
-        listed = "\n".join(f"{cell.name}: {message}" for cell, message in failed)
-        raise RunError(f"{len(failed)} of {len(chosen)} cells failed; the others are done:\n{listed}")
+    listed = "\n".join(f"{cell.name}: {message}" for cell, message in failed)
+    try:
+        if options.cell is None:
+            logger.info("the report: %s", write_study_report(settings, cells))
+    finally:
+        if failed:
+            raise RunError(f"{len(failed)} of {len(chosen)} cells failed; the others are done:\n{listed}")
 
 
 def _lock(alone: contextlib.ExitStack, out: epath.Path, patient: bool) -> None:
     """Keeps other commands from making the same data; jobs that share a study wait for the one that makes it."""
+    waiting = False
     while True:
         try:
             alone.enter_context(locked(out, "out"))
@@ -94,6 +88,9 @@ def _lock(alone: contextlib.ExitStack, out: epath.Path, patient: bool) -> None:
         except UsageError:
             if not patient:
                 raise
+            if not waiting:
+                logger.info("waiting for another command that has %s, to make its data or to run it all", out)
+            waiting = True
             StopSignal.heed()
             time.sleep(_PATIENCE)
 
@@ -114,22 +111,23 @@ def choose(cells: Sequence[Cell], which: str | None) -> list[Cell]:
 
 
 def prepare(settings: StudySettings, stop: StopSignal) -> None:
-    """Runs the commands that make data which is not there. Raises UsageError where others made what is there."""
-    record = epath.Path(settings.out) / "prepare.json"
-    made: dict[str, Any] = {}
-    if record.exists():
-        with damage_named(record, "remove it, and the data that the study has prepared"):
-            made = json.loads(record.read_text())
+    """Runs the commands that make data, but for those that have ended well before: a file beside the data says so.
+
+    Raises UsageError where that file names another command; RunError where a command fails.
+    """
     for index, step in enumerate(settings.prepare):
+        record = epath.Path(f"{step.makes.rstrip('/')}.prepared.json")
         content = step.model_dump(mode="json", exclude_defaults=True)
-        before = made.get(step.makes)
-        if before is not None and before != content and epath.Path(step.makes).exists():
+        if record.exists() and epath.Path(step.makes).exists():
+            with damage_named(record, "remove it, and what was made"):
+                before = json.loads(record.read_text())
+                said = before["run"]
+            if before == content:
+                continue
             raise UsageError(
-                f"{step.makes} was made by another command than prepare.{index} says:\n  before: {before['run']}\n"
+                f"{step.makes} was made by another command than prepare.{index} says:\n  before: {said}\n"
                 f"  now:    {step.run}\nchoose another out for the changed study, or remove what was made"
             )
-        if epath.Path(step.makes).exists():
-            continue
         logger.info("making %s", step.makes)
         handler = type("StudyTeacher", (Handler,), {"rules": step.teacher}) if step.teacher else Handler
         with Server(handler) if step.teacher else contextlib.nullcontext() as server:
@@ -143,8 +141,7 @@ def prepare(settings: StudySettings, stop: StopSignal) -> None:
                 raise Stopped("stopped: run the same command again", stop.exit_code or 1) from None
         if not epath.Path(step.makes).exists():
             raise UsageError(f"prepare.{index}.makes={step.makes!r}: its command has not made it: {step.run}")
-        made[step.makes] = content
-        write_json(record, made)
+        write_json(record, content)
 
 
 def check_paths(cells: Sequence[Cell]) -> None:
@@ -166,7 +163,11 @@ def tell(settings: StudySettings, options: StudyOptions) -> str:
     """What would be run, and what is done, a line a cell: for --dry-run."""
     cells = choose(cells_of(settings), options.cell)
     check_unchanged(cells)
-    lines = [f"make   {step.makes}" for step in settings.prepare if not epath.Path(step.makes).exists()]
+    lines = [
+        f"make   {step.makes}"
+        for step in settings.prepare
+        if not epath.Path(f"{step.makes.rstrip('/')}.prepared.json").exists()
+    ]
     for cell in cells:
         done, stages = done_stages(cell), stages_of(cell, settings)
         left = [stage.title for stage in stages if stage.name not in done]
@@ -199,17 +200,21 @@ def _run_all(
     with Progress(len(cells), "study", "cells") as bar, ThreadPoolExecutor(len(slots)) as pool:
         futures: dict[Future[None], Cell] = {pool.submit(one, cell): cell for cell in cells}
         waiting = set(futures)
-        while waiting:
-            ended, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in ended:
-                cell = futures[future]
-                try:
-                    future.result()
-                    bar.update(1, cell.name)
-                except Interrupted:
-                    pass
-                except (CellFailed, RunError, UsageError, OSError) as error:
-                    failed.append((cell, str(error)))
-                    told(f"{cell.name} FAILED, the others go on: {str(error).splitlines()[0]}")
-                    bar.update(1, cell.name)
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    cell = futures[future]
+                    try:
+                        future.result()
+                        bar.update(1, cell.name)
+                    except Interrupted:
+                        pass
+                    except (CellFailed, RunError, UsageError, OSError) as error:
+                        failed.append((cell, str(error)))
+                        told(f"{cell.name} FAILED, the others go on: {str(error).splitlines()[0]}")
+                        bar.update(1, cell.name)
+        except BaseException:  # a second Ctrl-C, or a defect of ours: no cell is begun after it
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed

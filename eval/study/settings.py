@@ -14,7 +14,7 @@ from data_pipeline.synthesis.rules import RuleTeacher
 PUBLISHED = "configs/studies/published.yaml"
 _OF_ERRORS = ("calculation_errors", "reasoning_errors", "calculation_share", "first_false_position")
 _METRIC = re.compile(
-    r"(\w+):(accuracy|pass_ratio|pass@\d+|step_accuracy|calculation_errors|reasoning_errors|calculation_share"
+    r"(\w+):(accuracy|pass_ratio|pass@[1-9]\d*|step_accuracy|calculation_errors|reasoning_errors|calculation_share"
     r"|first_false_position)"
     r"|(leakage):(d1|d2)"
 )
@@ -36,8 +36,8 @@ class Contrast(Settings):
     """A difference between two variants of an axis, all else equal, paired over problems and seeds."""
 
     axis: str = pydantic.Field(description="axis whose variants are compared")
-    first: str = pydantic.Field(description="the one that is subtracted")
-    second: str = pydantic.Field(description="the one it is subtracted from")
+    first: str = pydantic.Field(coerce_numbers_to_str=True, description="the one that is subtracted")
+    second: str = pydantic.Field(coerce_numbers_to_str=True, description="the one it is subtracted from")
     metric: str = pydantic.Field(description="EVAL:pass_ratio, EVAL:accuracy or EVAL:pass@K")
     by: Literal["steps", "level", "subject"] | None = pydantic.Field(
         None, description="in groups of problems as well; null: all problems only"
@@ -117,6 +117,9 @@ class StudySettings(Settings):
             raise ValueError(f"seeds={list(self.seeds)}: one is there twice")
         if not self.evals and self.leakage is None:
             raise ValueError("evals: say what is measured of each cell (or leakage)")
+        for name in self.evals:
+            if not re.fullmatch(r"\w+", name) or name in ("train", "leakage"):
+                raise ValueError(f"evals: {name!r} must be a word, and neither train nor leakage, which are taken")
         for key in ("errors", "sheets"):
             unknown = [name for name in getattr(self, key) if name not in self.evals]
             if unknown:
@@ -146,7 +149,7 @@ class StudySettings(Settings):
             for label in (contrast.first, contrast.second):
                 if label not in labels:
                     raise ValueError(f"{where}: {label!r} is none of axes.{contrast.axis}: {', '.join(labels)}")
-            if not re.fullmatch(r"\w+:(accuracy|pass_ratio|pass@\d+)", contrast.metric):
+            if not re.fullmatch(r"\w+:(accuracy|pass_ratio|pass@[1-9]\d*)", contrast.metric):
                 raise ValueError(f"{where}.metric={contrast.metric!r}: differences are of accuracy, pass_ratio, pass@K")
         unknown = set(report.published) - set(read_yaml(PUBLISHED))
         if unknown:
@@ -155,18 +158,29 @@ class StudySettings(Settings):
 
 def load_study(path: str, overrides: Sequence[str] = ()) -> StudySettings:
     """A study from its YAML file, what it extends, and `key=value` overrides. Raises UsageError."""
+    below = _extended(path)
+    for override in overrides:
+        apply_override(below, override)
+    return validated(StudySettings, below, path)
+
+
+def _extended(path: str, above: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings in a file, over those of the file that it extends."""
+    if path in above:
+        raise UsageError(f"{path} extends itself, by {', '.join(above)}")
     tree = read_yaml(path)
-    below = read_yaml(tree.pop("extends")) if tree.get("extends") is not None else {}
+    extends = tree.pop("extends", None)
+    if not isinstance(extends, str | None):
+        raise UsageError(f"{path}: extends={extends!r}: must be the path of a YAML file")
+    below = {} if extends is None else _extended(extends, (*above, path))
     for key, value in tree.items():
         if key == "prepare" and isinstance(value, list):
             below[key] = [*below.get(key, []), *value]
         elif key in ("train", "evals", "eval_settings") and isinstance(value, dict):
-            below[key] = merged(below.get(key, {}), value)
+            below[key] = merged(below.get(key, {}), value, key)
         else:
             below[key] = value
-    for override in overrides:
-        apply_override(below, override)
-    return validated(StudySettings, below, path)
+    return below
 
 
 def published_tables(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -207,13 +221,18 @@ def variants_of(name: str, axis: Mapping[str, Any]) -> list[tuple[str, dict[str,
     return found
 
 
-def merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`: mappings are joined, all else is replaced. A dotted key is one of a mapping within."""
+def merged(below: dict[str, Any], above: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """`above` over `below`: mappings are joined, all else is replaced. A dotted key is one of a mapping within.
+
+    Raises UsageError, which names `where`, for a key that is no text.
+    """
     for key, value in above.items():
+        if not isinstance(key, str):
+            raise UsageError(f"{where}: {key!r} is no name of a setting")
         if "." in key:
-            set_key(below, key, copy.deepcopy(value), f"train: {key}")
+            set_key(below, key, copy.deepcopy(value), f"{where}: {key}")
         elif isinstance(value, dict) and isinstance(below.get(key), dict):
-            below[key] = merged(below[key], value)
+            below[key] = merged(below[key], value, f"{where}.{key}")
         else:
             below[key] = copy.deepcopy(value)
     return below

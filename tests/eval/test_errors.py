@@ -1,12 +1,13 @@
 """Calculation errors: by hand, none in the gold solutions of GSM8K, and those that are planted in them."""
 
-import math
 import random
 import re
 
+import numpy as np
 import pytest
+import scipy.stats
 
-from eval.errors import equations, error_types, examine, share, steps_of
+from eval.errors import equations, error_types, examine, share, steps_of, wilson
 
 
 @pytest.mark.parametrize(
@@ -107,18 +108,41 @@ def test_types_and_positions_of_wrong_solutions():
         for text in (f"{right_steps}\n4 + 1 = 6\n6 + 1 = 7", "1 + 1 = 3\n3 + 1 = 4", right_steps, "No idea.")
     ]
     assert [each.error for each in examined] == ["calculation", "calculation", "reasoning", None]
-    told = error_types(examined)
+    told = error_types(examined, ["a", "b", "c", "d"])
     assert told == {
         "num_wrong": 4, "calculation": 2, "reasoning": 1, "not_checkable": 1, "first_false_position": (2 / 4 + 0) / 2,
-        "shares": {"calculation": share(2, 3), "reasoning": share(1, 3)},
+        "shares": {
+            "calculation": share([(True, "a"), (True, "b"), (False, "c")]),
+            "reasoning": share([(False, "a"), (False, "b"), (True, "c")]),
+        },
     }  # fmt: skip
-    assert error_types([])["first_false_position"] is None and share(0, 0) is None
+    assert error_types([], [])["first_false_position"] is None and share([]) is None
 
 
-def test_a_share_has_wilsons_interval():
-    """By the formula: (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n), with p = 0.3, n = 20."""
-    z, p, n = 1.959964, 0.3, 20
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    wanted = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
-    told = share(6, 20)
-    assert told["value"] == 0.3 and told["ci95"] == pytest.approx(wanted, abs=1e-5)
+def test_wilsons_interval_is_scipys():
+    found = scipy.stats.binomtest(6, 20).proportion_ci(0.95, method="wilson")
+    assert wilson(0.3, 20) == pytest.approx((found.low, found.high))
+    assert wilson(0.0, 7)[0] == 0.0 and wilson(1.0, 7)[1] == 1.0
+
+
+def test_solutions_of_one_problem_are_no_more_witnesses_than_the_problem():
+    """Of n problems each with 50 solutions of one kind, the interval is that of n solutions, but for n / (n - 1)."""
+    kinds = [True] * 6 + [False] * 14
+    alone = share([(kind, str(problem)) for problem, kind in enumerate(kinds)])
+    often = share([(kind, str(problem)) for problem, kind in enumerate(kinds) for _ in range(50)])
+    assert alone["value"] == often["value"] == 0.3
+    assert alone["ci95"] == pytest.approx(list(wilson(0.3, 19)))
+    assert often["ci95"] == pytest.approx(list(wilson(0.3, 19)))
+    same = share([(True, str(problem)) for problem in range(4) for _ in range(100)])
+    assert same["ci95"] == pytest.approx(list(wilson(1.0, 4)))
+
+
+def test_intervals_of_shares_hold_the_truth_where_problems_differ():
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(500):
+        rates = rng.beta(0.6, 1.4, 60)  # mean 0.3
+        found = [(bool(hit), str(p)) for p, rate in enumerate(rates) for hit in rng.random(30) < rate]
+        low, high = share(found)["ci95"]
+        held += low <= 0.3 <= high
+    assert 460 <= held <= 490

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from eval.study.estimates import Scores, combined, estimate, log_fit
+from eval.study.estimates import Scores, combined, estimate, log_fit, paired
 
 
 def test_one_seed_gives_the_t_interval_over_problems() -> None:
@@ -13,24 +13,33 @@ def test_one_seed_gives_the_t_interval_over_problems() -> None:
     low, high = scipy.stats.ttest_1samp(scores[0], 0).confidence_interval(0.95)
     assert found.value == pytest.approx(3.5 / 6)
     assert found.ci95 == pytest.approx((low, high))
-    assert found.by_seed == {7: pytest.approx(3.5 / 6)} and not found.seeds_known
+    assert found.by_seed == {7: pytest.approx(3.5 / 6)}
 
 
 def test_values_without_problems_give_the_t_interval_over_seeds() -> None:
     values = np.array([0.31, 0.35, 0.27])
     found = estimate(Scores((0, 1, 2), values, None, np.zeros(3)))
     low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert found.ci95 == pytest.approx((low, high)) and found.seeds_known
+    assert found.ci95 == pytest.approx((low, high))
 
 
 def test_both_sources_of_chance_add_up_as_computed_by_hand() -> None:
-    # Problems: means over seeds 0.5 and 1.0, variance 0.125, of the mean 0.0625, 1 degree of freedom.
-    # Seeds: values 0.5 and 1.0, variance 0.125, of the mean 0.0625, 1 degree. Together 0.125 with 2 degrees.
-    found = estimate(Scores.of_problems([0, 1], np.array([[0.0, 1.0], [1.0, 1.0]])))
-    half = 4.302653 * np.sqrt(0.125)  # Student's t, 2 degrees of freedom, 97.5 %
+    # Problems: means over seeds 0.5 (x3) and 1.0 (x3), variance 0.075, of the mean 0.0125, 5 degrees of freedom.
+    # Seeds: values 0.5 and 1.0, variance 0.125, of the mean 0.0625, 1 degree. Together 0.075, with
+    # 0.075² / (0.0125² / 5 + 0.0625² / 1) = 1.4286 degrees.
+    scores = Scores.of_problems([0, 1], np.array([[0.0, 1.0] * 3, [1.0, 1.0] * 3]))
+    found = estimate(scores)
+    half = scipy.stats.t.ppf(0.975, 0.075**2 / (0.0125**2 / 5 + 0.0625**2)) * np.sqrt(0.075)
     assert found.value == 0.75
     assert found.ci95 == pytest.approx((0.75 - half, 0.75 + half), rel=1e-6)
-    assert estimate(Scores.of_problems([0, 1], np.array([[0.0, 1.0], [1.0, 1.0]])), (0, 1)).ci95 == (0.0, 1.0)
+    assert estimate(scores, (0, 1)).ci95 == (0.0, 1.0)
+
+
+def test_where_nothing_varies_or_problems_are_few_there_is_no_interval_and_no_verdict() -> None:
+    assert estimate(Scores.of_problems([0, 1], np.ones((2, 80)))).ci95 is None
+    assert estimate(Scores((0,), np.array([0.3]), None, np.zeros(1))).ci95 is None
+    few = estimate(Scores.of_problems([0, 1], np.array([[0.5, 0.4, 0.5, 0.6], [0.5, 0.5, 0.5, 0.5]])))
+    assert few.ci95 is None and not few.clear and few.value == pytest.approx(0.5)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
@@ -49,6 +58,7 @@ def test_what_is_hard_for_both_does_not_blur_a_difference() -> None:
     first = Scores.of_problems([0, 1], hard + rng.normal(0, 0.01, (2, 50)))
     second = Scores.of_problems([0, 1], hard + 0.05 + rng.normal(0, 0.01, (2, 50)))
     found = estimate(combined([1, -1], [second, first]))
+    assert paired([first, Scores.of_problems([5], hard)]) is None
     assert found.clear and found.value == pytest.approx(0.05, abs=0.01)
     assert not estimate(combined([1, -1], [first, first])).clear
 
@@ -72,7 +82,16 @@ def test_a_slope_of_values_with_errors_carries_them() -> None:
     fit = log_fit([1, 2, 4], scores)
     assert fit is not None and fit.slope.value == pytest.approx(0.15)
     assert fit.slope.ci95[1] - fit.slope.value == pytest.approx(1.959964 * np.sqrt(2) * 0.01, rel=1e-5)
-    assert fit.off == pytest.approx(abs(0.3 - (0.8 / 3)))
+    assert fit.off == pytest.approx(abs(0.3 - (0.8 / 3))) and fit.straight  # within 1.96 * 0.02
+    assert fit.last.value == pytest.approx(0.1)
+
+
+def test_what_levels_off_is_no_line() -> None:
+    rng = np.random.default_rng(3)
+    scores = [Scores.of_problems([0, 1, 2], v + rng.normal(0, 0.05, (3, 80))) for v in (0.1, 0.5, 0.8, 0.82)]
+    fit = log_fit([100, 200, 400, 1600], scores)
+    assert fit is not None and not fit.straight and fit.slope.clear
+    assert fit.last.value == pytest.approx(0.01, abs=0.01)  # 2 points over two doublings
 
 
 def test_a_group_of_problems_is_theirs_alone() -> None:

@@ -74,6 +74,26 @@ def test_a_study_adds_to_the_one_it_extends(tmp_path: Path) -> None:
     assert cell.evals.keys() == {"samples", "greedy"} and cell.evals["greedy"].max_tokens == 7
 
 
+def test_what_is_extended_may_extend_and_not_itself(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.yaml" for name in "abc"}
+    files["a"].write_text(yaml.safe_dump({"seeds": [4], "train": {"seed": 1}}))
+    files["b"].write_text(yaml.safe_dump({"extends": str(files["a"]), "train": {"num_steps": 9}}))
+    tree = study().model_dump(mode="json") | {"extends": str(files["b"])}
+    del tree["seeds"], tree["cells"]
+    files["c"].write_text(yaml.safe_dump(tree))
+    settings = load_study(str(files["c"]))
+    assert settings.seeds == (4,) and settings.train["seed"] == 1 and settings.train["num_steps"] == 3
+    files["a"].write_text(yaml.safe_dump({"extends": str(files["b"])}))
+    with pytest.raises(UsageError, match="extends itself"):
+        load_study(str(files["c"]))
+    files["a"].write_text("extends: 5")
+    with pytest.raises(UsageError, match="extends=5: must be the path"):
+        load_study(str(files["c"]))
+    files["a"].write_text(yaml.safe_dump({"train": {1: 2}}))
+    with pytest.raises(UsageError, match="train: 1 is no name of a setting"):
+        load_study(str(files["c"]))
+
+
 def test_cells_are_skipped_by_their_labels() -> None:
     cells = cells_of(study(skip=[{"data": "plain", "size": 20}]))
     assert {cell.name for cell in cells} == {
@@ -119,6 +139,12 @@ def test_a_base_config_is_changed_where_the_study_says_so(tmp_path: Path) -> Non
         ({"report": {"x": "size", "metrics": ["leakage:d1"]}}, "needs the settings of leakage"),
         ({"report": {"x": "size", "metrics": ["samples:pass_ratio"], "published": ["table_9"]}}, "'table_9' is not in"),
         ({"leakage": {"test": "a", "new": "b"}}, "leakage: train is required"),
+        ({"evals": {"train": {"task": "demo"}}}, "neither train nor leakage"),
+        ({"evals": {"a b": {"task": "demo"}}}, "evals: 'a b' must be a word"),
+        ({"report": {"x": "size", "metrics": ["samples:pass@0"]}}, "is no metric"),
+        ({"report": {"x": "size", "metrics": ["samples:pass@5"]}}, "'samples' draws 4 samples a problem"),
+        ({"report": {"x": "size", "metrics": ["samples:accuracy"]}}, "say samples:pass_ratio"),
+        ({"train": {1: 2}}, "train.1.[key]=1: Input should be a valid string"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_one_clear_message(changes: dict[str, Any], message: str) -> None:
@@ -158,5 +184,21 @@ def test_published_tables_are_rectangles_of_what_the_papers_print() -> None:
     tables = yaml.safe_load(Path("configs/studies/published.yaml").read_text())
     assert published_tables(list(tables))
     assert all(len(row) == len(table["columns"]) for table in tables.values() for row in table["rows"])
-    assert tables["table_1"]["rows"][-1] == ["7.5K", 50.2, 49.5, 8.4, 7.9]
+    numbers = {
+        name: [value for row in table["rows"] for value in row if not isinstance(value, str)]
+        for name, table in tables.items()
+    }
+    assert numbers == {
+        "table_1": [26.7, 25.9, 4.2, 3.9, 32.8, 31.9, 5.6, 4.9, 43.3, 42.2, 6.6, 6.0, 50.2, 49.5, 8.4, 7.9],
+        "figure_1": [48.2, 97.7, 7.9, 72.0],
+        "table_2": [82.6, 40.6, 89.2, 43.7, 84.2, 47.2, 88.1, 44.9, 90.6, 52.8],
+        "table_3": [22, 51, 59, 65, 68],
+        "figure_6": [],
+        "table_5": [28.9, 28.1, 37.6, 36.6],
+        "table_4": [78.9, 67.1, 89.7, 83.9, 94.2, 90.9],
+        "resampling": [71.1, 72.8],
+        "figure_5": [],
+        "table_6": [0.02, 0.19, 0.01, 0.20],
+        "puzzles": [44, 33, 35],
+    }
     assert METRIC.fullmatch("samples:pass@256") and not METRIC.fullmatch("samples:pass@")

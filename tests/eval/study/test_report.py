@@ -13,18 +13,19 @@ from etils import epath
 from data_pipeline.settings import UsageError, validated
 from eval.study.cells import stages_of
 from eval.study.grid import Cell, cells_of
+from eval.study.record import begin_record, mark_done
 from eval.study.report import write_study_report
 from eval.study.settings import StudySettings
 
-STEPS = [2, 2, 3, 3]  # of the four problems
+STEPS = [2, 2, 2, 3, 3, 3]  # of the six problems
 # Right samples of 4, of each problem: data, size, seed -> counts.
 RIGHT = {
-    ("plain", 10, 0): [0, 1, 0, 1], ("plain", 10, 1): [1, 1, 0, 0],
-    ("plain", 20, 0): [2, 2, 1, 1], ("plain", 20, 1): [3, 2, 1, 1],
-    ("plain", 80, 0): [4, 4, 2, 2], ("plain", 80, 1): [4, 3, 3, 2],
-    ("long", 10, 0): [0, 1, 2, 3], ("long", 10, 1): [1, 1, 2, 2],
-    ("long", 20, 0): [2, 2, 3, 3], ("long", 20, 1): [3, 2, 3, 3],
-    ("long", 80, 0): [4, 4, 4, 4], ("long", 80, 1): [4, 3, 4, 4],
+    ("plain", 10, 0): [0, 1, 1, 0, 1, 1], ("plain", 10, 1): [1, 1, 1, 0, 0, 0],
+    ("plain", 20, 0): [2, 2, 2, 1, 1, 1], ("plain", 20, 1): [3, 2, 2, 1, 1, 1],
+    ("plain", 80, 0): [4, 4, 4, 2, 2, 2], ("plain", 80, 1): [4, 3, 3, 3, 2, 2],
+    ("long", 10, 0): [0, 1, 1, 2, 3, 3], ("long", 10, 1): [1, 1, 1, 2, 2, 2],
+    ("long", 20, 0): [2, 2, 2, 3, 3, 3], ("long", 20, 1): [3, 2, 2, 3, 3, 3],
+    ("long", 80, 0): [4, 4, 4, 4, 4, 4], ("long", 80, 1): [4, 3, 3, 4, 4, 4],
 }  # fmt: skip
 
 
@@ -67,19 +68,13 @@ def finish(cell: Cell, settings: StudySettings, right: list[int], **more: Any) -
         for i, count in enumerate(right)
         for s in range(4)
     ]
-    for name, rows in (("problems.jsonl", problems), ("grades/part-0-3.jsonl", grades)):
+    for name, rows in (("problems.jsonl", problems), ("grades/part-0-5.jsonl", grades)):
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = {"complete": True, "grader_version": "2", "num_samples": 4, "step_law": None, **more}
     (out / "metrics.json").write_text(json.dumps(metrics))
-    done = {stage.name: 60.0 for stage in stages_of(cell, settings)}
-    record = {
-        "point": cell.point,
-        "seed": cell.seed,
-        "settings": cell.settings(),
-        "done": done,
-        "versions": {"jax": "1"},
-    }
-    (folder / "cell.json").write_text(json.dumps(record))
+    begin_record(cell)
+    for stage in stages_of(cell, settings):
+        mark_done(cell, stage.name, 60.0)
 
 
 @pytest.fixture
@@ -114,10 +109,10 @@ def test_the_slope_is_that_of_the_means_and_its_interval_that_of_both_chances(fi
     counts = np.array([[RIGHT["plain", size, seed] for seed in (0, 1)] for size in (10, 20, 80)]) / 4
     logs = np.log2([10, 20, 80])
     assert fit["per_doubling"]["value"] == pytest.approx(np.polyfit(logs, counts.mean(axis=(1, 2)), 1)[0])
-    of_problem = [np.polyfit(logs, counts[:, :, p].mean(axis=1), 1)[0] for p in range(4)]
+    of_problem = [np.polyfit(logs, counts[:, :, p].mean(axis=1), 1)[0] for p in range(6)]
     of_seed = [np.polyfit(logs, counts[:, s].mean(axis=1), 1)[0] for s in range(2)]
-    a, b = np.var(of_problem, ddof=1) / 4, np.var(of_seed, ddof=1) / 2
-    half = scipy.stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 3 + b**2)) * np.sqrt(a + b)
+    a, b = np.var(of_problem, ddof=1) / 6, np.var(of_seed, ddof=1) / 2
+    half = scipy.stats.t.ppf(0.975, (a + b) ** 2 / (a**2 / 5 + b**2)) * np.sqrt(a + b)
     low, high = fit["per_doubling"]["ci95"]
     assert high - low == pytest.approx(2 * half)
 
@@ -127,9 +122,10 @@ def test_differences_are_paired_and_told_by_groups_of_steps(finished: StudySetti
     assert {where for where, _ in rows} == {"10", "20", "80", "all together"}
     assert {group for _, group in rows} == {"all", "2 steps", "3 steps"}
     short, long = rows["10", "2 steps"], rows["10", "3 steps"]
-    assert short["num_problems"] == long["num_problems"] == 2
+    assert short["num_problems"] == long["num_problems"] == 3
+    assert short["difference"]["ci95"] is None  # of three problems
     assert short["difference"]["value"] == 0  # resampling changed nothing there
-    assert long["difference"]["value"] == pytest.approx((9 - 1) / 16)
+    assert long["difference"]["value"] == pytest.approx(np.mean([[2, 2, 2], [2, 2, 2]]) / 4)
     every = [rows[str(size), "all"]["difference"]["value"] for size in (10, 20, 80)]
     assert rows["all together", "all"]["difference"]["value"] == pytest.approx(np.mean(every))
 
@@ -141,11 +137,15 @@ def test_the_pages_say_what_is_published_what_is_ours_and_by_which_rule(finished
     assert "every run takes 3 epochs of its data" in text and "2 seeds" in text
     assert "## Measured here" in text and "## Published: real against synthetic data" in text
     assert "| 7.5K | 50.2 | 49.5 | 8.4 | 7.9 |" in text
-    assert "| plain | 80 | 75.0 [" in text and "| long_80_seed1 | 7 | 2.0 | 93.8 | 100.0 | 100.0 |" in text
-    # 12.5, 40.6 and 75 % at log2 of 10, 20 and 80: -4/3 * 12.5 - 1/3 * 40.625 + 5/3 * 75, over 14/3.
+    plain = np.mean([RIGHT["plain", 80, seed] for seed in (0, 1)])
+    assert f"| plain | 80 | {25 * plain:.1f} [" in text
+    assert f"| long_80_seed1 | 7 | 2.0 | {25 * np.mean(RIGHT['long', 80, 1]):.1f} | 100.0 | 100.0 |" in text
     (line,) = [line for line in text.splitlines() if line.startswith("- PassRatio@4 (plain)")]
-    assert "+20.31 points for each doubling" in line
+    counts = [np.mean([RIGHT["plain", size, seed] for seed in (0, 1)]) / 4 for size in (10, 20, 80)]
+    slope = np.polyfit(np.log2([10, 20, 80]), counts, 1)[0]
+    assert f"{100 * slope:+.1f} [" in line and "points for each doubling" in line
     assert "&lt;b&gt;it" in page and "<b>it" not in page
+    assert "comparisons" in text and "by chance alone" in text
     assert page.count("data:image/svg+xml;base64,") == 1 and (out / "metrics.png").read_bytes()[:4] == b"\x89PNG"
     assert not (out / "step_law.png").exists()  # two problems of each number of steps are no points
 
@@ -153,7 +153,7 @@ def test_the_pages_say_what_is_published_what_is_ours_and_by_which_rule(finished
 def test_a_study_under_way_says_so(tmp_path: Path) -> None:
     settings = study(tmp_path)
     first = cells_of(settings)[0]
-    finish(first, settings, [1, 1, 1, 1])
+    finish(first, settings, [1, 1, 1, 1, 2, 2])
     assert numbers(settings)["complete"] is False
     text = (tmp_path / "s" / "report.md").read_text()
     assert "**Unfinished.** 1 of 12 cells are done" in text
@@ -164,15 +164,16 @@ def test_errors_count_as_shares_of_all_samples(tmp_path: Path) -> None:
     settings = study(tmp_path, errors=["samples"], report={"x": "size", "metrics": metrics}, seeds=[0])
     cell = cells_of(settings)[0]
     ratio = {"4": {"value": 0.75, "ci95": [0.75, 0.75]}}
-    finish(cell, settings, [3, 3, 3, 3], pass_ratio=ratio)
+    finish(cell, settings, [3] * 6, pass_ratio=ratio)
     out = Path(cell.evals["samples"].out)
     shares = {"calculation": {"value": 0.4, "ci95": [0.2, 0.6]}, "reasoning": {"value": 0.6, "ci95": [0.4, 0.8]}}
+    program = {"shares": shares, "num_wrong": 10, "not_checkable": 2}  # so that 4 of 5 were checked
     digest = hashlib.sha256((out / "metrics.json").read_bytes()).hexdigest()
-    (out / "errors.json").write_text(json.dumps({"metrics_sha256": digest, "program": {"shares": shares}}))
+    (out / "errors.json").write_text(json.dumps({"metrics_sha256": digest, "program": program}))
     measured = numbers(settings)["points"][0]["metrics"]
-    assert measured["samples:calculation_errors"]["value"] == pytest.approx(0.1)
-    assert measured["samples:calculation_errors"]["ci95"] == pytest.approx([0.05, 0.15])
-    assert measured["samples:reasoning_errors"]["value"] == pytest.approx(0.15)
+    assert measured["samples:calculation_errors"]["value"] == pytest.approx(0.25 * 0.8 * 0.4)
+    assert measured["samples:calculation_errors"]["ci95"] == pytest.approx([0.25 * 0.8 * 0.2, 0.25 * 0.8 * 0.6])
+    assert measured["samples:reasoning_errors"]["value"] == pytest.approx(0.25 * 0.8 * 0.6)
     assert measured["samples:calculation_share"]["ci95"] == pytest.approx([0.2, 0.6])
 
 
@@ -180,3 +181,26 @@ def test_pass_at_more_samples_than_were_drawn_is_refused(tmp_path: Path) -> None
     settings = study(tmp_path, report={"x": "size", "metrics": ["samples:pass@8"]})
     with pytest.raises(UsageError, match="'samples' draws 4 samples a problem"):
         cells_of(settings)
+
+
+def test_a_seed_that_one_side_lacks_is_left_out_of_both(tmp_path: Path) -> None:
+    settings = study(tmp_path)
+    cells = cells_of(settings)
+    for cell in cells:
+        key = cell.point["data"], int(cell.point["size"]), cell.seed
+        if key not in {("long", 10, 1), ("plain", 20, 0), ("long", 20, 1)}:  # of size 20 no seed is common
+            finish(cell, settings, RIGHT[key])
+    rows = {(row["where"], row["group"]): row for row in numbers(settings)["contrasts"]}
+    alone = rows["10", "all"]
+    assert alone["first_value"] == pytest.approx(np.mean(RIGHT["plain", 10, 0]) / 4)
+    assert alone["difference"]["value"] == pytest.approx(alone["second_value"] - alone["first_value"])
+    assert ("20", "all") not in rows and rows["all together", "all"]["difference"]["by_seed"].keys() == {"0"}
+    assert "nan" not in (tmp_path / "s" / "report.md").read_text()
+
+
+def test_runs_of_other_problems_are_not_put_side_by_side(finished: StudySettings) -> None:
+    out = Path(cells_of(finished)[-1].evals["samples"].out)
+    problems = out / "problems.jsonl"
+    problems.write_text(problems.read_text().replace('"?"', '"!"'))
+    with pytest.raises(UsageError, match="do not hold the same problems"):
+        numbers(finished)

@@ -1,6 +1,9 @@
 """Running a study: what is done is not done again, what fails does not end the others, what changed is refused."""
 
+import fcntl
+import importlib.metadata
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -13,14 +16,16 @@ import yaml
 from etils import epath
 from small_run import command, environment, run, write_config
 
-from data_pipeline.cli import RunError, StopSignal
+from data_pipeline.cli import RunError, StopSignal, flags_of
 from data_pipeline.files import locked
 from data_pipeline.settings import UsageError
+from eval.sample import SampleSettings
 from eval.study import cells as cells_module
 from eval.study import run as run_module
-from eval.study.cells import Place, Stage, done_stages, places
+from eval.study.cells import Place, Stage, places
 from eval.study.grid import cells_of
-from eval.study.jobs import write_jobs
+from eval.study.jobs import _tpu, _tpu_name, write_jobs
+from eval.study.record import begin_record, done_stages, mark_done, read_record
 from eval.study.run import StudyOptions, check_paths, choose, prepare, study, tell
 from eval.study.settings import StudySettings, load_study
 
@@ -62,6 +67,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
     monkeypatch.setattr(cells_module, "stages_of", of)
     monkeypatch.setattr(run_module, "stages_of", of)
+    monkeypatch.setattr(cells_module, "_result", lambda cell, stage: "")
     monkeypatch.setattr(run_module, "write_study_report", lambda settings, cells: "report.html")
     return words
 
@@ -100,6 +106,52 @@ def test_changed_settings_over_finished_cells_are_refused_before_anything_runs(t
     assert tell(more, StudyOptions()).count("done") == 3
 
 
+def test_what_a_resume_allows_is_refused_over_a_run_that_is_done(tmp_path: Path, stages) -> None:
+    (cell, _) = cells_of(settings_of(tmp_path))
+    Path(cell.folder).mkdir(parents=True)
+    begin_record(cell)
+    longer = settings_of(tmp_path, train={"num_steps": 300})
+    tell(longer, StudyOptions())  # a run that is not done is gone on with
+    mark_done(cell, "train", 1.0)
+    with pytest.raises(UsageError, match="num_steps: 4 -> 300"):
+        tell(longer, StudyOptions())
+    tell(settings_of(tmp_path, train={"log_every": 7, "checkpoint": {"every": 2}}), StudyOptions())
+
+
+def test_studies_that_share_their_runs_keep_what_the_other_one_measured(tmp_path: Path, stages) -> None:
+    shared = str(tmp_path / "shared")
+    first = settings_of(tmp_path, cells=shared)
+    study(first, StudyOptions())
+    other = {"greedy": {**first.evals["samples"], "temperature": 0, "num_samples": 1}}
+    report = {"x": "size", "metrics": ["greedy:accuracy"]}
+    second = settings_of(tmp_path, out=str(tmp_path / "second"), cells=shared, evals=other, report=report)
+    begin_record(cells_of(second)[0])
+    changed = {"samples": {**first.evals["samples"], "temperature": 0.2}}
+    with pytest.raises(UsageError, match=r"evals\.samples\.temperature: 0\.7 -> 0\.2"):
+        study(settings_of(tmp_path, cells=shared, evals=changed), StudyOptions())
+    assert read_record(cells_of(second)[0])["settings"]["evals"].keys() == {"samples", "greedy"}
+
+
+def test_other_data_under_finished_cells_is_refused(tmp_path: Path, stages) -> None:
+    settings = settings_of(tmp_path)
+    study(settings, StudyOptions())
+    with (tmp_path / "data" / "test.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UsageError, match=r"test\.jsonl: its files are not those that were read"):
+        study(settings, StudyOptions())
+
+
+def test_a_cell_waits_for_a_command_that_a_killed_study_left_behind(tmp_path: Path, stages) -> None:
+    settings = settings_of(tmp_path)
+    (cell, _) = cells_of(settings)
+    Path(cell.folder).mkdir(parents=True)
+    with (Path(cell.folder) / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        orphan = subprocess.Popen(["sleep", "1.5"], pass_fds=[file.fileno()])
+    study(settings, StudyOptions(cell=cell.name))
+    assert orphan.poll() == 0 and done_stages(cell)
+
+
 def test_missing_data_is_said_before_anything_runs(tmp_path: Path, stages) -> None:
     settings = settings_of(tmp_path, train={"data.sources": [{"task": "demo", "path": "nowhere.jsonl"}]})
     with pytest.raises(UsageError, match=r"data.sources.0.path=nowhere.jsonl does not exist \(cell 10_seed0\)"):
@@ -120,6 +172,10 @@ def test_data_is_made_once_and_other_data_in_its_place_is_refused(tmp_path: Path
         written = Path(step["makes"]).stat().st_mtime_ns
         prepare(settings, stop)
         assert Path(step["makes"]).stat().st_mtime_ns == written
+        elsewhere = settings_of(tmp_path, out=str(tmp_path / "other"), prepare=[step])
+        (tmp_path / "other").mkdir()
+        prepare(elsewhere, stop)  # another study takes it
+        assert Path(step["makes"]).stat().st_mtime_ns == written
         other = settings_of(tmp_path, prepare=[{**step, "run": step["run"].replace("9", "8")}])
         with pytest.raises(UsageError, match=r"was made by another command than prepare\.0 says"):
             prepare(other, stop)
@@ -127,6 +183,17 @@ def test_data_is_made_once_and_other_data_in_its_place_is_refused(tmp_path: Path
             prepare(settings_of(tmp_path, prepare=[{"makes": "x", "run": "data_pipeline prepare demo"}]), stop)
         with pytest.raises(UsageError, match="its command has not made it"):
             prepare(settings_of(tmp_path, prepare=[{"makes": "x", "run": "json.tool --help"}]), stop)
+
+
+def test_data_whose_making_was_stopped_is_made_again(tmp_path: Path, stages) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "test.jsonl").write_text("half of it")
+    run = f"data_pipeline prepare demo --out {made} --num-train 9 --num-test 9"
+    (tmp_path / "study").mkdir()
+    with StopSignal() as stop:
+        prepare(settings_of(tmp_path, prepare=[{"makes": f"{made}/test.jsonl", "run": run}]), stop)
+    assert len((made / "test.jsonl").read_text().splitlines()) == 9
 
 
 def test_the_teacher_listens_while_data_is_made(tmp_path: Path, stages) -> None:
@@ -185,23 +252,33 @@ def test_cells_at_once_share_the_cores_and_the_gpus(monkeypatch: pytest.MonkeyPa
     assert [place.cores for place in places(8, [None] * 8)] == [None] * 8
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "tpu"])
-def test_each_cell_becomes_a_job_whose_commands_the_launcher_takes(tmp_path: Path, launcher: str, monkeypatch) -> None:
-    settings = settings_of(tmp_path)
-    if launcher == "tpu":
-        with pytest.raises(UsageError, match="name a gs:// folder"):
-            write_jobs(settings, "tpu", "study.yaml", [])
-        return
-    write_jobs(settings, launcher, "study.yaml", [])
+def test_each_cell_becomes_a_job_whose_commands_slurm_sh_takes(tmp_path: Path) -> None:
+    evals = {"samples": {**settings_of(tmp_path).evals["samples"], "stop": ["a b", "'"]}}
+    settings = settings_of(tmp_path, evals=evals)
+    jobs = write_jobs(settings, "slurm", None, ["python", "study.yaml"])
+    assert sorted(job.name for job in jobs.iterdir()) == ["10_seed0.sh", "20_seed0.sh"]
     job = tmp_path / "study" / "jobs" / "10_seed0.sh"
     assert subprocess.run(["bash", "-n", job]).returncode == 0
-    for line in job.read_text().splitlines():
-        if line.startswith("launch/slurm.sh"):
-            dry = line.replace(" --wait", " --wait --dry-run")
-            done = subprocess.run(["bash", "-c", dry], env=environment(), capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            assert "sbatch" in done.stderr
+    commands = [line for line in job.read_text().splitlines() if line.startswith("launch/slurm.sh")]
+    assert len(commands) == 2
+    for line in commands:
+        dry = line.replace(" --wait", " --wait --dry-run")
+        done = subprocess.run(["bash", "-c", dry], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "sbatch" in done.stderr
     assert (tmp_path / "study" / "cells" / "10_seed0" / "train.yaml").exists()
+
+
+def test_a_tpu_job_wants_its_files_where_they_outlive_it_and_a_name_of_its_own(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    (cell, _) = cells_of(settings)
+    with pytest.raises(UsageError, match="name gs:// folders for both"):
+        list(_tpu(cell, settings))
+    names = {
+        _tpu_name(f"real_vs_synthetic-gsm8k_synthetic_{size}_seed{seed}") for size in (940, 7400) for seed in range(3)
+    }
+    assert len(names) == 6 and max(map(len, names)) <= 40
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name) for name in names)
 
 
 @pytest.mark.slow
@@ -219,6 +296,7 @@ def test_a_study_goes_on_after_a_stop_and_reports_what_its_cells_measured(tmp_pa
     _, said = first.communicate(timeout=60)
     assert first.returncode == 75 and "run the same command again" in said
     trained = json.loads(done.read_text())["done"]["train"]
+    assert trained["versions"]["jax"] == importlib.metadata.version("jax")
 
     whole = run("eval", "study", "--config", config, "--parallel", "2")
     assert whole.returncode == 0, whole.stderr
@@ -239,3 +317,22 @@ def test_a_study_goes_on_after_a_stop_and_reports_what_its_cells_measured(tmp_pa
     assert again.returncode == 0 and "4 of 4 cells are done already" in again.stderr
     refused = run("eval", "study", "--config", config, "train.optimizer.learning_rate=0.5")
     assert refused.returncode == 2 and "optimizer.learning_rate: 0.01 -> 0.5" in refused.stderr
+
+
+@pytest.mark.slow
+def test_what_jobs_elsewhere_have_done_is_found_graded_and_reported(tmp_path: Path) -> None:
+    config = write_study(tmp_path, axes={"size": {"data.sources.0.count": [10]}})
+    settings = load_study(str(config))
+    (cell,) = cells_of(settings)
+    write_jobs(settings, "slurm", None, [])
+    assert run("mathscale_jax.train", "--config", f"{cell.folder}/train.yaml").returncode == 0
+    words = flags_of(cell.evals["samples"], SampleSettings)
+    # As on another machine, whose devices are not those of the command that reports.
+    elsewhere = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    drawn = subprocess.run(command("eval", "sample", *words), env=elsewhere, capture_output=True, text=True)
+    assert drawn.returncode == 0, drawn.stderr
+    trained = Path(cell.folder, "train", "metrics.jsonl").stat().st_mtime_ns
+    done = run("eval", "study", "--config", str(config))
+    assert done.returncode == 0, done.stderr
+    assert Path(cell.folder, "train", "metrics.jsonl").stat().st_mtime_ns == trained
+    assert json.loads((tmp_path / "study" / "study.json").read_text())["complete"] is True
