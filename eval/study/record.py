@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -116,7 +116,17 @@ def _sizes(path: str) -> str:
     file = epath.Path(path)
     if not file.exists():
         return ""
-    files = [file] if not file.is_dir() else sorted(each for each in file.rglob("*") if not each.is_dir())
-    kept = [each for each in files if not each.name.startswith(".")]
-    told = [f"{str(each).removeprefix(str(file))} {each.stat().length}" for each in kept]
+    told = [f"{str(each).removeprefix(str(file))} {size}" for each, size in _walk(file, depth=2)]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def _walk(file: epath.Path, depth: int) -> Iterator[tuple[epath.Path, int]]:
+    """Files and their sizes, in order; of what lies deeper, such as the arrays of a checkpoint, the folder alone."""
+    if not file.is_dir():
+        yield file, file.stat().length
+    elif not depth:
+        yield file, 0
+    else:
+        for each in sorted(file.iterdir()):
+            if not each.name.startswith("."):
+                yield from _walk(each, depth - 1)
