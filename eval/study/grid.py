@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.settings import UsageError, read_yaml, set_key, validated
+from data_pipeline.tasks import get_task
 from eval.leakage import LeakageSettings
 from eval.sample import RunSettings
 from eval.study.settings import StudySettings, merged, variants_of
@@ -94,6 +95,10 @@ def _cell(
             "out": f"{folder}/{eval_name}",
         }
         evals[eval_name] = validated(RunSettings, ours, f"evals.{eval_name}")
+        if eval_name in study.sheets:
+            get_task(evals[eval_name].task)
+        else:
+            _ = get_task(evals[eval_name].task).graded_as  # what people grade is refused here
     leakage = None
     if study.leakage is not None:
         ours = {**study.leakage, "checkpoint": f"{folder}/train", "out": f"{folder}/leakage.json"}

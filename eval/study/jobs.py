@@ -21,7 +21,7 @@ _LONGEST_NAME = 40  # of a TPU, so that suffixes fit into Cloud TPU's 61
 
 
 def _slurm(cell: Cell, study: StudySettings) -> Iterator[str]:
-    yield "# TRAIN_FLAGS, EVAL_FLAGS: options of sbatch; GRADE_FLAGS: --grade-flag=...; SHARDS: jobs that draw samples."
+    yield "# TRAIN_FLAGS, EVAL_FLAGS: all options of sbatch, GPUs too; GRADE_FLAGS: --grade-flag=...; SHARDS: a number."
     if "train" not in done_stages(cell):
         yield f"launch/slurm.sh train --wait ${{TRAIN_FLAGS---gpus-per-node=8}} -- --config {_train(cell)}"
     for words in _sampled(cell, study):

@@ -15,12 +15,12 @@ from etils import epath
 
 from data_pipeline.cli import RunError
 from data_pipeline.files import damage_named, write_json
-from data_pipeline.settings import UsageError, differences, validated
+from data_pipeline.settings import UsageError, differences
 from eval.study.grid import Cell, paths_of
-from mathscale_jax.config import MAY_CHANGE_ON_RESUME, TrainSettings, changes_that_forbid_resume
+from mathscale_jax.config import MAY_CHANGE_ON_RESUME
 
 _VERSIONS = ("mathscale-jax", "jax", "jaxlib", "flax", "optax", "numpy")
-# A run may be resumed with these changed; one that is done would have been another.
+# A run may be resumed with these changed, but from the beginning it would have been another.
 _DETERMINE = ("num_steps", "data.tokenizer", "data.template", "validation")
 _FREE = tuple(key for key in MAY_CHANGE_ON_RESUME if key not in _DETERMINE)
 
@@ -96,14 +96,14 @@ def files_of(cell: Cell) -> dict[str, str]:
 
 def _changes(record: dict[str, Any], cell: Cell) -> list[str]:
     before, now = record["settings"], cell.settings()
-    earlier = validated(TrainSettings, {**before["train"], "output_dir": "-"}, f"{cell.folder}/cell.json")
-    if "train" in record["done"]:
+    lines: list[str] = []
+    if "train" in record["done"] or (epath.Path(cell.train.output_dir) / "checkpoints").exists():
         lines = differences(before["train"], now["train"])
         free = tuple(f"{key}{end}" for key in _FREE for end in ":.")
         lines = [line for line in lines if not line.startswith(free)]
-    else:
-        lines = changes_that_forbid_resume(earlier, cell.train)
     for name in before["evals"].keys() & now["evals"].keys():  # others may come, or belong to another study
+        if name not in record["done"] and not (epath.Path(cell.evals[name].out) / "run.json").exists():
+            continue  # nothing is drawn yet
         changes = differences(before["evals"][name], now["evals"][name])
         lines += [f"evals.{name}.{line}" for line in changes if not line.startswith("shards:")]
     if before["leakage"] and now["leakage"]:

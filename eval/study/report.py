@@ -145,7 +145,7 @@ def _reading(settings: StudySettings, points: Sequence[Point]) -> str:
         said += " That of the first false equation's place is over seeds only."
     for name, given in points[0].cells[0].evals.items():
         how = f"{given.num_samples} samples a problem at temperature {given.temperature:g}"
-        said += f" {name}: {how if given.temperature else 'greedy'}."
+        said += f" {name}: {how if given.temperature else 'one answer a problem, decoded greedily'}."
     return said
 
 
@@ -172,14 +172,24 @@ def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contra
     if not found:
         return
     yield f"## {contrast.second} against {contrast.first}: {title_of(contrast.metric, settings)}"
-    rows = [["where", "problems", "number", f"{contrast.first}, %", f"{contrast.second}, %", "difference, points", ""]]
+    rows = [
+        [
+            "where",
+            "problems",
+            "number",
+            f"{contrast.first}, %",
+            f"{contrast.second}, %",
+            "difference, points",
+            "verdict",
+        ]
+    ]
     for each in found:
         better = "better" if each.difference.value > 0 else "worse"
         rows.append(
             [
                 each.where or "-", each.group, str(each.num_problems), f"{100 * each.first:.1f}",
                 f"{100 * each.second:.1f}", _signed(each.difference, contrast.metric),
-                better if each.difference.clear else "",
+                better if each.difference.clear else "undecided",
             ]
         )  # fmt: skip
     yield _markdown(rows)

@@ -13,6 +13,7 @@ from data_pipeline.synthesis.rules import RuleTeacher
 
 PUBLISHED = "configs/studies/published.yaml"
 _OF_ERRORS = ("calculation_errors", "reasoning_errors", "calculation_share", "first_false_position")
+_KINDS = "accuracy, pass_ratio, pass@K, step_accuracy, " + ", ".join(_OF_ERRORS)
 _METRIC = re.compile(
     r"(\w+):(accuracy|pass_ratio|pass@[1-9]\d*|step_accuracy|calculation_errors|reasoning_errors|calculation_share"
     r"|first_false_position)"
@@ -63,7 +64,9 @@ class Report(Settings):
     def _known(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
         for metric in metrics:
             if not _METRIC.fullmatch(metric):
-                raise ValueError(f"{metric!r} is no metric: write EVAL:pass_ratio, or another one of {_METRIC.pattern}")
+                raise ValueError(
+                    f"{metric!r} is no metric: write EVAL:KIND, with KIND one of {_KINDS}, or leakage:d1, leakage:d2"
+                )
         return metrics
 
 

@@ -63,7 +63,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     words: dict[str, list[str]] = {}
 
     def of(cell: Any, study: Any) -> list[Stage]:
-        return [Stage("only", "the command", words.get(cell.name, ["json.tool", "--help"]))]
+        own = words.get(cell.name, ["json.tool", "--help"])
+        return [Stage("train", "the command", own), Stage("samples", "the command", own)]
 
     monkeypatch.setattr(cells_module, "stages_of", of)
     monkeypatch.setattr(run_module, "stages_of", of)
