@@ -168,6 +168,9 @@ def tell(settings: StudySettings, options: StudyOptions) -> str:
         for step in settings.prepare
         if not epath.Path(f"{step.makes.rstrip('/')}.prepared.json").exists()
     ]
+    if not lines:
+        absent = {f"absent {key}={path}": None for cell in cells for key, path in paths_of(cell)}
+        lines += [line for line in absent if not epath.Path(line.partition("=")[2]).exists()]
     for cell in cells:
         done, stages = done_stages(cell), stages_of(cell, settings)
         left = [stage.title for stage in stages if stage.name not in done]

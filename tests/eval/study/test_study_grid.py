@@ -139,6 +139,7 @@ def test_a_base_config_is_changed_where_the_study_says_so(tmp_path: Path) -> Non
         ({"report": {"x": "size", "metrics": ["leakage:d1"]}}, "needs the settings of leakage"),
         ({"report": {"x": "size", "metrics": ["samples:pass_ratio"], "published": ["table_9"]}}, "'table_9' is not in"),
         ({"leakage": {"test": "a", "new": "b"}}, "leakage: train is required"),
+        ({"evals": {"samples": {"task": "gsm9k"}}}, "task='gsm9k' is unknown; allowed: gsm8k"),
         ({"evals": {"train": {"task": "demo"}}}, "neither train nor leakage"),
         ({"evals": {"a b": {"task": "demo"}}}, "evals: 'a b' must be a word"),
         ({"report": {"x": "size", "metrics": ["samples:pass@0"]}}, "is no metric"),

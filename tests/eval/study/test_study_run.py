@@ -112,7 +112,12 @@ def test_what_a_resume_allows_is_refused_over_a_run_that_is_done(tmp_path: Path,
     Path(cell.folder).mkdir(parents=True)
     begin_record(cell)
     longer = settings_of(tmp_path, train={"num_steps": 300})
-    tell(longer, StudyOptions())  # a run that is not done is gone on with
+    tell(longer, StudyOptions())  # nothing is trained yet
+    evals = {"samples": {**longer.evals["samples"], "num_samples": 8}}
+    tell(settings_of(tmp_path, evals=evals), StudyOptions())  # nor drawn
+    (Path(cell.folder) / "train" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UsageError, match="num_steps: 4 -> 300"):
+        tell(longer, StudyOptions())  # it would go on under another schedule
     mark_done(cell, "train", 1.0)
     with pytest.raises(UsageError, match="num_steps: 4 -> 300"):
         tell(longer, StudyOptions())
