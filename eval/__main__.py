@@ -153,7 +153,8 @@ def _study(parser: ArgumentParser) -> cli.Action:
     parser.add_argument(
         "--emit",
         choices=list(LAUNCHERS),
-        help="write one job a cell for launch/ into OUT/jobs, and run none; this command reports when they are done",
+        help="make the data, write one job a cell for launch/ into OUT/jobs, and run no cell; this command, without "
+        "--emit, reports when they are done",
     )
     cli.add_flags(parser, StudyOptions)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that differ from the config's")

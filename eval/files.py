@@ -59,20 +59,27 @@ def what_is_missing(folder: epath.Path) -> str | None:
     Raises UsageError where the folder is no eval folder.
     """
     num_problems, there = read_run(folder)["num_problems"], parts(folder, "samples")
-    try:
-        sampled = {index for part in there for index in problems_of(part)}
-    except ValueError:  # samples of another origin, whose files are called as they like
-        sampled = set(range(num_problems))
-    missing = list(gaps(range(num_problems), sampled))
+    missing = not_sampled(folder)
     if missing:
+        sampled = num_problems - sum(map(len, missing))
         told = ", ".join(f"{gap[0]} to {gap[-1]}" for gap in missing[:_NAMED])
         more = f" and {len(missing) - _NAMED} more gaps" if len(missing) > _NAMED else ""
         is_local = "://" not in str(folder)  # elsewhere each look is a request
         minutes = [(time.time() - part.stat().mtime) / 60 for part in there if is_local]
         age = f"; the newest file is {max(0, min(minutes)):.0f} minutes old" if minutes else ""
-        return f"{len(sampled):,} of {num_problems:,} problems have their samples; missing: {told}{more}{age}"
+        return f"{sampled:,} of {num_problems:,} problems have their samples; missing: {told}{more}{age}"
     ungraded = {part.name for part in there} - {part.name for part in parts(folder, "grades")}
     return f"all samples are there; {len(ungraded)} of {len(there)} files are not graded yet" if ungraded else None
+
+
+def not_sampled(folder: epath.Path) -> list[range]:
+    """The problems without samples, as ranges. Raises UsageError where the folder is no eval folder."""
+    num_problems = read_run(folder)["num_problems"]
+    try:
+        sampled = {index for part in parts(folder, "samples") for index in problems_of(part)}
+    except ValueError:  # samples of another origin, whose files are called as they like
+        return []
+    return list(gaps(range(num_problems), sampled))
 
 
 def read_run(folder: epath.Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from etils import epath
 from data_pipeline.cli import EXIT_PREEMPTED, EXIT_USAGE, StopSignal, flags_of
 from data_pipeline.files import write_text
 from data_pipeline.settings import UsageError, to_yaml
-from eval.files import parts, what_is_missing
+from eval.files import not_sampled, parts
 from eval.study.grid import Cell
 from eval.study.record import begin_record, done_stages, mark_done, read_json
 from eval.study.settings import StudySettings
@@ -112,12 +112,10 @@ def _left_of(cell: Cell, stage: Stage) -> list[list[str]]:
         return [] if nothing_wrong else [stage.words]
     if stage.name in cell.evals:
         folder = epath.Path(cell.evals[stage.name].out)
-        if (folder / "run.json").exists() and parts(folder, "samples"):
-            missing = what_is_missing(folder)
-            if missing is None or missing.startswith("all samples are there"):
-                if stage.words[1] == "sample":
-                    return []
-                return [["eval", "grade", str(folder)], ["eval", "report", str(folder), "--complete"]]
+        if (folder / "run.json").exists() and parts(folder, "samples") and not not_sampled(folder):
+            if stage.words[1] == "sample":
+                return []
+            return [["eval", "grade", str(folder)], ["eval", "report", str(folder), "--complete"]]
     return [stage.words]
 
 

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from data_pipeline.cli import logger
 from data_pipeline.files import write_atomically, write_json, write_text
 from data_pipeline.pages import write_page
 from eval.study.analysis import SIGNED, Table, differences_of, numbers, steps_of, title_of
@@ -99,12 +98,11 @@ def _text(
         )
         yield "![The step law](step_law.png)"
         yield _law_table(settings, points)
-    for name, published in published_tables(settings.report.published).items():
+    for published in published_tables(settings.report.published).values():
         yield f"## Published: {published['title']}"
         if published.get("about"):
             yield str(published["about"]).strip()
         yield _markdown([published["columns"], *([str(value) for value in row] for row in published["rows"])])
-        logger.debug("published table %s", name)
     yield "## Every run"
     yield _every_run(settings, points, table)
     yield _versions(points)
@@ -194,12 +192,10 @@ def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contra
         )  # fmt: skip
     yield _markdown(rows)
     number = len(found)
-    chance = (
-        f" Of {number} such comparisons {number / 20:.1f} are so by chance alone, on average." if number > 1 else ""
-    )
+    chance = f" Of {number} comparisons of what does not differ, {number / 20:.1f} would have one, on average."
     yield (
         "Paired: the same problems and seeds on both sides. A verdict stands where the 95 % interval leaves zero out."
-        f"{chance}"
+        f"{chance if number > 1 else ''}"
     )
 
 
@@ -210,12 +206,12 @@ def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:
         if law is None:
             continue
         off = max(abs(p["value"] - law["all"]["accuracy_step"] ** p["steps"]) for p in law["points"])
-        fits = [f"{law[k]['accuracy_step']:.3f} [{law[k]['ci95'][0]:.3f}, {law[k]['ci95'][1]:.3f}]" for k in _FITS]
+        fits = [
+            f"{law[k]['accuracy_step']:.3f} [{law[k]['ci95'][0]:.3f}, {law[k]['ci95'][1]:.3f}]"
+            for k in ("all", "first_four")
+        ]
         rows.append([*point.labels.values(), *fits, f"{100 * off:.1f}"])
     return _markdown(rows)
-
-
-_FITS = ("all", "first_four")
 
 
 def _every_run(settings: StudySettings, points: Sequence[Point], table: Table) -> str:

@@ -108,9 +108,11 @@ def _value(cell: Cell, name: str, kind: str) -> tuple[float, float] | None:
         position = errors["program"]["first_false_position"]
         return None if position is None else (position, 0.0)
     program = errors["program"]
-    share = program["shares"]["calculation" if kind == "calculation_share" else _ERRORS[kind]]
-    if share is None or ratio is None:
-        return share and _with_error(share)
+    share = program["shares"][_ERRORS.get(kind, "calculation")]
+    if share is None:
+        return None
+    if ratio is None:  # calculation_share, which is of the wrong samples
+        return _with_error(share)
     right, right_error = _with_error(ratio)
     checked = 1 - program["not_checkable"] / program["num_wrong"]  # those without an equation are of neither type
     of_wrong, of_wrong_error = (checked * each for each in _with_error(share))

@@ -25,7 +25,7 @@ from eval.study.cells import CellFailed, Interrupted, Place, is_done, places, ru
 from eval.study.grid import Cell, cells_of, paths_of
 from eval.study.record import check_unchanged, done_stages
 from eval.study.report import write_study_report
-from eval.study.settings import StudySettings
+from eval.study.settings import Preparation, StudySettings
 
 _PATIENCE = 2.0  # seconds between two looks whether another job has made the data
 
@@ -116,7 +116,7 @@ def prepare(settings: StudySettings, stop: StopSignal) -> None:
     Raises UsageError where that file names another command; RunError where a command fails.
     """
     for index, step in enumerate(settings.prepare):
-        record = epath.Path(f"{step.makes.rstrip('/')}.prepared.json")
+        record = _record_of(step)
         content = step.model_dump(mode="json", exclude_defaults=True)
         if record.exists() and epath.Path(step.makes).exists():
             with damage_named(record, "remove it, and what was made"):
@@ -144,6 +144,11 @@ def prepare(settings: StudySettings, stop: StopSignal) -> None:
         write_json(record, content)
 
 
+def _record_of(step: Preparation) -> epath.Path:
+    """The file that says what made a step's data."""
+    return epath.Path(f"{step.makes.rstrip('/')}.prepared.json")
+
+
 def check_paths(cells: Sequence[Cell]) -> None:
     """Raises UsageError where a cell reads what is not there."""
     seen: set[str] = set()
@@ -163,11 +168,7 @@ def tell(settings: StudySettings, options: StudyOptions) -> str:
     """What would be run, and what is done, a line a cell: for --dry-run."""
     cells = choose(cells_of(settings), options.cell)
     check_unchanged(cells)
-    lines = [
-        f"make   {step.makes}"
-        for step in settings.prepare
-        if not epath.Path(f"{step.makes.rstrip('/')}.prepared.json").exists()
-    ]
+    lines = [f"make   {step.makes}" for step in settings.prepare if not _record_of(step).exists()]
     if not lines:
         absent = {f"absent {key}={path}": None for cell in cells for key, path in paths_of(cell)}
         lines += [line for line in absent if not epath.Path(line.partition("=")[2]).exists()]

@@ -13,18 +13,14 @@ from data_pipeline.synthesis.rules import RuleTeacher
 
 PUBLISHED = "configs/studies/published.yaml"
 _OF_ERRORS = ("calculation_errors", "reasoning_errors", "calculation_share", "first_false_position")
-_KINDS = "accuracy, pass_ratio, pass@K, step_accuracy, " + ", ".join(_OF_ERRORS)
-_METRIC = re.compile(
-    r"(\w+):(accuracy|pass_ratio|pass@[1-9]\d*|step_accuracy|calculation_errors|reasoning_errors|calculation_share"
-    r"|first_false_position)"
-    r"|(leakage):(d1|d2)"
-)
+_KINDS = ("accuracy", "pass_ratio", "pass@K", "step_accuracy", *_OF_ERRORS)
+_METRIC = re.compile(rf"\w+:({'|'.join(_KINDS).replace('@K', '@[1-9][0-9]*')})|leakage:(d1|d2)")
 
 
 class Preparation(Settings):
-    """A command that makes data before the cells run, and what it makes, by which it is known to be done."""
+    """A command that makes data before the cells run. A file beside what it makes says that it has ended well."""
 
-    makes: str = pydantic.Field(description="file or folder; it is not made again")
+    makes: str = pydantic.Field(description="file or folder; once it is made to the end, it is not made again")
     run: str = pydantic.Field(
         description='what stands behind "python -m", such as "data_pipeline prepare demo --out …"'
     )
@@ -65,7 +61,8 @@ class Report(Settings):
         for metric in metrics:
             if not _METRIC.fullmatch(metric):
                 raise ValueError(
-                    f"{metric!r} is no metric: write EVAL:KIND, with KIND one of {_KINDS}, or leakage:d1, leakage:d2"
+                    f"{metric!r} is no metric: write EVAL:KIND, with KIND one of {', '.join(_KINDS)}, or leakage:d1, "
+                    "leakage:d2"
                 )
         return metrics
 
