@@ -5,20 +5,21 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from small_run import environment, run, write_config
 
 from benchmarks import convert, samplers
-from benchmarks.peers import Measurement, Peer, _growth_in_a_step
+from benchmarks.peers import Measurement
 from benchmarks.rounds import Contestant, Row, cpu_ratio, measure, ratios
 from benchmarks.samplers import Work
 from benchmarks.train import BenchmarkSettings, check_losses, contestants_of
-from benchmarks.worker import Limits, Worker, WorkerFailed, anonymous_memory
+from benchmarks.worker import Limits, Worker, WorkerFailed
 from data_pipeline.cli import RunError
 from data_pipeline.settings import UsageError
 from data_pipeline.tokenizer import train_tokenizer
@@ -128,14 +129,25 @@ def test_rates_and_ratios_are_those_computed_by_hand() -> None:
 
 
 def test_the_memory_of_a_step_is_what_the_step_took() -> None:
-    class Greedy:
-        def run(self, num_steps: int) -> Measurement:
-            held = np.ones(64 * 2**20, np.uint8)
-            time.sleep(0.1)
-            return Measurement(float(held[0]), 0.0, [])
+    """In a process of its own: what other tests give back meanwhile would be taken off."""
+    script = """
+        import time
+        import numpy as np
+        from benchmarks.peers import Measurement, _growth_in_a_step
+        from benchmarks.worker import anonymous_memory
 
-    grown = _growth_in_a_step(cast(Peer, Greedy()), anonymous_memory())
-    assert grown is not None and 60 * 2**20 < grown < 80 * 2**20
+        class Greedy:
+            def run(self, num_steps):
+                held = np.ones(64 * 2**20, np.uint8)
+                time.sleep(0.3)
+                return Measurement(float(held[0]), 0.0, [])
+
+        print(_growth_in_a_step(Greedy(), anonymous_memory()))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 60 * 2**20 < int(done.stdout) < 80 * 2**20
 
 
 def test_a_worker_says_what_its_contestant_could_not_do() -> None:
