@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, total: int | None, title: str, unit: str, done: int = 0):
         self.total, self.title, self.unit, self.done = total, title, unit, done
         self._started_at, self._started_from = time.monotonic(), done
-        self._last_line = self._started_at
+        self._last_line, self._told = self._started_at, done
         self._lock = threading.Lock()
         self._bar: Any = None
         if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
@@ -47,7 +47,7 @@ class Progress:
         """Leaves the last state on the screen."""
         if self._bar is not None:
             self._bar.close()
-        elif self.done > self._started_from:
+        elif self.done > self._told:
             self._line("")
 
     def __enter__(self) -> "Progress":
@@ -57,7 +57,7 @@ class Progress:
         self.close()
 
     def _line(self, note: str) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._told = time.monotonic(), self.done
         rate = (self.done - self._started_from) / max(self._last_line - self._started_at, 1e-9)
         note = note and f", {note}"
         if self.total is not None and self.total > self.done and rate > 0:

@@ -16,13 +16,13 @@ from eval.study.results import Point
 from eval.study.settings import Contrast, StudySettings, variants_of
 
 TOGETHER = "all together"  # over all places of the grid
-SIGNED = ("leakage:d1", "leakage:d2")  # nats; all other metrics are shares
 _TITLES = {
     "accuracy": "accuracy", "pass_ratio": "PassRatio@{n}", "step_accuracy": "accuracy of a step",
     "calculation_errors": "samples with a calculation error", "reasoning_errors": "samples with a reasoning error",
     "calculation_share": "calculation errors, of wrong samples",
     "first_false_position": "place of the first false equation", "d1": "d1 = loss(test) - loss(new), nats",
-    "d2": "d2 = loss(test) - loss(train), nats",
+    "d2": "d2 = loss(test) - loss(train), nats", "test": "loss(test), nats", "new": "loss(new), nats",
+    "train": "loss(train), nats",
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class Table:
     def estimate(self, metric: str, index: int) -> Estimate | None:
         """A metric at a point."""
         scores = self.scores[metric][index]
-        return None if scores is None else estimate(scores, None if metric in SIGNED else (0.0, 1.0))
+        return None if scores is None else estimate(scores, (0.0, 1.0) if is_share(metric) else None)
 
     def line(self, metric: str, name: str) -> Line | None:
         """A metric along x."""
@@ -59,6 +59,11 @@ class Table:
         estimates = [of for index in there if (of := self.estimate(metric, index)) is not None]
         fit = log_fit([float(label) for label in labels], scores) if are_numbers(labels) else None
         return Line(name, labels, estimates, fit)
+
+
+def is_share(metric: str) -> bool:
+    """Whether it is a share, told in percent; else nats."""
+    return not metric.startswith("leakage:")
 
 
 def _check_same_problems(settings: StudySettings, points: Sequence[Point]) -> None:
@@ -89,11 +94,14 @@ def title_of(metric: str, settings: StudySettings) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two variants at a place of the grid, on a group of problems: second - first, over the seeds that both have."""
+    """Two variants at a place of the grid, on a group of problems: second - first, over the seeds that both have.
+
+    `where` is empty where the grid has one place only, `num_problems` None of a loss.
+    """
 
     where: str
     group: str
-    num_problems: int
+    num_problems: int | None
     difference: Estimate
     first: float
     second: float
@@ -129,9 +137,9 @@ def differences_of(settings: StudySettings, points: Sequence[Point], contrast: C
 
 def _difference(where: str, group: str, before: Scores, after: Scores, members: Sequence[bool] | None) -> Difference:
     a, b = (of if members is None else of.of_group(members) for of in (before, after))
-    assert a.per_problem is not None  # of accuracy, pass_ratio and pass@K
     difference = estimate(combined([1, -1], [b, a]))
-    return Difference(where, group, a.per_problem.shape[1], difference, float(a.values.mean()), float(b.values.mean()))
+    number = None if a.per_problem is None else a.per_problem.shape[1]
+    return Difference(where, group, number, difference, float(a.values.mean()), float(b.values.mean()))
 
 
 def numbers(settings: StudySettings, cells: Sequence[Cell], points: Sequence[Point], table: Table) -> dict[str, Any]:

@@ -67,10 +67,20 @@ def stages_of(cell: Cell, study: StudySettings) -> list[Stage]:
     return stages
 
 
+def state_of(cell: Cell, study: StudySettings) -> tuple[str, list[Stage]]:
+    """done, begun or to do; and the commands that are left. What a stopped command has saved counts as begun."""
+    done = done_stages(cell)
+    left = [stage for stage in stages_of(cell, study) if stage.name not in done]
+    if not left:
+        return "done", left
+    checkpoints = epath.Path(cell.train.output_dir) / "checkpoints"
+    begun = done or (checkpoints.exists() and any(checkpoints.iterdir()))
+    return "begun" if begun else "to do", left
+
+
 def is_done(cell: Cell, study: StudySettings) -> bool:
     """Whether nothing is left to do for it."""
-    done = done_stages(cell)
-    return all(stage.name in done for stage in stages_of(cell, study))
+    return not state_of(cell, study)[1]
 
 
 def begin(cell: Cell) -> None:
@@ -88,6 +98,8 @@ def run_cell(cell: Cell, study: StudySettings, stop: StopSignal, told: Callable[
     epath.Path(cell.folder).mkdir(parents=True, exist_ok=True)
     with _alone(cell, stop, told) as lock:
         begin(cell)
+        log = log_of(cell)
+        told(f"{cell.name}: begun" + ("" if log is None else f"; what its commands say: {log}"))
         for stage in stages_of(cell, study):
             if stage.name in done_stages(cell):
                 continue
@@ -95,7 +107,7 @@ def run_cell(cell: Cell, study: StudySettings, stop: StopSignal, told: Callable[
                 raise Interrupted
             started = time.monotonic()
             for words in _left_of(cell, stage):
-                run_command([sys.executable, "-m", *words], stage.title, log_of(cell), stop, place, lock)
+                run_command([sys.executable, "-m", *words], stage.title, log, stop, place, lock)
             seconds = time.monotonic() - started
             mark_done(cell, stage.name, seconds)
             told(f"{cell.name}: {stage.title} done in {seconds:.0f} s{_result(cell, stage)}")

@@ -63,7 +63,7 @@ def cells_of(study: StudySettings) -> list[Cell]:
         cells += [_cell(study, tree, point, overrides, seed) for seed in study.seeds]
     if not cells:
         raise UsageError("skip leaves no cell")
-    _check_different(cells)
+    _check_different(study, cells)
     _check_samples(study, cells[0])
     return cells
 
@@ -139,7 +139,7 @@ def _check_samples(study: StudySettings, cell: Cell) -> None:
             raise UsageError(f"report: {metric}: {name!r} draws {drawn} samples a problem: say {name}:pass_ratio")
 
 
-def _check_different(cells: Sequence[Cell]) -> None:
+def _check_different(study: StudySettings, cells: Sequence[Cell]) -> None:
     names: dict[str, Cell] = {}
     settings: dict[str, Cell] = {}
     for cell in cells:
@@ -149,10 +149,12 @@ def _check_different(cells: Sequence[Cell]) -> None:
         content = cell.train.model_dump_json(exclude={"output_dir"})
         if content in settings:
             other = settings[content]
-            differ = [axis for axis in cell.point if cell.point[axis] != other.point[axis]]
+            axis = next(axis for axis in cell.point if cell.point[axis] != other.point[axis])
+            keys = sorted({key for _, changes in variants_of(axis, study.axes[axis]) for key in changes})
             raise UsageError(
-                f"the cells {other.name} and {cell.name} are the same run: axes.{differ[0]} changes nothing between "
-                f"{other.point[differ[0]]} and {cell.point[differ[0]]}; is its key overwritten by another one?"
+                f"the cells {other.name} and {cell.name} are the same run: axes.{axis} changes nothing between "
+                f"{other.point[axis]} and {cell.point[axis]}. It sets {', '.join(keys) or 'nothing'}: does another "
+                "axis set the same key to one value, or do two values mean the same?"
             )
         settings[content] = cell
 

@@ -13,9 +13,10 @@ from etils import epath
 
 from data_pipeline.files import write_atomically, write_json, write_text
 from data_pipeline.pages import write_page
-from eval.study.analysis import SIGNED, Table, differences_of, numbers, steps_of, title_of
+from eval.files import read_metrics
+from eval.study.analysis import Table, differences_of, is_share, numbers, steps_of, title_of
 from eval.study.estimates import Estimate
-from eval.study.figures import Panel, panels, short_number, step_laws
+from eval.study.figures import Panel, are_numbers, panels, short_number, step_laws
 from eval.study.grid import Cell
 from eval.study.record import done_stages, read_record
 from eval.study.results import Point, points_of
@@ -24,8 +25,13 @@ from eval.study.settings import Contrast, StudySettings, published_tables
 Row = list[str]
 
 
-def write_study_report(settings: StudySettings, cells: Sequence[Cell]) -> epath.Path:
-    """Writes the report on the cells that are done; returns the page's path. Raises UsageError where none is."""
+def write_study_report(
+    settings: StudySettings, cells: Sequence[Cell], failed: Sequence[tuple[Cell, str]] = ()
+) -> epath.Path:
+    """Writes the report on the cells that are done, and names those that failed; returns the page's path.
+
+    Raises UsageError where cells that are done do not hold the same problems.
+    """
     out = epath.Path(settings.out)
     points = points_of(settings, cells)
     table = Table(settings, points)
@@ -33,7 +39,7 @@ def write_study_report(settings: StudySettings, cells: Sequence[Cell]) -> epath.
     for name, content in figures.items():
         for kind, data in content.items():
             write_atomically(out / f"{name}.{kind}", functools.partial(_write, data))
-    parts = list(_text(settings, cells, points, table, figures))
+    parts = list(_text(settings, cells, failed, points, table, figures))
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     write_json(out / "study.json", numbers(settings, cells, points, table))
     write_page(
@@ -50,7 +56,7 @@ def _figures(settings: StudySettings, points: Sequence[Point], table: Table) -> 
     for metric in settings.report.metrics:
         lines = [line for name in table.lines if (line := table.line(metric, name)) is not None]
         if lines:
-            drawn.append(Panel(title_of(metric, settings), metric not in SIGNED, lines))
+            drawn.append(Panel(title_of(metric, settings), is_share(metric), lines))
     shares = [panel for panel in drawn if panel.is_share]
     if len(table.lines) == 1 and len(shares) > 1:  # what one line is of each metric stands in one picture
         together = [dataclasses.replace(panel.lines[0], label=panel.title) for panel in shares]
@@ -67,13 +73,21 @@ def _figures(settings: StudySettings, points: Sequence[Point], table: Table) -> 
 
 
 def _text(
-    settings: StudySettings, cells: Sequence[Cell], points: Sequence[Point], table: Table, figures: dict[str, Any]
+    settings: StudySettings,
+    cells: Sequence[Cell],
+    failed: Sequence[tuple[Cell, str]],
+    points: Sequence[Point],
+    table: Table,
+    figures: dict[str, Any],
 ) -> Iterator[str]:
     done = sum(len(point.cells) for point in points)
     yield f"# {settings.title}"
     if settings.about:
         yield settings.about.strip()
     yield f"**Scale.** {settings.scale.strip()} {_budget(settings, points)}"
+    if failed:
+        listed = "\n".join(f"- {cell.name}: {message.splitlines()[0]}" for cell, message in failed)
+        yield f"**Failed.** {len(failed)} of {len(cells)} cells; each one's log.txt says more.\n\n{listed}"
     if done < len(cells):
         yield f"**Unfinished.** {done} of {len(cells)} cells are done; the numbers will move."
     if not points:
@@ -81,9 +95,16 @@ def _text(
     yield "## Measured here"
     if "metrics" in figures:
         yield f"![{settings.title}: measured here](metrics.png)"
+        fitted = any((line := table.line(m, n)) and line.fit for m in settings.report.metrics for n in table.lines)
+        yield (
+            "Marks are means over seeds, bars their 95 % intervals, ticks single seeds"
+            f"{', dotted lines the fits' if fitted else ''}."
+        )
     yield _main_table(settings, points, table)
     yield _reading(settings, points)
     fits = list(_fits(settings, table))
+    if not fits and are_numbers(table.x_labels) and len(table.x_labels) == 2:
+        yield f"No fit over {settings.report.x}: a line goes through any two points. It takes three."
     if fits:
         yield f"## Over the logarithm of {settings.report.x}"
         yield "\n".join(fits)
@@ -139,12 +160,30 @@ def _main_table(settings: StudySettings, points: Sequence[Point], table: Table) 
 def _reading(settings: StudySettings, points: Sequence[Point]) -> str:
     seeds = "and seeds" if len(settings.seeds) > 1 else "only, as there is one seed"
     said = f"Mean over seeds, in brackets its 95 % interval over problems {seeds}; none where nothing varies."
+    said += " Intervals do not cover another base model, or other training data to draw from."
     if any(metric.endswith(":first_false_position") for metric in settings.report.metrics):
         said += " That of the first false equation's place is over seeds only."
     for name, given in points[0].cells[0].evals.items():
         how = f"{given.num_samples} samples a problem at temperature {given.temperature:g}"
-        said += f" {name}: {how if given.temperature else 'one answer a problem, decoded greedily'}."
+        said += f" {name}: {how if given.temperature else 'one answer a problem, decoded greedily'}"
+        said += f"{_cut_off(name, points)}."
     return said
+
+
+def _cut_off(name: str, points: Sequence[Point]) -> str:
+    """How many samples of an eval ended at max_tokens, if any did."""
+    cut = {cell.name: share for point in points for cell in point.cells if (share := _truncated(cell, name))}
+    if not cut:
+        return ""
+    worst = max(cut, key=lambda cell: cut[cell])
+    return (
+        f", cut off at max_tokens in {len(cut)} runs, most often in {worst} ({100 * cut[worst]:.1f} % of the samples)"
+    )
+
+
+def _truncated(cell: Cell, name: str) -> float:
+    folder = epath.Path(cell.evals[name].out)
+    return float(read_metrics(folder)["truncated_fraction"]) if (folder / "metrics.json").exists() else 0.0
 
 
 def _fits(settings: StudySettings, table: Table) -> Iterator[str]:
@@ -153,7 +192,7 @@ def _fits(settings: StudySettings, table: Table) -> Iterator[str]:
             line = table.line(metric, name)
             if line is None or line.fit is None:
                 continue
-            of, fit, unit = f" ({name})" if name else "", line.fit, "" if metric in SIGNED else " points"
+            of, fit, unit = f" ({name})" if name else "", line.fit, " points" if is_share(metric) else ""
             slope = f"{_signed(fit.slope, metric)}{unit} for each doubling"
             way = "no clear direction" if not fit.slope.clear else "rises" if fit.slope.value > 0 else "falls"
             told = f"{way}, {slope}; no point lies further than {_size(fit.off, metric)}{unit} from the line"
@@ -170,33 +209,37 @@ def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contra
     if not found:
         return
     yield f"## {contrast.second} against {contrast.first}: {title_of(contrast.metric, settings)}"
-    rows = [
-        [
-            "where",
-            "problems",
-            "number",
-            f"{contrast.first}, %",
-            f"{contrast.second}, %",
-            "difference, points",
-            "verdict",
-        ]
-    ]
-    for each in found:
-        better = "better" if each.difference.value > 0 else "worse"
-        rows.append(
-            [
-                each.where or "-", each.group, str(each.num_problems), f"{100 * each.first:.1f}",
-                f"{100 * each.second:.1f}", _signed(each.difference, contrast.metric),
-                better if each.difference.clear else "undecided",
-            ]
-        )  # fmt: skip
-    yield _markdown(rows)
-    number = len(found)
-    chance = f" Of {number} comparisons of what does not differ, {number / 20:.1f} would have one, on average."
-    yield (
-        "Paired: the same problems and seeds on both sides. A verdict stands where the 95 % interval leaves zero out."
-        f"{chance if number > 1 else ''}"
+    unit, share = _unit(contrast.metric), is_share(contrast.metric)
+    up, down = ("better", "worse") if share else ("larger", "smaller")
+    columns = {
+        ", ".join(axis for axis in settings.axes if axis != contrast.axis): [each.where for each in found],
+        "problems": [each.group for each in found],
+        "number": ["" if each.num_problems is None else str(each.num_problems) for each in found],
+        f"{contrast.first}{unit}": [_number(each.first, contrast.metric) for each in found],
+        f"{contrast.second}{unit}": [_number(each.second, contrast.metric) for each in found],
+        f"difference, {'points' if share else 'nats'}": [_signed(each.difference, contrast.metric) for each in found],
+        "verdict": [
+            "undecided" if not each.difference.clear else up if each.difference.value > 0 else down for each in found
+        ],
+    }
+    if contrast.by is None:
+        del columns["problems"]
+    told = {name: column for name, column in columns.items() if any(column)}
+    yield _markdown([list(told), *(list(row) for row in zip(*told.values(), strict=True))])
+    yield _meaning(contrast, len(found))
+
+
+def _meaning(contrast: Contrast, number: int) -> str:
+    """How to read the differences of a contrast."""
+    pairs = (
+        "Paired: the same problems and seeds on both sides."
+        if is_share(contrast.metric)
+        else "The same seeds on both sides, and the same examples, which the interval takes for different ones: where "
+        "an example is hard for both, it is wider than it need be."
     )
+    chance = f" Of {number} comparisons of what does not differ, {number / 20:.1f} would have one, on average."
+    verdict = " A verdict stands where the 95 % interval leaves zero out."
+    return pairs + verdict + (chance if number > 1 else "")
 
 
 def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:
@@ -245,15 +288,17 @@ def _versions(points: Sequence[Point]) -> str:
 
 
 def _unit(metric: str) -> str:
-    return "" if metric in SIGNED else ", %"
+    return ", %" if is_share(metric) else ""
 
 
 def _number(value: float, metric: str) -> str:
-    return f"{value:+.3f}" if metric in SIGNED else f"{100 * value:.1f}"
+    """A value: percent, or nats, with the sign of what is a difference."""
+    sign = "+" if metric in ("leakage:d1", "leakage:d2") else ""
+    return f"{100 * value:.1f}" if is_share(metric) else f"{value:{sign}.3f}"
 
 
 def _size(value: float, metric: str) -> str:
-    return f"{value:.3f}" if metric in SIGNED else f"{100 * value:.1f}"
+    return f"{100 * value:.1f}" if is_share(metric) else f"{value:.3f}"
 
 
 def _shown(found: Estimate | None, metric: str) -> str:
@@ -267,7 +312,7 @@ def _shown(found: Estimate | None, metric: str) -> str:
 
 def _signed(found: Estimate, metric: str) -> str:
     """A difference, in points where the metric is a share."""
-    scale, digits = (1, 3) if metric in SIGNED else (100, 1)
+    scale, digits = (100, 1) if is_share(metric) else (1, 3)
     value = f"{scale * found.value:+.{digits}f}"
     if found.ci95 is None:
         return value

@@ -90,7 +90,8 @@ def _value(cell: Cell, name: str, kind: str) -> tuple[float, float] | None:
     if name == "leakage":
         file = epath.Path(cell.folder) / "leakage.json"
         with damage_named(file, "remove the cell's folder to run it again"):
-            return _with_error(json.loads(file.read_text())[kind])
+            told = json.loads(file.read_text())
+            return _with_error(told[kind] if kind in told else told["loss"][kind])
     folder = epath.Path(cell.evals[name].out)
     metrics = read_metrics(folder)
     ratio = metrics["pass_ratio"][str(metrics["num_samples"])] if kind in _ERRORS else None

@@ -1,6 +1,7 @@
 """`eval study`: makes the data, runs the cells that are not done, and writes the report of those that are."""
 
 import contextlib
+import difflib
 import json
 import os
 import queue
@@ -8,7 +9,8 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.settings import Settings, UsageError, to_yaml
 from data_pipeline.synthesis.rules import Handler, Server
 from eval.shards import gpus_of_shards
-from eval.study.cells import CellFailed, Interrupted, Place, is_done, places, run_cell, run_command, stages_of
+from eval.study.cells import CellFailed, Interrupted, Place, Stage, is_done, places, run_cell, run_command, state_of
 from eval.study.grid import Cell, cells_of, paths_of
 from eval.study.record import check_unchanged, done_stages
 from eval.study.report import write_study_report
@@ -72,7 +74,7 @@ def study(settings: StudySettings, options: StudyOptions) -> None:
     listed = "\n".join(f"{cell.name}: {message}" for cell, message in failed)
     try:
         if options.cell is None:
-            logger.info("the report: %s", write_study_report(settings, cells))
+            logger.info("the report: %s", write_study_report(settings, cells, failed))
     finally:
         if failed:
             raise RunError(f"{len(failed)} of {len(chosen)} cells failed; the others are done:\n{listed}")
@@ -102,12 +104,12 @@ def choose(cells: Sequence[Cell], which: str | None) -> list[Cell]:
     number, slash, of = which.partition("/")
     if slash and number.isdecimal() and of.isdecimal() and int(number) < int(of):
         return list(cells[int(number) :: int(of)])
-    named = [cell for cell in cells if cell.name == which]
-    if not named:
-        raise UsageError(
-            f"--cell {which!r}: write i/N with i from 0 to N - 1, or one of {', '.join(cell.name for cell in cells)}"
-        )
-    return named
+    names = [cell.name for cell in cells]
+    if which not in names:
+        near = difflib.get_close_matches(which, names, n=3)
+        known = f"{', '.join(near)}; --dry-run lists all {len(names)}" if near else ", ".join(names)
+        raise UsageError(f"--cell {which!r}: write i/N with i from 0 to N - 1, or a cell's name: {known}")
+    return [cells[names.index(which)]]
 
 
 def prepare(settings: StudySettings, stop: StopSignal) -> None:
@@ -128,11 +130,11 @@ def prepare(settings: StudySettings, stop: StopSignal) -> None:
                 f"{step.makes} was made by another command than prepare.{index} says:\n  before: {said}\n"
                 f"  now:    {step.run}\nchoose another out for the changed study, or remove what was made"
             )
-        logger.info("making %s", step.makes)
+        log = None if "://" in settings.out else Path(settings.out) / "prepare.log"
+        logger.info("making %s%s", step.makes, "" if log is None else f"; what its command says: {log}")
         handler = type("StudyTeacher", (Handler,), {"rules": step.teacher}) if step.teacher else Handler
         with Server(handler) if step.teacher else contextlib.nullcontext() as server:
             words = shlex.split(step.run.replace("{teacher}", getattr(server, "url", "")))
-            log = None if "://" in settings.out else Path(settings.out) / "prepare.log"
             try:
                 run_command([sys.executable, "-m", *words], f"prepare.{index}", log, stop, Place())
             except CellFailed as failure:
@@ -172,12 +174,40 @@ def tell(settings: StudySettings, options: StudyOptions) -> str:
     if not lines:
         absent = {f"absent {key}={path}": None for cell in cells for key, path in paths_of(cell)}
         lines += [line for line in absent if not epath.Path(line.partition("=")[2]).exists()]
+    took: list[float] = []
+    waiting: list[tuple[Cell, list[Stage]]] = []
     for cell in cells:
-        done, stages = done_stages(cell), stages_of(cell, settings)
-        left = [stage.title for stage in stages if stage.name not in done]
-        state = "done  " if not left else "begun " if done else "to do "
-        lines.append(f"{state} {cell.name}" + (f": {', '.join(left)}" if left else f" ({sum(done.values()):.0f} s)"))
-    return "\n".join(lines)
+        state, left = state_of(cell, settings)
+        if left:
+            waiting.append((cell, left))
+            lines.append(f"{state:6} {cell.name}: {', '.join(stage.title for stage in left)}")
+        else:
+            took.append(sum(done_stages(cell).values()))
+            lines.append(f"{state:6} {cell.name} ({took[-1]:.0f} s)")
+    return "\n".join([*lines, *_size_of(waiting, took, options.parallel)])
+
+
+def _size_of(waiting: Sequence[tuple[Cell, list[Stage]]], took: Sequence[float], parallel: int) -> Iterator[str]:
+    """How much there is to do."""
+    if not waiting:
+        return
+    lengths = Counter(
+        f"{cell.train.num_steps:,} steps" if cell.train.num_steps else f"{cell.train.num_epochs} epochs"
+        for cell, left in waiting
+        if any(stage.name == "train" for stage in left)
+    )
+    drawn = Counter(
+        f"{cell.evals[stage.name].num_samples} sample{'s' * (cell.evals[stage.name].num_samples > 1)} a problem"
+        for cell, left in waiting
+        for stage in left
+        if stage.name in cell.evals
+    )
+    told = [f"{number} x {length} of training" for length, number in lengths.items()]
+    told += [f"{number} x {samples}" for samples, number in drawn.items()]
+    yield f"To do: {len(waiting)} cells; {', '.join(told)}."
+    if took:
+        minutes = len(waiting) * sum(took) / len(took) / 60 / parallel
+        yield f"About {minutes:.0f} minutes, if they take as long as those that are done took, {parallel} at once."
 
 
 def _run_all(

@@ -14,7 +14,8 @@ from data_pipeline.synthesis.rules import RuleTeacher
 PUBLISHED = "configs/studies/published.yaml"
 _OF_ERRORS = ("calculation_errors", "reasoning_errors", "calculation_share", "first_false_position")
 _KINDS = ("accuracy", "pass_ratio", "pass@K", "step_accuracy", *_OF_ERRORS)
-_METRIC = re.compile(rf"\w+:({'|'.join(_KINDS).replace('@K', '@[1-9][0-9]*')})|leakage:(d1|d2)")
+OF_LEAKAGE = ("d1", "d2", "test", "new", "train")
+_METRIC = re.compile(rf"\w+:({'|'.join(_KINDS).replace('@K', '@[1-9][0-9]*')})|leakage:({'|'.join(OF_LEAKAGE)})")
 
 
 class Preparation(Settings):
@@ -35,7 +36,7 @@ class Contrast(Settings):
     axis: str = pydantic.Field(description="axis whose variants are compared")
     first: str = pydantic.Field(coerce_numbers_to_str=True, description="the one that is subtracted")
     second: str = pydantic.Field(coerce_numbers_to_str=True, description="the one it is subtracted from")
-    metric: str = pydantic.Field(description="EVAL:pass_ratio, EVAL:accuracy or EVAL:pass@K")
+    metric: str = pydantic.Field(description="EVAL:pass_ratio, EVAL:accuracy, EVAL:pass@K, or one of leakage")
     by: Literal["steps", "level", "subject"] | None = pydantic.Field(
         None, description="in groups of problems as well; null: all problems only"
     )
@@ -49,7 +50,7 @@ class Report(Settings):
         min_length=1,
         description="EVAL:accuracy, :pass_ratio, :pass@K, :step_accuracy (of the step law), :calculation_errors, "
         ":reasoning_errors (shares of all samples), :calculation_share (of wrong ones), :first_false_position; "
-        "leakage:d1, leakage:d2",
+        "leakage:d1, leakage:d2, and the losses they are of: leakage:test, leakage:new, leakage:train",
     )
     contrasts: tuple[Contrast, ...] = pydantic.Field((), description="pairs of variants")
     step_law: str | None = pydantic.Field(None, description="eval whose accuracy is shown by steps; null: none")
@@ -61,8 +62,8 @@ class Report(Settings):
         for metric in metrics:
             if not _METRIC.fullmatch(metric):
                 raise ValueError(
-                    f"{metric!r} is no metric: write EVAL:KIND, with KIND one of {', '.join(_KINDS)}, or leakage:d1, "
-                    "leakage:d2"
+                    f"{metric!r} is no metric: write EVAL:KIND, with KIND one of {', '.join(_KINDS)}, or one of "
+                    f"{', '.join(f'leakage:{kind}' for kind in OF_LEAKAGE)}"
                 )
         return metrics
 
@@ -149,11 +150,21 @@ class StudySettings(Settings):
             for label in (contrast.first, contrast.second):
                 if label not in labels:
                     raise ValueError(f"{where}: {label!r} is none of axes.{contrast.axis}: {', '.join(labels)}")
-            if not re.fullmatch(r"\w+:(accuracy|pass_ratio|pass@[1-9]\d*)", contrast.metric):
-                raise ValueError(f"{where}.metric={contrast.metric!r}: differences are of accuracy, pass_ratio, pass@K")
-        unknown = set(report.published) - set(read_yaml(PUBLISHED))
+            of_leakage = contrast.metric in {f"leakage:{kind}" for kind in OF_LEAKAGE}
+            if not of_leakage and not re.fullmatch(r"\w+:(accuracy|pass_ratio|pass@[1-9]\d*)", contrast.metric):
+                raise ValueError(
+                    f"{where}.metric={contrast.metric!r}: differences are of accuracy, pass_ratio, pass@K, leakage"
+                )
+            if of_leakage and contrast.by is not None:
+                raise ValueError(
+                    f"{where}.by={contrast.by!r}: losses are not known by groups of problems: leave it out"
+                )
+        tables = read_yaml(PUBLISHED)
+        unknown = set(report.published) - set(tables)
         if unknown:
-            raise ValueError(f"report.published: {min(unknown)!r} is not in {PUBLISHED}")
+            raise ValueError(
+                f"report.published: {min(unknown)!r} is not in {PUBLISHED}, which has {', '.join(sorted(tables))}"
+            )
 
 
 def load_study(path: str, overrides: Sequence[str] = ()) -> StudySettings:

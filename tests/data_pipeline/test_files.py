@@ -115,6 +115,14 @@ def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, log_lines):
     assert log_lines() == ["sampling: 15 problems, 0.762/s, loss 1.5", "sampling: 19 problems, 1.09/s"]
 
 
+def test_the_last_line_of_progress_is_not_said_twice(monkeypatch, log_lines):
+    clock = iter([0.0, *([12.0] * 20)])
+    monkeypatch.setattr(data_pipeline.progress.time, "monotonic", lambda: next(clock))
+    with Progress(2, "sampling", "problems") as bar:
+        bar.update(2)
+    assert log_lines() == ["sampling: 2/2 problems, 0.167/s"]
+
+
 def test_progress_of_bytes_is_told_in_gigabytes(monkeypatch, log_lines):
     clock = iter([0.0, *([10.0] * 20)])
     monkeypatch.setattr(data_pipeline.progress.time, "monotonic", lambda: next(clock))

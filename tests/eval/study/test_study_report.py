@@ -70,7 +70,14 @@ def finish(cell: Cell, settings: StudySettings, right: list[int], **more: Any) -
     ]
     for name, rows in (("problems.jsonl", problems), ("grades/part-0-5.jsonl", grades)):
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = {"complete": True, "grader_version": "2", "num_samples": 4, "step_law": None, **more}
+    metrics = {
+        "complete": True,
+        "grader_version": "2",
+        "num_samples": 4,
+        "step_law": None,
+        "truncated_fraction": 0.0,
+        **more,
+    }
     (out / "metrics.json").write_text(json.dumps(metrics))
     begin_record(cell)
     for stage in stages_of(cell, settings):
@@ -157,6 +164,62 @@ def test_a_study_under_way_says_so(tmp_path: Path) -> None:
     assert numbers(settings)["complete"] is False
     text = (tmp_path / "s" / "report.md").read_text()
     assert "**Unfinished.** 1 of 12 cells are done" in text
+    assert "**Failed.**" not in text
+    write_study_report(
+        settings, cells_of(settings), [(cells_of(settings)[1], "training ended with 1\n  its last line")]
+    )
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert "**Failed.** 1 of 12 cells" in text and "- plain_10_seed1: training ended with 1\n" in text
+
+
+def test_samples_that_were_cut_off_are_told(tmp_path: Path) -> None:
+    settings = study(tmp_path, seeds=[0])
+    for cell, cut in zip(cells_of(settings), (0.0, 0.25, 0.125, 0.0, 0.0, 0.0), strict=True):
+        finish(cell, settings, [1, 1, 1, 1, 2, 2], truncated_fraction=cut)
+    numbers(settings)
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert "cut off at max_tokens in 2 runs, most often in plain_20_seed0 (25.0 % of the samples)" in text
+
+
+def test_two_sizes_are_not_fitted_and_the_report_says_why(tmp_path: Path) -> None:
+    axes = {"data": {"plain": {}, "long": {"batch_size": 4}}, "size": {"data.sources.0.count": [10, 20]}}
+    settings = study(tmp_path, axes=axes)
+    for cell in cells_of(settings):
+        finish(cell, settings, RIGHT[cell.point["data"], int(cell.point["size"]), cell.seed])
+    numbers(settings)
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert "No fit over size" in text and "Over the logarithm" not in text and "dotted lines" not in text
+
+
+def test_losses_of_the_leakage_check_and_their_differences(tmp_path: Path) -> None:
+    d1 = {("clean", 0): 0.02, ("clean", 1): 0.04, ("leaked", 0): -0.10, ("leaked", 1): -0.16}
+    settings = study(
+        tmp_path,
+        axes={"data": {"clean": {}, "leaked": {"batch_size": 4}}},
+        leakage={"test": "a", "new": "b", "train": "c"},
+        report={
+            "x": "data",
+            "metrics": ["leakage:d1", "leakage:test"],
+            "contrasts": [{"axis": "data", "first": "clean", "second": "leaked", "metric": "leakage:d1"}],
+        },
+    )
+    error = 0.01
+    ends = lambda value: {"value": value, "ci95": [value - 1.959964 * error, value + 1.959964 * error]}  # noqa: E731
+    for cell in cells_of(settings):
+        finish(cell, settings, [1, 1, 1, 1, 2, 2])
+        told = {"d1": ends(d1[cell.point["data"], cell.seed]), "loss": {"test": ends(0.5 + cell.seed)}}
+        (Path(cell.folder) / "leakage.json").write_text(json.dumps(told))
+    told = numbers(settings)
+    assert told["points"][0]["metrics"]["leakage:test"]["value"] == pytest.approx(1.0)
+    (row,) = told["contrasts"]
+    assert row["difference"]["value"] == pytest.approx((-0.12 - 0.20) / 2)
+    of_examples, of_seeds = 2 * error**2, np.var([-0.12, -0.20], ddof=1) / 2
+    freedom = (of_examples + of_seeds) ** 2 / of_seeds**2
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(of_examples + of_seeds)
+    assert row["difference"]["ci95"] == pytest.approx([-0.16 - half, -0.16 + half], abs=1e-6)
+    text = (tmp_path / "s" / "report.md").read_text()
+    assert f"| +0.030 | -0.130 | -0.160 [{-0.16 - half:+.3f}, {-0.16 + half:+.3f}] |" in text
+    assert "| clean | +0.030 [" in text and "1.000 [" in text
 
 
 def test_errors_count_as_shares_of_all_samples(tmp_path: Path) -> None:

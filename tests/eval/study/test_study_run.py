@@ -67,9 +67,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         return [Stage("train", "the command", own), Stage("samples", "the command", own)]
 
     monkeypatch.setattr(cells_module, "stages_of", of)
-    monkeypatch.setattr(run_module, "stages_of", of)
     monkeypatch.setattr(cells_module, "_result", lambda cell, stage: "")
-    monkeypatch.setattr(run_module, "write_study_report", lambda settings, cells: "report.html")
+    monkeypatch.setattr(run_module, "write_study_report", lambda settings, cells, failed: "report.html")
     return words
 
 
@@ -247,8 +246,32 @@ def test_one_cell_or_a_share_of_them_is_chosen(tmp_path: Path) -> None:
     assert [cell.name for cell in choose(cells, "20_seed1")] == ["20_seed1"]
     shares = [choose(cells, f"{number}/4") for number in range(4)]
     assert sorted(cell.name for share in shares for cell in share) == sorted(cell.name for cell in cells)
-    with pytest.raises(UsageError, match="one of 10_seed0, 10_seed1"):
+    with pytest.raises(UsageError, match="a cell's name: 10_seed0, 10_seed1"):
         choose(cells, "4/4")
+    with pytest.raises(UsageError, match=r"a cell's name: 20_seed1, .*; --dry-run lists all 6"):
+        choose(cells, "20_sed1")
+
+
+def test_a_dry_run_says_how_much_there_is_to_do(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, seeds=[0, 1])
+    cells = cells_of(settings)
+    assert tell(settings, StudyOptions()).splitlines()[-1] == (
+        "To do: 4 cells; 4 x 4 steps of training, 4 x 4 samples a problem."
+    )
+    for cell in cells[:2]:
+        Path(cell.folder).mkdir(parents=True)
+        begin_record(cell)
+        mark_done(cell, "train", 100.0)
+    mark_done(cells[0], "samples", 80.0)
+    (Path(cells[2].train.output_dir) / "checkpoints" / "2").mkdir(parents=True)  # a run that was stopped
+    lines = tell(settings, StudyOptions(parallel=3)).splitlines()
+    states = [line for line in lines if "_seed" in line and not line.startswith("absent")]
+    assert states[0] == "done   10_seed0 (180 s)"
+    assert [line[:6] for line in states[1:]] == ["begun ", "begun ", "to do "]
+    assert lines[-2:] == [
+        "To do: 3 cells; 2 x 4 steps of training, 3 x 4 samples a problem.",
+        "About 3 minutes, if they take as long as those that are done took, 3 at once.",
+    ]
 
 
 def test_cells_at_once_share_the_cores_and_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
