@@ -1,6 +1,7 @@
 """`prepare demo`: a small dataset and its tokenizer, generated, for the loop that a laptop runs."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Literal
 
@@ -14,7 +15,7 @@ from data_pipeline.settings import Settings
 from data_pipeline.tasks import Problem
 from data_pipeline.templates import Template
 from data_pipeline.tokenizer import train_tokenizer
-from data_pipeline.word_problems import generate_problems
+from data_pipeline.word_problems import MAX_VALUE, generate_problems
 
 Style = Literal["stories", "expressions", "both"]
 _VOCAB_SIZES: dict[Style, int] = {"stories": 512, "expressions": 384, "both": 512}
@@ -31,6 +32,9 @@ class DemoData(Settings):
     num_train: int = pydantic.Field(800, ge=1, le=1_000_000, description="training problems")
     num_test: int = pydantic.Field(60, ge=1, le=1_000_000, description="held-out problems")
     max_steps: int = pydantic.Field(4, ge=2, le=8, description="most steps of a problem; the fewest are 2")
+    max_value: int = pydantic.Field(
+        MAX_VALUE, ge=MAX_VALUE, le=999, description="largest value in a story, at first and after each step"
+    )
     rarer: float = pydantic.Field(
         1.0,
         ge=1,
@@ -45,9 +49,11 @@ class DemoData(Settings):
     seed: pydantic.NonNegativeInt = pydantic.Field(0, description="seed of the generator")
 
     @pydantic.model_validator(mode="after")
-    def _only_stories_are_rarer(self) -> "DemoData":
-        if self.rarer > 1 and self.style != "stories":
-            raise ValueError(f"rarer={self.rarer:g} is of stories: leave style={self.style} out")
+    def _of_stories_only(self) -> "DemoData":
+        for key, default in (("rarer", 1), ("max_value", MAX_VALUE)):
+            value = getattr(self, key)
+            if value != default and self.style != "stories":
+                raise ValueError(f"{key}={value:g} is of stories: leave style={self.style} out")
         return self
 
 
@@ -81,19 +87,19 @@ def prepare_demo(settings: DemoData) -> None:
 def _generate(settings: DemoData) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems."""
     count, seed, most = settings.num_train + settings.num_test, settings.seed, settings.max_steps
+    stories = functools.partial(generate_problems, max_steps=most, max_value=settings.max_value)
     if settings.rarer > 1:
-        test = list(generate_problems(settings.num_test, seed + 1, max_steps=most))
+        test = list(stories(settings.num_test, seed + 1))
         asked = {problem.question for problem in test}
-        more = generate_problems(settings.num_train, seed, max_steps=most, rarer=settings.rarer, without=asked)
+        more = stories(settings.num_train, seed, rarer=settings.rarer, without=asked)
         own = [dataclasses.replace(p, id=f"demo/{settings.num_train + index}") for index, p in enumerate(test)]
         return list(more), own
     if settings.style == "stories":
-        problems = list(generate_problems(count, seed, max_steps=most))
+        problems = list(stories(count, seed))
     elif settings.style == "expressions":
         problems = list(generate_expressions(count, seed, max_steps=most))
     else:
-        stories = generate_problems(-(-count // 2), seed, max_steps=most)
-        marked = (dataclasses.replace(problem, subject="story") for problem in stories)
+        marked = (dataclasses.replace(problem, subject="story") for problem in stories(-(-count // 2), seed))
         by_turns = itertools.zip_longest(marked, generate_expressions(count // 2, seed, max_steps=most))
         problems = [problem for pair in by_turns for problem in pair if problem is not None]
     return problems[: settings.num_train], problems[settings.num_train :]

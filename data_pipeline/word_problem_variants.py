@@ -34,7 +34,7 @@ def add_event(story: Story, rng: random.Random) -> Story:
     while True:  # some change always fits at the end: a gain up to 18, a loss from 3 on
         place = rng.randint(0, len(story.events))
         longer = story._replace(events=(*story.events[:place], draw_event(rng, friend), *story.events[place:]))
-        if longer.is_within_bounds:
+        if longer.is_within():
             return longer
 
 

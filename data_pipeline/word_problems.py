@@ -13,8 +13,17 @@ ITEMS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"
 GAINS = ("buys {n} more", "finds {n} more", "gets {n} from {friend}", "wins {n} more")
 LOSSES = ("gives {n} to {friend}", "loses {n}", "sells {n}", "puts {n} in a box")
 # The arithmetic is small enough to be met in full within a few hundred examples, so that what is left to learn
-# for a model of half a million weights is reading the story and keeping the chain of steps.
-MIN_NUMBER, MAX_START, MAX_CHANGE, MAX_VALUE = 2, 9, 9, 20
+# for a model of half a million weights is reading the story and keeping the chain of steps. `generate_problems` makes
+# larger numbers where it is told to.
+MIN_NUMBER, MAX_VALUE = 2, 20
+
+
+def largest_change(max_value: int) -> int:
+    """The largest number that a story begins with or tells of, where its values reach to `max_value`."""
+    return max_value * 9 // 20
+
+
+MAX_START = MAX_CHANGE = largest_change(MAX_VALUE)
 
 EventKind = Literal["gain", "loss", "double"]
 PHRASES: dict[EventKind, tuple[str, ...]] = {"gain": GAINS, "loss": LOSSES, "double": ("doubles the {item}",)}
@@ -50,10 +59,9 @@ class Story(NamedTuple):
             values.append(event.after(values[-1]))
         return values
 
-    @property
-    def is_within_bounds(self) -> bool:
+    def is_within(self, max_value: int = MAX_VALUE) -> bool:
         """Whether every value is one that the generator allows."""
-        return all(0 < value <= MAX_VALUE for value in self.values)
+        return all(0 < value <= max_value for value in self.values)
 
     @property
     def question(self) -> str:
@@ -122,12 +130,14 @@ def generate_problems(
     min_steps: int = 2,
     max_steps: int = 4,
     *,
+    max_value: int = MAX_VALUE,
     rarer: float = 1.0,
     without: Collection[str] = (),
 ) -> Iterator[Problem]:
     """`count` different problems whose solutions have `min_steps` to `max_steps` lines. Deterministic in `seed`.
 
-    Each number of steps is `rarer` times as rare as the one before. The questions in `without` are left out.
+    No value is larger than `max_value`. Each number of steps is `rarer` times as rare as the one before. The questions
+    in `without` are left out.
     """
     rng = random.Random(seed)
     every = range(min_steps, max_steps + 1)
@@ -135,16 +145,16 @@ def generate_problems(
     seen = set(without)
     while len(seen) < count + len(without):
         num_steps = rng.randint(min_steps, max_steps) if rarer == 1 else rng.choices(every, shares)[0]
-        story = _generate(rng, num_steps)
+        story = _generate(rng, num_steps, max_value)
         if story.question not in seen:
             problem = story.problem(f"demo/{len(seen) - len(without)}")
             seen.add(problem.question)
             yield problem
 
 
-def draw_event(rng: random.Random, friend: str) -> Event:
+def draw_event(rng: random.Random, friend: str, max_change: int = MAX_CHANGE) -> Event:
     """Any event, whether or not what comes of it is within bounds. `friend` is whom it names, if it names someone."""
-    number = rng.randint(MIN_NUMBER, MAX_CHANGE)
+    number = rng.randint(MIN_NUMBER, max_change)
     kind: EventKind = rng.choice(("gain", "gain", "loss", "loss", "double"))
     if kind == "double":
         return Event(kind, PHRASES[kind][0], 2, None)
@@ -152,13 +162,14 @@ def draw_event(rng: random.Random, friend: str) -> Event:
     return Event(kind, phrase, number, friend if "{friend}" in phrase else None)
 
 
-def _generate(rng: random.Random, num_steps: int) -> Story:
+def _generate(rng: random.Random, num_steps: int, max_value: int) -> Story:
+    largest = largest_change(max_value)
     name, friend = rng.sample(NAMES, 2)
     item = rng.choice(ITEMS)
-    story = Story(name, item, rng.randint(MIN_NUMBER, MAX_START), ())
+    story = Story(name, item, rng.randint(MIN_NUMBER, largest), ())
     while len(story.events) < num_steps:
-        longer = story._replace(events=(*story.events, draw_event(rng, friend)))
-        if longer.is_within_bounds:
+        longer = story._replace(events=(*story.events, draw_event(rng, friend, largest)))
+        if longer.is_within(max_value):
             story = longer
     return story
 

@@ -86,6 +86,7 @@ def test_long_stories_are_rare_in_training_and_as_frequent_as_short_ones_in_the_
     assert not {p.question for p in rows["train"]} & {p.question for p in rows["test"]}
     assert not {p.id for p in rows["train"]} & {p.id for p in rows["test"]}
     assert exit_code("--out", str(tmp_path), "--rarer", "3", "--style", "both") == 2
+    assert exit_code("--out", str(tmp_path), "--max-value", "99", "--style", "expressions") == 2
 
 
 def test_prepare_demo_of_both_styles_shares_odd_numbers_out(tmp_path):

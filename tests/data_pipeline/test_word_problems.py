@@ -54,6 +54,17 @@ def test_all_results_are_positive_and_small(problems):
     assert max(results) > MAX_VALUE / 2, "the bound is not met by accident"
 
 
+@pytest.mark.parametrize("max_value", [20, 99, 999])
+def test_a_story_may_hold_larger_numbers_up_to_the_bound(max_value):
+    larger = list(generate_problems(600, 0, max_steps=6, max_value=max_value))
+    results = [step[3] for problem in larger for step in steps_of(problem)]
+    assert min(results) > 0 and 0.9 * max_value < max(results) <= max_value
+    told = [number for problem in larger for number in numbers_told(problem.question)]
+    assert min(told) == 2 and 0.4 * max_value < max(told) < max_value / 2
+    assert all(OPERATORS[sign](left, right) == result for p in larger for left, sign, right, result in steps_of(p))
+    assert [solve(problem.question).solution for problem in larger] == [problem.solution for problem in larger]
+
+
 def test_the_numbers_of_the_question_are_those_of_the_steps(problems):
     for problem in problems:
         steps = steps_of(problem)
