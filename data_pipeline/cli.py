@@ -55,6 +55,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
+        self.at_once = False  # a second request, which does not wait
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -70,6 +71,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.exit_code is not None and number == signal.SIGINT:
+            self.at_once = True
             raise KeyboardInterrupt
         if self.exit_code is None:  # the first request says how the run ended
             self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED

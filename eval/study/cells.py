@@ -200,7 +200,7 @@ def run_command(
             if stop.exit_code is not None and deadline is None:
                 deadline = time.monotonic() + _GRACE
                 process.terminate()
-            if deadline is not None and time.monotonic() > deadline:
+            if stop.at_once or (deadline is not None and time.monotonic() > deadline):
                 break
     finally:
         process.kill()

@@ -115,7 +115,7 @@ def _text(
         yield (
             "Share of right samples by the number of steps in the reference solution, all seeds together, and "
             "accuracy = (accuracy of a step) ^ steps, fitted to all points (drawn through) and to the first four "
-            "(dotted). Intervals here are over problems only."
+            "(dotted). Intervals here are over problems only; the last column counts those that hold the law."
         )
         yield "![The step law](step_law.png)"
         yield _law_table(settings, points)
@@ -172,13 +172,11 @@ def _reading(settings: StudySettings, points: Sequence[Point]) -> str:
 
 def _cut_off(name: str, points: Sequence[Point]) -> str:
     """How many samples of an eval ended at max_tokens, if any did."""
-    cut = {cell.name: share for point in points for cell in point.cells if (share := _truncated(cell, name))}
-    if not cut:
-        return ""
-    worst = max(cut, key=lambda cell: cut[cell])
-    return (
-        f", cut off at max_tokens in {len(cut)} runs, most often in {worst} ({100 * cut[worst]:.1f} % of the samples)"
-    )
+    shares = {cell.name: _truncated(cell, name) for point in points for cell in point.cells}
+    worst = max(shares, key=lambda cell: shares[cell])
+    cut = sum(share > 0 for share in shares.values())
+    told = f"cut off at max_tokens in {cut} of {len(shares)} runs, most often in {worst}"
+    return f", {told} ({100 * shares[worst]:.1f} % of the samples)" if cut else ""
 
 
 def _truncated(cell: Cell, name: str) -> float:
@@ -243,17 +241,20 @@ def _meaning(contrast: Contrast, number: int) -> str:
 
 
 def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:
-    rows = [[*settings.axes, "accuracy of a step, all points", "of the first four", "largest distance, points"]]
+    told = ("accuracy of a step, all points", "of the first four", "largest distance, points", "intervals that hold it")
+    rows = [[*settings.axes, *told]]
     for point in points:
         law = point.step_law(settings.report.step_law or "")
         if law is None:
             continue
-        off = max(abs(p["value"] - law["all"]["accuracy_step"] ** p["steps"]) for p in law["points"])
+        lawful = [law["all"]["accuracy_step"] ** p["steps"] for p in law["points"]]
+        off = max(abs(p["value"] - value) for p, value in zip(law["points"], lawful, strict=True))
+        held = sum(p["ci95"][0] <= value <= p["ci95"][1] for p, value in zip(law["points"], lawful, strict=True))
         fits = [
             f"{law[k]['accuracy_step']:.3f} [{law[k]['ci95'][0]:.3f}, {law[k]['ci95'][1]:.3f}]"
             for k in ("all", "first_four")
         ]
-        rows.append([*point.labels.values(), *fits, f"{100 * off:.1f}"])
+        rows.append([*point.labels.values(), *fits, f"{100 * off:.1f}", f"{held} of {len(lawful)}"])
     return _markdown(rows)
 
 

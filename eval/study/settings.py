@@ -10,6 +10,7 @@ import pydantic
 from data_pipeline.cli import RunError
 from data_pipeline.settings import Settings, UsageError, apply_override, read_yaml, set_key, validated
 from data_pipeline.synthesis.rules import RuleTeacher
+from mathscale_jax.config import TrainSettings
 
 PUBLISHED = "configs/studies/published.yaml"
 _OF_ERRORS = ("calculation_errors", "reasoning_errors", "calculation_share", "first_false_position")
@@ -171,6 +172,9 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> StudySettings:
     """A study from its YAML file, what it extends, and `key=value` overrides. Raises UsageError."""
     below = _extended(path)
     for override in overrides:
+        first = re.split(r"[.=]", override, maxsplit=1)[0]
+        if first in TrainSettings.model_fields and first not in StudySettings.model_fields:
+            raise UsageError(f"{override}: {first} is no setting of a study; for its training runs: train.{override}")
         apply_override(below, override)
     return validated(StudySettings, below, path)
 
@@ -226,6 +230,9 @@ def variants_of(name: str, axis: Mapping[str, Any]) -> list[tuple[str, dict[str,
                 "or {VARIANT: {KEY: value, …}, …} for named variants"
             )
         found = [(str(label), dict(changes)) for label, changes in axis.items()]
+    for key in (key for _, changes in found for key in changes):
+        if str(key).startswith("train."):
+            raise UsageError(f"axes.{name}: an axis sets settings of training: write {key[6:]}, not {key}")
     labels = [label for label, _ in found]
     if len(set(labels)) < len(labels):
         raise UsageError(f"axes.{name}: {max(labels, key=labels.count)} is there twice")

@@ -118,6 +118,7 @@ def test_a_base_config_is_changed_where_the_study_says_so(tmp_path: Path) -> Non
         ({"seeds": [1, 1]}, "one is there twice"),
         ({"axes": {"size": {"data.sources.0.count": [10, 10]}}}, "axes.size: 10 is there twice"),
         ({"axes": {"size": [10, 20]}}, "axes.size"),
+        ({"axes": {"size": {f"train.{COUNT}": [10]}}}, f"axes.size: an axis sets settings of training: write {COUNT}"),
         ({"axes": {"size": {"small": 10}}}, "axes.size.small: write {KEY: [values]}"),
         ({"axes": {"size": {"a": {"seed": 2}, "b": {"seed": 2}}}}, "nothing between a and b. It sets seed:"),
         ({"axes": {"size": {COUNT: [10]}, "b": {COUNT: [20]}}}, f"axes.b sets {COUNT} and so undoes what axes.size"),
@@ -177,6 +178,12 @@ def test_every_study_of_ours_is_a_grid_that_can_be_meant(path: Path) -> None:
     head = path.read_text().split("\n\n")[0]
     assert f"python -m eval study --config {path}" in head.replace("\\\n#  ", "")
     assert settings.report.published and published_tables(settings.report.published)
+
+
+def test_a_setting_of_training_is_pointed_to_its_place() -> None:
+    with pytest.raises(UsageError, match=r"for its training runs: train\.num_steps=5"):
+        load_study("configs/studies/scaling_demo.yaml", ["num_steps=5"])
+    assert load_study("configs/studies/scaling_demo.yaml", ["train.num_steps=5"]).train["num_steps"] == 5
 
 
 def test_every_paper_study_has_its_demo() -> None:

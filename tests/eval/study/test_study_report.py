@@ -54,14 +54,17 @@ def study(folder: Path, **changes: Any) -> StudySettings:
     return validated(StudySettings, tree, "study")
 
 
-def finish(cell: Cell, settings: StudySettings, right: list[int], **more: Any) -> None:
+def finish(
+    cell: Cell, settings: StudySettings, right: list[int], num_steps: list[int] | None = None, **more: Any
+) -> None:
     """Writes what the commands of a cell would have left, with `right` samples right of each problem."""
     folder, out = Path(cell.folder), Path(cell.evals["samples"].out)
     (out / "grades").mkdir(parents=True)
     (folder / "train").mkdir()
     (folder / "train" / "metrics.jsonl").write_text('{"step": 7, "loss": 0.5}\n')
     problems = [
-        {"problem_id": f"p{i}", "question": "?", "answer": "1", "num_steps": steps} for i, steps in enumerate(STEPS)
+        {"problem_id": f"p{i}", "question": "?", "answer": "1", "num_steps": steps}
+        for i, steps in enumerate(num_steps or STEPS)
     ]
     grades = [
         {"problem_id": f"p{i}", "sample_id": s, "answer": "1", "correct": s < count, "vote": "1" if s < count else "2"}
@@ -172,13 +175,31 @@ def test_a_study_under_way_says_so(tmp_path: Path) -> None:
     assert "**Failed.** 1 of 12 cells" in text and "- plain_10_seed1: training ended with 1\n" in text
 
 
+def test_the_step_law_is_told_with_how_well_it_fits(tmp_path: Path) -> None:
+    settings = study(tmp_path, seeds=[0], axes={"size": {"data.sources.0.count": [10, 20]}}, report={
+        "x": "size", "metrics": ["samples:pass_ratio"], "step_law": "samples",
+    })  # fmt: skip
+    lawful, lawless = cells_of(settings)
+    steps = [2] * 6 + [3] * 6
+    finish(lawful, settings, [2, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], steps)  # a quarter and an eighth: 1/2 ^ steps
+    finish(lawless, settings, [0] * 6 + [4] * 6, steps)
+    numbers(settings)
+    text = (tmp_path / "s" / "report.md").read_text()
+    rows = [line.split(" | ") for line in text.partition("## Step law")[2].splitlines() if line.startswith("| ")]
+    assert rows[0][-1].startswith("intervals that hold it")
+    first, second = rows[2:4]
+    assert first[1].startswith("0.500 [") and first[3:] == ["0.0", "2 of 2 |"]
+    assert second[4] == "0 of 2 |" and float(second[3]) > 40
+    assert (tmp_path / "s" / "step_law.png").exists()
+
+
 def test_samples_that_were_cut_off_are_told(tmp_path: Path) -> None:
     settings = study(tmp_path, seeds=[0])
     for cell, cut in zip(cells_of(settings), (0.0, 0.25, 0.125, 0.0, 0.0, 0.0), strict=True):
         finish(cell, settings, [1, 1, 1, 1, 2, 2], truncated_fraction=cut)
     numbers(settings)
     text = (tmp_path / "s" / "report.md").read_text()
-    assert "cut off at max_tokens in 2 runs, most often in plain_20_seed0 (25.0 % of the samples)" in text
+    assert "cut off at max_tokens in 2 of 6 runs, most often in plain_20_seed0 (25.0 % of the samples)" in text
 
 
 def test_two_sizes_are_not_fitted_and_the_report_says_why(tmp_path: Path) -> None:

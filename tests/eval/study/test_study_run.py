@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -308,6 +309,26 @@ def test_a_tpu_job_wants_its_files_where_they_outlive_it_and_a_name_of_its_own(t
     }
     assert len(names) == 6 and max(map(len, names)) <= 40
     assert all(re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name) for name in names)
+
+
+def test_a_second_request_to_stop_does_not_wait_for_a_command_that_saves(tmp_path: Path) -> None:
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    )
+    stop, log = StopSignal(), tmp_path / "log.txt"
+
+    def ask() -> None:
+        while not (log.exists() and "\non\n" in log.read_text()):
+            time.sleep(0.05)
+        stop.exit_code = 130
+        time.sleep(1.0)
+        stop.at_once = True
+
+    threading.Thread(target=ask, daemon=True).start()
+    started = time.monotonic()
+    with pytest.raises(cells_module.Interrupted):
+        cells_module.run_command([sys.executable, "-c", stubborn], "a command", log, stop, Place())
+    assert 1.0 < time.monotonic() - started < 30
 
 
 @pytest.mark.slow
