@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from eval.study.grid import cells_of, paths_of
+from eval.study.settings import load_study
+
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILES_OF_PREPARE = ("train.jsonl", "test.jsonl", "tokenizer.model")  # of the demo
 
 
 @pytest.mark.parametrize("name", ["README.md", "launch/README.md"])
@@ -25,3 +29,14 @@ def test_guides_and_configs_that_documents_name_are_there() -> None:
     }
     assert len(named) > 10
     assert {(document, path) for document, path in named if not (ROOT / path).exists()} == set()
+
+
+def test_the_study_in_the_guide_is_one_that_runs(tmp_path: Path) -> None:
+    guide = (ROOT / "docs/guides/studies.md").read_text("utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "my_study.yaml").write_text(example)
+    study = load_study(str(tmp_path / "my_study.yaml"))
+    cells = cells_of(study)
+    assert len(cells) == 8 and "eight runs" in guide
+    made = {step.makes.replace("tokenizer.model", name) for step in study.prepare for name in FILES_OF_PREPARE}
+    assert {path for cell in cells for _, path in paths_of(cell)} <= made
