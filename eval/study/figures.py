@@ -79,7 +79,7 @@ def step_laws(laws: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
                 axes.plot(every, 100 * first**every, color=colour, linewidth=1.2, linestyle=":")
         axes.set_xticks(sorted({point["steps"] for law in laws.values() for point in law["points"]}))
         axes.set_xlabel("steps in the reference solution", color=_MUTED)
-        axes.set_ylim(0, 102)
+        axes.set_ylim(0, min(102, axes.get_ylim()[1]))
         axes.set_title("samples answered right, % = accuracy of a step ^ steps", size=10, color=_MUTED, loc="left")
         _legend(figure, [axes])
         return _files(figure)
@@ -109,12 +109,14 @@ def _panel(
         axes.plot(x, y, mark + ("-" if numeric else ""), color=colour, linewidth=1.6, markersize=5, label=line.label)
         for place, each in zip(x, line.estimates, strict=True):
             axes.plot([place] * len(each.by_seed), [scale * v for v in each.by_seed.values()], "_", color=colour, ms=7)
-        if line.fit is not None:
+        if line.fit is not None and line.fit.straight:
             logs = np.array(sorted(places[label] for label in line.x))
             axes.plot(
                 logs, scale * (line.fit.intercept + line.fit.slope.value * logs), ":", color=colour, linewidth=1.1
             )
     axes.set_xticks([places[label] for label in every_x], [short_number(label) for label in every_x])
+    if not numeric:
+        axes.set_xlim(-0.5, len(every_x) - 0.5)
     if not numeric and max(map(len, every_x)) > 9:
         axes.tick_params(axis="x", rotation=30)
     axes.set_xlabel(x_label, color=_MUTED)

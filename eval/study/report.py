@@ -95,7 +95,8 @@ def _text(
     yield "## Measured here"
     if "metrics" in figures:
         yield f"![{settings.title}: measured here](metrics.png)"
-        fitted = any((line := table.line(m, n)) and line.fit for m in settings.report.metrics for n in table.lines)
+        lines = [table.line(metric, name) for metric in settings.report.metrics for name in table.lines]
+        fitted = any(line is not None and line.fit is not None and line.fit.straight for line in lines)
         yield (
             "Marks are means over seeds, bars their 95 % intervals, ticks single seeds"
             f"{', dotted lines the fits' if fitted else ''}."
