@@ -30,16 +30,16 @@ _UNDOING = {"gain": "-", "loss": "+", "double": "/"}
 
 def add_event(story: Story, rng: random.Random) -> Story:
     """The story with one more event, at any place; so the answer is another one."""
-    friend = _friend(story, rng)
-    while True:  # some change always fits at the end: a gain up to 18, a loss from 3 on
+    friend, largest = _friend(story, rng), max(MAX_VALUE, *story.values)
+    while True:  # some change always fits at the end: a gain of 2 while there is room, a loss of 2 from 3 on
         place = rng.randint(0, len(story.events))
         longer = story._replace(events=(*story.events[:place], draw_event(rng, friend), *story.events[place:]))
-        if longer.is_within():
+        if longer.is_within(largest):
             return longer
 
 
 def change_numbers(story: Story, rng: random.Random) -> Story:
-    """The same sentences with other numbers, and another answer.
+    """The same sentences with other numbers, of the generator's default range, and another answer.
 
     Where no numbers lead to another answer they are drawn without that condition, and may be the same.
     """

@@ -31,7 +31,7 @@ def test_guides_and_configs_that_documents_name_are_there() -> None:
     assert {(document, path) for document, path in named if not (ROOT / path).exists()} == set()
 
 
-def test_the_study_in_the_guide_is_one_that_runs(tmp_path: Path) -> None:
+def test_the_study_in_the_guide_is_a_grid_of_what_it_prepares(tmp_path: Path) -> None:
     guide = (ROOT / "docs/guides/studies.md").read_text("utf-8")
     (example,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
     (tmp_path / "my_study.yaml").write_text(example)

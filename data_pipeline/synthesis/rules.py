@@ -80,7 +80,7 @@ def _asked(prompt: str, rng: random.Random, rules: RuleTeacher) -> str | None:
         if name == "self_verification":
             return variants.state_answer(texts["masked"], texts["answer"], _last_sentence(strategy))
         story = parse_story(texts.get("reference", texts.get("question", "")))
-        if story is None or not story.is_within():
+        if story is None or min(story.values) < 1:
             return None
         match name:
             case "add_constraint":

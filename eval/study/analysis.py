@@ -96,7 +96,7 @@ def title_of(metric: str, settings: StudySettings) -> str:
 class Difference:
     """Two variants at a place of the grid, on a group of problems: second - first, over the seeds that both have.
 
-    `where` is empty where the grid has one place only, `num_problems` None of a loss.
+    `where` is empty where the study has no other axis, `num_problems` None of a loss.
     """
 
     where: str
@@ -122,6 +122,8 @@ def differences_of(settings: StudySettings, points: Sequence[Point], contrast: C
         if common is not None:
             every.append((label_of(first, without=contrast.axis), common))
     everywhere = paired([scores for _, both in every for scores in both]) if len(every) > 1 else None
+    if every and every[0][1][0].per_problem is None:  # errors on the same examples do not average out over places
+        everywhere = None
     if everywhere is not None:
         share = [1 / len(every)] * len(every)
         every.append((TOGETHER, [combined(share, everywhere[side::2]) for side in (0, 1)]))

@@ -60,7 +60,7 @@ class Fit:
     """value = intercept + slope * log2(x), the slope with its interval, and how well a line fits.
 
     `off` is the largest distance of a point from the line, `last` the slope between the last two points.
-    `straight`: no point's interval ends before the line.
+    `straight`: no point lies clear of the line, by the interval of its distance.
     """
 
     slope: Estimate
@@ -109,7 +109,7 @@ def estimate(scores: Scores, bounds: tuple[float, float] | None = None) -> Estim
             return Estimate(value, None, by_seed)
         of_problem = scores.per_problem.mean(axis=0)
         parts.append((float(of_problem.var(ddof=1)) / len(of_problem), len(of_problem) - 1.0))
-    elif scores.per_problem is None:
+    else:
         parts.append((float(np.mean(scores.errors**2)), np.inf))  # as if all seeds erred alike: on the same problems
     if num_seeds > 1:
         parts.append((float(scores.values.var(ddof=1)) / num_seeds, num_seeds - 1.0))
@@ -140,6 +140,8 @@ def log_fit(x: Sequence[float], scores: Sequence[Scores]) -> Fit | None:
     before, after = order[-2:]
     step = 1 / float(logs[after] - logs[before])
     last = estimate(combined([step, -step], [scores[after], scores[before]]))
-    ends = [estimate(of).ci95 for of in scores]
-    widths = [np.inf if end is None else (end[1] - end[0]) / 2 for end in ends]
-    return Fit(slope, intercept, float(off.max()), last, bool(np.all(off <= widths)))
+    # Distances are weighted sums of the points, paired like them. One in which nothing varies is no matter of chance.
+    hat = 1 / len(logs) + np.outer(centred, centred) / np.square(centred).sum()
+    distances = [estimate(combined(row.tolist(), scores)) for row in np.eye(len(logs)) - hat]
+    straight = not any(each.clear or (each.ci95 is None and abs(each.value) > 1e-9) for each in distances)
+    return Fit(slope, intercept, float(off.max()), last, straight)

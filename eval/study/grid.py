@@ -153,8 +153,8 @@ def _check_different(study: StudySettings, cells: Sequence[Cell]) -> None:
             keys = sorted({key for _, changes in variants_of(axis, study.axes[axis]) for key in changes})
             raise UsageError(
                 f"the cells {other.name} and {cell.name} are the same run: axes.{axis} changes nothing between "
-                f"{other.point[axis]} and {cell.point[axis]}. It sets {', '.join(keys) or 'nothing'}: does another "
-                "axis set the same key to one value, or do two values mean the same?"
+                f"{other.point[axis]} and {cell.point[axis]}. It sets {', '.join(keys) or 'nothing'}: do "
+                "the values mean the same?"
             )
         settings[content] = cell
 

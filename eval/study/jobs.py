@@ -78,12 +78,13 @@ def write_jobs(settings: StudySettings, launcher: str, which: str | None, again:
         ]
         write_text(jobs / f"{cell.name}.sh", "\n".join(lines) + "\n")
     if not todo:
-        logger.info("all %d cells are done; this reports:\n  %s", len(cells), shlex.join(again))
+        some = "" if which is None else "chosen "
+        logger.info("nothing to do: the %d %scells are done. This reports:\n  %s", len(cells), some, shlex.join(again))
         return jobs
     later = [*settings.sheets, *(["leakage"] if settings.leakage else [])]
     logger.info(
-        "%d jobs are in %s: bash %s/%s.sh begins one. When all have ended, this reports%s:\n  %s",
-        len(todo), jobs, jobs, todo[0].name,
+        "jobs in %s: %d. bash %s/%s.sh begins one. When all have ended, this reports%s:\n  %s",
+        jobs, len(todo), jobs, todo[0].name,
         f", and does what is left to a device at hand ({', '.join(later)})" if later else "", shlex.join(again),
     )  # fmt: skip
     return jobs

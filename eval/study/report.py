@@ -87,7 +87,7 @@ def _text(
     yield f"**Scale.** {settings.scale.strip()} {_budget(settings, points)}"
     if failed:
         listed = "\n".join(f"- {cell.name}: {message.splitlines()[0]}" for cell, message in failed)
-        yield f"**Failed.** {len(failed)} of {len(cells)} cells; each one's log.txt says more.\n\n{listed}"
+        yield f"**Failed.** {len(failed)} of {len(cells)} cells.\n\n{listed}"
     if done < len(cells):
         yield f"**Unfinished.** {done} of {len(cells)} cells are done; the numbers will move."
     if not points:
@@ -104,19 +104,22 @@ def _text(
     yield _main_table(settings, points, table)
     yield _reading(settings, points)
     fits = list(_fits(settings, table))
-    if not fits and are_numbers(table.x_labels) and len(table.x_labels) == 2:
-        yield f"No fit over {settings.report.x}: a line goes through any two points. It takes three."
+    if not fits and are_numbers(table.x_labels) and len(table.x_labels) > 1:
+        yield f"No fit over {settings.report.x}: that takes three points, since a line goes through any two."
     if fits:
         yield f"## Over the logarithm of {settings.report.x}"
         yield "\n".join(fits)
     for contrast in settings.report.contrasts:
         yield from _contrast(settings, points, contrast)
+    yield from _meaning(settings, points)
     if "step_law" in figures:
         yield "## Step law"
         yield (
             "Share of right samples by the number of steps in the reference solution, all seeds together, and "
             "accuracy = (accuracy of a step) ^ steps, fitted to all points (drawn through) and to the first four "
-            "(dotted). Intervals here are over problems only; the last column counts those that hold the law."
+            "(dotted). Intervals here are over problems only; a point whose own holds the law does not rule it out. "
+            "The last columns have the accuracy of a step that each number of steps asks for alone: alike where the "
+            "law holds."
         )
         yield "![The step law](step_law.png)"
         yield _law_table(settings, points)
@@ -177,7 +180,7 @@ def _cut_off(name: str, points: Sequence[Point]) -> str:
     worst = max(shares, key=lambda cell: shares[cell])
     cut = sum(share > 0 for share in shares.values())
     told = f"cut off at max_tokens in {cut} of {len(shares)} runs, most often in {worst}"
-    return f", {told} ({100 * shares[worst]:.1f} % of the samples)" if cut else ""
+    return f", {told} ({100 * shares[worst]:.2g} % of the samples)" if cut else ""
 
 
 def _truncated(cell: Cell, name: str) -> float:
@@ -225,25 +228,32 @@ def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contra
         del columns["problems"]
     told = {name: column for name, column in columns.items() if any(column)}
     yield _markdown([list(told), *(list(row) for row in zip(*told.values(), strict=True))])
-    yield _meaning(contrast, len(found))
 
 
-def _meaning(contrast: Contrast, number: int) -> str:
-    """How to read the differences of a contrast."""
-    pairs = (
-        "Paired: the same problems and seeds on both sides."
-        if is_share(contrast.metric)
-        else "The same seeds on both sides, and the same examples, which the interval takes for different ones: where "
-        "an example is hard for both, it is wider than it need be."
-    )
-    chance = f" Of {number} comparisons of what does not differ, {number / 20:.1f} would have one, on average."
-    verdict = " A verdict stands where the 95 % interval leaves zero out."
-    return pairs + verdict + (chance if number > 1 else "")
+def _meaning(settings: StudySettings, points: Sequence[Point]) -> Iterator[str]:
+    """How to read all differences."""
+    found = [(c.metric, len(differences_of(settings, points, c))) for c in settings.report.contrasts]
+    number = sum(each for _, each in found)
+    if not number:
+        return
+    told = ["In differences, the same problems and seeds stand on both sides."]
+    if any(not is_share(metric) for metric, _ in found):
+        told.append(
+            "Those of losses take the examples of the two sides for different ones, so that their intervals are wider "
+            "than need be where an example is hard for both."
+        )
+    told.append("A verdict stands where the 95 % interval leaves zero out.")
+    if number > 1:
+        told.append(f"Of the {number} differences above, {number / 20:.2g} would have one by chance if none were real.")
+    yield " ".join(told)
 
 
 def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:
-    told = ("accuracy of a step, all points", "of the first four", "largest distance, points", "intervals that hold it")
-    rows = [[*settings.axes, *told]]
+    every = sorted(
+        {p["steps"] for of in points if (law := of.step_law(settings.report.step_law or "")) for p in law["points"]}
+    )
+    told = ("accuracy of a step, all points", "of the first four", "largest distance, points", "not ruled out by")
+    rows = [[*settings.axes, *told, *(f"by {steps} steps" for steps in every)]]
     for point in points:
         law = point.step_law(settings.report.step_law or "")
         if law is None:
@@ -255,7 +265,9 @@ def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:
             f"{law[k]['accuracy_step']:.3f} [{law[k]['ci95'][0]:.3f}, {law[k]['ci95'][1]:.3f}]"
             for k in ("all", "first_four")
         ]
-        rows.append([*point.labels.values(), *fits, f"{100 * off:.1f}", f"{held} of {len(lawful)}"])
+        alone = {p["steps"]: f"{p['value'] ** (1 / p['steps']):.2f}" for p in law["points"]}
+        held_by = f"{held} of {len(lawful)} points"
+        rows.append([*point.labels.values(), *fits, f"{100 * off:.1f}", held_by, *(alone.get(s, "-") for s in every)])
     return _markdown(rows)
 
 

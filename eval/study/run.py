@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -174,40 +174,43 @@ def tell(settings: StudySettings, options: StudyOptions) -> str:
     if not lines:
         absent = {f"absent {key}={path}": None for cell in cells for key, path in paths_of(cell)}
         lines += [line for line in absent if not epath.Path(line.partition("=")[2]).exists()]
-    took: list[float] = []
+    took: dict[str, list[float]] = {}
     waiting: list[tuple[Cell, list[Stage]]] = []
     for cell in cells:
         state, left = state_of(cell, settings)
+        done = done_stages(cell)
+        for name, seconds in done.items():
+            took.setdefault(name, []).append(seconds)
         if left:
             waiting.append((cell, left))
             lines.append(f"{state:6} {cell.name}: {', '.join(stage.title for stage in left)}")
         else:
-            took.append(sum(done_stages(cell).values()))
-            lines.append(f"{state:6} {cell.name} ({took[-1]:.0f} s)")
+            lines.append(f"{state:6} {cell.name} ({sum(done.values()):.0f} s)")
     return "\n".join([*lines, *_size_of(waiting, took, options.parallel)])
 
 
-def _size_of(waiting: Sequence[tuple[Cell, list[Stage]]], took: Sequence[float], parallel: int) -> Iterator[str]:
-    """How much there is to do."""
+def _size_of(
+    waiting: Sequence[tuple[Cell, list[Stage]]], took: Mapping[str, Sequence[float]], parallel: int
+) -> Iterator[str]:
+    """How much there is to do, and how long that takes, where commands of each kind have been done."""
     if not waiting:
         return
-    lengths = Counter(
-        f"{cell.train.num_steps:,} steps" if cell.train.num_steps else f"{cell.train.num_epochs} epochs"
-        for cell, left in waiting
-        if any(stage.name == "train" for stage in left)
-    )
-    drawn = Counter(
-        f"{cell.evals[stage.name].num_samples} sample{'s' * (cell.evals[stage.name].num_samples > 1)} a problem"
-        for cell, left in waiting
-        for stage in left
-        if stage.name in cell.evals
-    )
-    told = [f"{number} x {length} of training" for length, number in lengths.items()]
-    told += [f"{number} x {samples}" for samples, number in drawn.items()]
-    yield f"To do: {len(waiting)} cells; {', '.join(told)}."
-    if took:
-        minutes = len(waiting) * sum(took) / len(took) / 60 / parallel
-        yield f"About {minutes:.0f} minutes, if they take as long as those that are done took, {parallel} at once."
+    left = [(cell, stage) for cell, stages in waiting for stage in stages]
+    counts = Counter(_kind_of(cell, stage) for cell, stage in left)
+    yield f"To do in {len(waiting)} cells: {'; '.join(f'{number} x {kind}' for kind, number in counts.items())}."
+    if all(took.get(stage.name) for _, stage in left):
+        seconds = sum(sum(took[stage.name]) / len(took[stage.name]) for _, stage in left) / parallel
+        yield f"About {seconds / 60:.0f} minutes at {parallel} at once, if they take as long as those that are done."
+
+
+def _kind_of(cell: Cell, stage: Stage) -> str:
+    if stage.name == "train":
+        steps, epochs = cell.train.num_steps, cell.train.num_epochs
+        return f"training of {steps:,} steps" if steps else f"training of {epochs} epochs"
+    if stage.name in cell.evals:
+        number = cell.evals[stage.name].num_samples
+        return f"{stage.title} with {number} sample{'s' * (number > 1)} a problem"
+    return stage.title
 
 
 def _run_all(

@@ -12,6 +12,7 @@ from data_pipeline.settings import Settings, UsageError, apply_override, read_ya
 from data_pipeline.synthesis.rules import RuleTeacher
 from mathscale_jax.config import TrainSettings
 
+SAID_BY_STUDY = {"seed": "name seeds", "data.seed": "name seeds", "output_dir": "name out"}  # of training
 PUBLISHED = "configs/studies/published.yaml"
 _OF_ERRORS = ("calculation_errors", "reasoning_errors", "calculation_share", "first_false_position")
 _KINDS = ("accuracy", "pass_ratio", "pass@K", "step_accuracy", *_OF_ERRORS)
@@ -119,6 +120,9 @@ class StudySettings(Settings):
             raise ValueError(f"seeds={list(self.seeds)}: one is there twice")
         if not self.evals and self.leakage is None:
             raise ValueError("evals: say what is measured of each cell (or leakage)")
+        for key, instead in SAID_BY_STUDY.items():
+            if key in self.train or (key == "data.seed" and "seed" in (self.train.get("data") or {})):
+                raise ValueError(f"train.{key} is said by the study: {instead}")
         for name in self.evals:
             if not re.fullmatch(r"\w+", name) or name in ("train", "leakage"):
                 raise ValueError(f"evals: {name!r} must be a word, and neither train nor leakage, which are taken")
@@ -173,7 +177,7 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> StudySettings:
     below = _extended(path)
     for override in overrides:
         first = re.split(r"[.=]", override, maxsplit=1)[0]
-        if first in TrainSettings.model_fields and first not in StudySettings.model_fields:
+        if first in TrainSettings.model_fields.keys() - StudySettings.model_fields.keys() - SAID_BY_STUDY.keys():
             raise UsageError(f"{override}: {first} is no setting of a study; for its training runs: train.{override}")
         apply_override(below, override)
     return validated(StudySettings, below, path)
@@ -233,6 +237,8 @@ def variants_of(name: str, axis: Mapping[str, Any]) -> list[tuple[str, dict[str,
     for key in (key for _, changes in found for key in changes):
         if str(key).startswith("train."):
             raise UsageError(f"axes.{name}: an axis sets settings of training: write {key[6:]}, not {key}")
+        if key in SAID_BY_STUDY:
+            raise UsageError(f"axes.{name}: {key} is said by the study: {SAID_BY_STUDY[key]}")
     labels = [label for label, _ in found]
     if len(set(labels)) < len(labels):
         raise UsageError(f"axes.{name}: {max(labels, key=labels.count)} is there twice")

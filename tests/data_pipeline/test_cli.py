@@ -143,9 +143,10 @@ def test_the_first_ctrl_c_asks_and_the_second_ends():
     with StopSignal() as stop:
         assert stop.exit_code is None
         signal.raise_signal(signal.SIGINT)
-        assert stop.exit_code == 130
+        assert stop.exit_code == 130 and not stop.at_once
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        assert stop.at_once
 
 
 def test_pre_emption_asks_however_often_it_comes():

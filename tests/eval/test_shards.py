@@ -74,7 +74,8 @@ def test_shards_that_are_killed_are_begun_again_and_the_samples_are_those_of_an_
     assert job.returncode == 0, said
     assert killed == 2 and said.count("was killed by signal 9: begun again (") == 2
     parts = {part.name: part.read_bytes() for part in (quiet / "samples").iterdir()}
-    assert len(parts) == 16 and parts == {part.name: part.read_bytes() for part in (out / "samples").iterdir()}
+    # A kill may leave the beginning of a file behind, under a hidden name that nothing reads.
+    assert len(parts) == 16 and parts == {part.name: part.read_bytes() for part in (out / "samples").glob("part-*")}
     assert (out / "report.html").exists() and "UNFINISHED" not in said
 
 

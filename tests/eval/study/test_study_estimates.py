@@ -82,7 +82,7 @@ def test_a_slope_of_values_with_errors_carries_them() -> None:
     fit = log_fit([1, 2, 4], scores)
     assert fit is not None and fit.slope.value == pytest.approx(0.15)
     assert fit.slope.ci95[1] - fit.slope.value == pytest.approx(1.959964 * np.sqrt(2) * 0.01, rel=1e-5)
-    assert fit.off == pytest.approx(abs(0.3 - (0.8 / 3))) and fit.straight  # within 1.96 * 0.02
+    assert fit.off == pytest.approx(abs(0.3 - (0.8 / 3))) and not fit.straight  # 1.96 * 0.02 * (2/3)^(1/2) = 0.032
     assert fit.last.value == pytest.approx(0.1)
 
 
@@ -92,6 +92,23 @@ def test_what_levels_off_is_no_line() -> None:
     fit = log_fit([100, 200, 400, 1600], scores)
     assert fit is not None and not fit.straight and fit.slope.clear
     assert fit.last.value == pytest.approx(0.01, abs=0.01)  # 2 points over two doublings
+
+
+def test_a_point_without_an_interval_is_off_the_line_where_it_does_not_lie_on_it() -> None:
+    scores = [Scores.of_problems([0, 1], np.full((2, 20), value)) for value in (0.0, 1.0, 1.0, 1.0)]
+    bent = log_fit([1, 2, 4, 8], scores)
+    assert bent is not None and bent.off == pytest.approx(0.4) and not bent.straight
+    even = log_fit([1, 2, 4], [Scores.of_problems([0, 1], np.full((2, 20), value)) for value in (0.2, 0.4, 0.6)])
+    assert even is not None and even.straight
+
+
+def test_distances_from_the_line_are_paired() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(-0.4, 0.4, 60)  # of each problem, the same at every size: no reason to doubt the bend
+    scores = [Scores.of_problems([0, 1, 2], v + hard + rng.normal(0, 0.01, (3, 60))) for v in (0.4, 0.5, 0.55)]
+    fit = log_fit([100, 200, 400], scores)
+    assert fit is not None and fit.off < 0.02 and not fit.straight
+    assert estimate(scores[0]).ci95[1] - estimate(scores[0]).ci95[0] > 0.1  # which alone would hold the line
 
 
 def test_a_group_of_problems_is_theirs_alone() -> None:

@@ -77,13 +77,13 @@ def test_a_study_adds_to_the_one_it_extends(tmp_path: Path) -> None:
 
 def test_what_is_extended_may_extend_and_not_itself(tmp_path: Path) -> None:
     files = {name: tmp_path / f"{name}.yaml" for name in "abc"}
-    files["a"].write_text(yaml.safe_dump({"seeds": [4], "train": {"seed": 1}}))
+    files["a"].write_text(yaml.safe_dump({"seeds": [4], "train": {"log_every": 7}}))
     files["b"].write_text(yaml.safe_dump({"extends": str(files["a"]), "train": {"num_steps": 9}}))
     tree = study().model_dump(mode="json") | {"extends": str(files["b"])}
     del tree["seeds"], tree["cells"]
     files["c"].write_text(yaml.safe_dump(tree))
     settings = load_study(str(files["c"]))
-    assert settings.seeds == (4,) and settings.train["seed"] == 1 and settings.train["num_steps"] == 3
+    assert settings.seeds == (4,) and settings.train["log_every"] == 7 and settings.train["num_steps"] == 3
     files["a"].write_text(yaml.safe_dump({"extends": str(files["b"])}))
     with pytest.raises(UsageError, match="extends itself"):
         load_study(str(files["c"]))
@@ -120,7 +120,10 @@ def test_a_base_config_is_changed_where_the_study_says_so(tmp_path: Path) -> Non
         ({"axes": {"size": [10, 20]}}, "axes.size"),
         ({"axes": {"size": {f"train.{COUNT}": [10]}}}, f"axes.size: an axis sets settings of training: write {COUNT}"),
         ({"axes": {"size": {"small": 10}}}, "axes.size.small: write {KEY: [values]}"),
-        ({"axes": {"size": {"a": {"seed": 2}, "b": {"seed": 2}}}}, "nothing between a and b. It sets seed:"),
+        ({"axes": {"size": {"a": {"batch_size": 4}, "b": {"batch_size": 4}}}}, "between a and b. It sets batch_size:"),
+        ({"axes": {"size": {"data.seed": [1, 2]}}}, "axes.size: data.seed is said by the study: name seeds"),
+        ({"train": {"data": {"seed": 3}}}, "train.data.seed is said by the study: name seeds"),
+        ({"train": {"output_dir": "x"}}, "train.output_dir is said by the study: name out"),
         ({"axes": {"size": {COUNT: [10]}, "b": {COUNT: [20]}}}, f"axes.b sets {COUNT} and so undoes what axes.size"),
         ({"axes": {"size": {COUNT: [10]}, "data": {"x": {"data.sources": []}}}}, "the whole comes first"),
         ({"axes": {"size": {"x/y": {"batch_size": 4}, "x y": {"batch_size": 8}}}}, "would share the folder"),
@@ -184,6 +187,8 @@ def test_a_setting_of_training_is_pointed_to_its_place() -> None:
     with pytest.raises(UsageError, match=r"for its training runs: train\.num_steps=5"):
         load_study("configs/studies/scaling_demo.yaml", ["num_steps=5"])
     assert load_study("configs/studies/scaling_demo.yaml", ["train.num_steps=5"]).train["num_steps"] == 5
+    with pytest.raises(UsageError, match="did you mean seeds"):
+        load_study("configs/studies/scaling_demo.yaml", ["seed=5"])
 
 
 def test_every_paper_study_has_its_demo() -> None:

@@ -257,7 +257,7 @@ def test_a_dry_run_says_how_much_there_is_to_do(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, seeds=[0, 1])
     cells = cells_of(settings)
     assert tell(settings, StudyOptions()).splitlines()[-1] == (
-        "To do: 4 cells; 4 x 4 steps of training, 4 x 4 samples a problem."
+        "To do in 4 cells: 4 x training of 4 steps; 4 x eval 'samples' with 4 samples a problem."
     )
     for cell in cells[:2]:
         Path(cell.folder).mkdir(parents=True)
@@ -269,10 +269,17 @@ def test_a_dry_run_says_how_much_there_is_to_do(tmp_path: Path) -> None:
     states = [line for line in lines if "_seed" in line and not line.startswith("absent")]
     assert states[0] == "done   10_seed0 (180 s)"
     assert [line[:6] for line in states[1:]] == ["begun ", "begun ", "to do "]
-    assert lines[-2:] == [
-        "To do: 3 cells; 2 x 4 steps of training, 3 x 4 samples a problem.",
-        "About 3 minutes, if they take as long as those that are done took, 3 at once.",
+    assert lines[-2:] == [  # 2 x 100 s and 3 x 80 s, on three places
+        "To do in 3 cells: 3 x eval 'samples' with 4 samples a problem; 2 x training of 4 steps.",
+        "About 2 minutes at 3 at once, if they take as long as those that are done.",
     ]
+    with_errors = load_study(str(tmp_path / "study.yaml"), ["seeds=[0, 1]", "errors=[samples]"])
+    for cell in cells:
+        Path(cell.folder).mkdir(parents=True, exist_ok=True)
+        begin_record(cell)
+        mark_done(cell, "train", 100.0)
+        mark_done(cell, "samples", 80.0)
+    assert tell(with_errors, StudyOptions()).splitlines()[-1] == "To do in 4 cells: 4 x errors of 'samples'."
 
 
 def test_cells_at_once_share_the_cores_and_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
