@@ -27,7 +27,7 @@ from data_pipeline.files import write_text
 from data_pipeline.settings import UsageError, to_yaml
 from eval.files import not_sampled, parts
 from eval.study.grid import Cell
-from eval.study.record import begin_record, done_stages, mark_done, read_json
+from eval.study.record import add_time, begin_record, done_stages, mark_done, read_json
 from eval.study.settings import StudySettings
 
 _KEPT = 8  # last lines of a command that are shown where it fails
@@ -106,8 +106,12 @@ def run_cell(cell: Cell, study: StudySettings, stop: StopSignal, told: Callable[
             if stop.exit_code is not None:
                 raise Interrupted
             started = time.monotonic()
-            for words in _left_of(cell, stage):
-                run_command([sys.executable, "-m", *words], stage.title, log, stop, place, lock)
+            try:
+                for words in _left_of(cell, stage):
+                    run_command([sys.executable, "-m", *words], stage.title, log, stop, place, lock)
+            except (Interrupted, CellFailed):
+                add_time(cell, stage.name, time.monotonic() - started)
+                raise
             seconds = time.monotonic() - started
             mark_done(cell, stage.name, seconds)
             told(f"{cell.name}: {stage.title} done in {seconds:.0f} s{_result(cell, stage)}")

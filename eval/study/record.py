@@ -51,12 +51,23 @@ def begin_record(cell: Cell) -> None:
         now["leakage"] = now["leakage"] or before["settings"]["leakage"]
     files = {**before.get("files", {}), **files_of(cell)}
     record = {"point": cell.point, "seed": cell.seed, "settings": now, "files": files, "done": before.get("done", {})}
+    if "spent" in before:
+        record["spent"] = before["spent"]
+    write_json(epath.Path(cell.folder) / "cell.json", record)
+
+
+def add_time(cell: Cell, stage: str, seconds: float) -> None:
+    """Writes down how long a command ran that was stopped, or failed."""
+    record = read_record(cell)
+    spent = record.setdefault("spent", {})
+    spent[stage] = spent.get(stage, 0.0) + round(seconds, 1)
     write_json(epath.Path(cell.folder) / "cell.json", record)
 
 
 def mark_done(cell: Cell, stage: str, seconds: float) -> None:
-    """Writes down that a command has ended well."""
+    """Writes down that a command has ended well, after so many seconds and those of earlier tries."""
     record = read_record(cell)
+    seconds += record.get("spent", {}).pop(stage, 0.0)
     versions = {name: importlib.metadata.version(name) for name in _VERSIONS}
     at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record["done"][stage] = {"seconds": round(seconds, 1), "at": at, "versions": versions}
@@ -69,7 +80,10 @@ def done_stages(cell: Cell) -> dict[str, float]:
 
 
 def check_unchanged(cells: Sequence[Cell]) -> None:
-    """Raises UsageError where a folder holds results of other settings, or of other data, than its cell has now."""
+    """Raises UsageError where a folder holds results of other settings, or of other data, than its cell has now.
+
+    Data that is not there is no other data: it may be made again.
+    """
     sizes: dict[str, str] = {}
     for cell in cells:
         record = read_record(cell)
@@ -79,7 +93,7 @@ def check_unchanged(cells: Sequence[Cell]) -> None:
         for path in record["files"].keys() & {path for _, path in paths_of(cell)}:
             if path not in sizes:
                 sizes[path] = _sizes(path)
-            if sizes[path] != record["files"][path] and record["done"]:
+            if sizes[path] and sizes[path] != record["files"][path] and record["done"]:
                 lines.append(f"{path}: its files are not those that were read")
         if lines:
             listed = "\n  ".join(lines)

@@ -61,6 +61,7 @@ def study(settings: StudySettings, options: StudyOptions) -> None:
         _lock(alone, out, patient=options.cell is not None)
         prepare(settings, stop)
         check_paths(chosen)
+        check_unchanged(cells)  # with the data that was made
         if options.cell is None:
             write_text(out / "study.yaml", to_yaml(settings))
         else:
@@ -118,18 +119,8 @@ def prepare(settings: StudySettings, stop: StopSignal) -> None:
     Raises UsageError where that file names another command; RunError where a command fails.
     """
     for index, step in enumerate(settings.prepare):
-        record = _record_of(step)
-        content = step.model_dump(mode="json", exclude_defaults=True)
-        if record.exists() and epath.Path(step.makes).exists():
-            with damage_named(record, "remove it, and what was made"):
-                before = json.loads(record.read_text())
-                said = before["run"]
-            if before == content:
-                continue
-            raise UsageError(
-                f"{step.makes} was made by another command than prepare.{index} says:\n  before: {said}\n"
-                f"  now:    {step.run}\nchoose another out for the changed study, or remove what was made"
-            )
+        if _is_made(step, index):
+            continue
         log = None if "://" in settings.out else Path(settings.out) / "prepare.log"
         logger.info("making %s%s", step.makes, "" if log is None else f"; what its command says: {log}")
         handler = type("StudyTeacher", (Handler,), {"rules": step.teacher}) if step.teacher else Handler
@@ -143,7 +134,23 @@ def prepare(settings: StudySettings, stop: StopSignal) -> None:
                 raise Stopped("stopped: run the same command again", stop.exit_code or 1) from None
         if not epath.Path(step.makes).exists():
             raise UsageError(f"prepare.{index}.makes={step.makes!r}: its command has not made it: {step.run}")
-        write_json(record, content)
+        write_json(_record_of(step), step.model_dump(mode="json", exclude_defaults=True))
+
+
+def _is_made(step: Preparation, index: int) -> bool:
+    """Whether its data is there. Raises UsageError where another command made it."""
+    record = _record_of(step)
+    if not (record.exists() and epath.Path(step.makes).exists()):
+        return False
+    with damage_named(record, "remove it, and what was made"):
+        before = json.loads(record.read_text())
+        said = before["run"]
+    if before != step.model_dump(mode="json", exclude_defaults=True):
+        raise UsageError(
+            f"{step.makes} was made by another command than prepare.{index} says:\n  before: {said}\n"
+            f"  now:    {step.run}\nchoose another out for the changed study, or remove what was made"
+        )
+    return True
 
 
 def _record_of(step: Preparation) -> epath.Path:
@@ -170,7 +177,7 @@ def tell(settings: StudySettings, options: StudyOptions) -> str:
     """What would be run, and what is done, a line a cell: for --dry-run."""
     cells = choose(cells_of(settings), options.cell)
     check_unchanged(cells)
-    lines = [f"make   {step.makes}" for step in settings.prepare if not _record_of(step).exists()]
+    lines = [f"make   {step.makes}" for index, step in enumerate(settings.prepare) if not _is_made(step, index)]
     if not lines:
         absent = {f"absent {key}={path}": None for cell in cells for key, path in paths_of(cell)}
         lines += [line for line in absent if not epath.Path(line.partition("=")[2]).exists()]

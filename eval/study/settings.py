@@ -40,7 +40,7 @@ class Contrast(Settings):
     second: str = pydantic.Field(coerce_numbers_to_str=True, description="the one it is subtracted from")
     metric: str = pydantic.Field(description="EVAL:pass_ratio, EVAL:accuracy, EVAL:pass@K, or one of leakage")
     by: Literal["steps", "level", "subject"] | None = pydantic.Field(
-        None, description="in groups of problems as well; null: all problems only"
+        None, description="in groups of problems as well: steps, level or subject; null: all only"
     )
 
 
@@ -137,12 +137,15 @@ class StudySettings(Settings):
         report, graded = self.report, [name for name in self.evals if name not in self.sheets]
         if report.x not in self.axes:
             raise ValueError(f"report.x={report.x!r} is none of axes: {', '.join(self.axes)}")
-        named = [*report.metrics, *(contrast.metric for contrast in report.contrasts)]
-        for name in [metric.partition(":")[0] for metric in named] + ([report.step_law] if report.step_law else []):
+        named = [("metrics", metric) for metric in report.metrics]
+        named += [(f"contrasts.{index}.metric", contrast.metric) for index, contrast in enumerate(report.contrasts)]
+        named += [("step_law", report.step_law)] if report.step_law else []
+        for key, metric in named:
+            name = metric.partition(":")[0]
             if name == "leakage" and self.leakage is None:
-                raise ValueError("report.metrics: leakage:… needs the settings of leakage")
+                raise ValueError(f"report.{key}: {metric} needs the settings of leakage")
             if name != "leakage" and name not in graded:
-                raise ValueError(f"report: {name!r} is none of the graded evals: {', '.join(graded)}")
+                raise ValueError(f"report.{key}: {name!r} is none of the graded evals: {', '.join(graded)}")
         for metric in report.metrics:
             name, _, kind = metric.partition(":")
             if kind in _OF_ERRORS and name not in self.errors:

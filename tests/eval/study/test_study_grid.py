@@ -141,7 +141,7 @@ def test_a_base_config_is_changed_where_the_study_says_so(tmp_path: Path) -> Non
         ({"report": {"x": "size", "metrics": ["samples:passratio"]}}, "'samples:passratio' is no metric"),
         ({"report": {"x": "size", "metrics": ["greedy:accuracy"]}}, "'greedy' is none of the graded evals: samples"),
         ({"report": {"x": "size", "metrics": ["samples:calculation_errors"]}}, "needs 'samples' in errors"),
-        ({"report": {"x": "size", "metrics": ["leakage:d1"]}}, "needs the settings of leakage"),
+        ({"report": {"x": "size", "metrics": ["leakage:d1"]}}, "report.metrics: leakage:d1 needs the settings"),
         ({"report": {"x": "size", "metrics": ["samples:pass_ratio"], "published": ["table_9"]}}, "'table_9' is not in"),
         ({"leakage": {"test": "a", "new": "b"}}, "leakage: train is required"),
         ({"evals": {"samples": {"task": "gsm9k"}}}, "task='gsm9k' is unknown; allowed: gsm8k"),

@@ -4,6 +4,7 @@ import fcntl
 import importlib.metadata
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from eval.study import run as run_module
 from eval.study.cells import Place, Stage, places
 from eval.study.grid import cells_of
 from eval.study.jobs import _tpu, _tpu_name, write_jobs
-from eval.study.record import begin_record, done_stages, mark_done, read_record
+from eval.study.record import add_time, begin_record, done_stages, mark_done, read_record
 from eval.study.run import StudyOptions, check_paths, choose, prepare, study, tell
 from eval.study.settings import StudySettings, load_study
 
@@ -83,6 +84,7 @@ def test_a_cell_that_fails_is_named_with_its_last_lines_and_the_others_go_on(tmp
     assert "unrecognized arguments: --no-such-flag" in str(raised.value)
     assert str(tmp_path / "study/cells/20_seed0/log.txt") in str(raised.value)
     assert [bool(done_stages(cell)) for cell in cells_of(settings)] == [True, False, True]
+    assert read_record(cells_of(settings)[1])["spent"]["train"] >= 0
     stages["20_seed0"] = ["json.tool", "--help"]
     stages["10_seed0"] = stages["30_seed0"] = ["json.tool", "--not-run-again"]
     study(settings, StudyOptions())
@@ -147,6 +149,34 @@ def test_other_data_under_finished_cells_is_refused(tmp_path: Path, stages) -> N
         study(settings, StudyOptions())
 
 
+def test_data_that_was_removed_is_made_again_or_missed_by_its_name(tmp_path: Path, stages) -> None:
+    made = tmp_path / "made"
+    step = {"makes": f"{made}/test.jsonl", "run": f"data_pipeline prepare demo --out {made} --num-train 9 --num-test 9"}
+    evals = {"samples": {"task": "demo", "source": f"{made}/test.jsonl"}}
+    settings = settings_of(tmp_path, prepare=[step], evals=evals, report={"x": "size", "metrics": ["samples:pass@1"]})
+    study(settings, StudyOptions())
+    shutil.rmtree(made)
+    assert "make " in tell(settings, StudyOptions())
+    study(settings, StudyOptions())
+    assert (made / "test.jsonl").exists()
+    (made / "test.jsonl").rename(made / "away.jsonl")
+    with pytest.raises(UsageError, match=r"test\.jsonl does not exist"):
+        study(settings.model_copy(update={"prepare": ()}), StudyOptions())
+
+
+def test_the_time_of_earlier_tries_counts(tmp_path: Path) -> None:
+    (cell, *_) = cells_of(settings_of(tmp_path))
+    Path(cell.folder).mkdir(parents=True)
+    begin_record(cell)
+    add_time(cell, "train", 30.0)
+    begin_record(cell)
+    add_time(cell, "train", 20.0)
+    assert done_stages(cell) == {}
+    mark_done(cell, "train", 5.0)
+    mark_done(cell, "samples", 7.0)
+    assert done_stages(cell) == {"train": 55.0, "samples": 7.0}
+
+
 def test_a_cell_waits_for_a_command_that_a_killed_study_left_behind(tmp_path: Path, stages) -> None:
     settings = settings_of(tmp_path)
     (cell, _) = cells_of(settings)
@@ -185,6 +215,8 @@ def test_data_is_made_once_and_other_data_in_its_place_is_refused(tmp_path: Path
         other = settings_of(tmp_path, prepare=[{**step, "run": step["run"].replace("9", "8")}])
         with pytest.raises(UsageError, match=r"was made by another command than prepare\.0 says"):
             prepare(other, stop)
+        with pytest.raises(UsageError, match=r"was made by another command than prepare\.0 says"):
+            tell(other, StudyOptions())
         with pytest.raises(RunError, match=r"could not be made: prepare\.0 refuses its settings"):
             prepare(settings_of(tmp_path, prepare=[{"makes": "x", "run": "data_pipeline prepare demo"}]), stop)
         with pytest.raises(UsageError, match="its command has not made it"):
