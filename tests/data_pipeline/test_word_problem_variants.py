@@ -182,3 +182,18 @@ def test_a_slip_goes_through_all_that_follows():
     working = Working(slip=(0, 2))
     assert find_masked(masked, working) == 6 and working.lines == ["6 + 4 = 12", "12 / 2 = 6"]
     assert story.problem().solution == "3 + 4 = 7\n7 * 2 = 14"
+
+
+def test_stories_of_larger_numbers_are_varied_as_well():
+    beyond = 0
+    for index, problem in enumerate(generate_problems(100, 5, 1, 6, max_value=99)):
+        before = values(problem.question)
+        beyond += max(before) > MAX_VALUE
+        story, rng = parse_story(problem.question), random.Random(index)
+        longer = values(add_event(story, rng).question)
+        assert len(longer) == len(before) + 1 and 0 < min(longer) and max(longer) <= max(MAX_VALUE, *before)
+        assert values(change_background(story, rng).question) == before
+        small = change_numbers(story, rng).question
+        assert without_numbers(small) == without_numbers(problem.question)
+        assert all(0 < value <= MAX_VALUE for value in values(small))
+    assert beyond > 50

@@ -101,6 +101,13 @@ def test_a_question_is_what_its_strategy_asks_for(problems, name):
     assert sum(kept) >= (285 if name in ("rephrasing", "change_numbers") else 300)
 
 
+@pytest.mark.parametrize("name", CHANGING)
+def test_seeds_of_larger_numbers_are_changed_and_not_taken_for_foreign_ones(name):
+    larger = [problem for problem in generate_problems(60, 7, max_value=99) if int(problem.answer) > 20]
+    changed = [holds(name, seed.question, asked(load_strategy(name), seed, HONEST)[1]) for seed in larger]
+    assert len(larger) > 20 and sum(changed) >= 0.9 * len(larger)
+
+
 @pytest.mark.parametrize("name", MASKING)
 @pytest.mark.parametrize("variation", [0, 1])
 def test_a_masked_number_is_found_by_undoing_the_steps(problems, name, variation):
