@@ -191,7 +191,7 @@ def test_stories_of_larger_numbers_are_varied_as_well():
         beyond += max(before) > MAX_VALUE
         story, rng = parse_story(problem.question), random.Random(index)
         longer = values(add_event(story, rng).question)
-        assert len(longer) == len(before) + 1 and 0 < min(longer) and max(longer) <= max(MAX_VALUE, *before)
+        assert len(longer) == len(before) + 1 and min(longer) > 0 and max(longer) <= max(MAX_VALUE, *before)
         assert values(change_background(story, rng).question) == before
         small = change_numbers(story, rng).question
         assert without_numbers(small) == without_numbers(problem.question)
