@@ -67,20 +67,21 @@ def stages_of(cell: Cell, study: StudySettings) -> list[Stage]:
     return stages
 
 
-def state_of(cell: Cell, study: StudySettings) -> tuple[str, list[Stage]]:
-    """done, begun or to do; and the commands that are left. What a stopped command has saved counts as begun."""
+def stages_left(cell: Cell, study: StudySettings) -> list[Stage]:
+    """The commands of a cell that are not done."""
     done = done_stages(cell)
-    left = [stage for stage in stages_of(cell, study) if stage.name not in done]
-    if not left:
-        return "done", left
-    checkpoints = epath.Path(cell.train.output_dir) / "checkpoints"
-    begun = done or (checkpoints.exists() and any(checkpoints.iterdir()))
-    return "begun" if begun else "to do", left
+    return [stage for stage in stages_of(cell, study) if stage.name not in done]
 
 
 def is_done(cell: Cell, study: StudySettings) -> bool:
     """Whether nothing is left to do for it."""
-    return not state_of(cell, study)[1]
+    return not stages_left(cell, study)
+
+
+def is_begun(cell: Cell) -> bool:
+    """Whether a command of it is done, or has saved something before it was stopped."""
+    checkpoints = epath.Path(cell.train.output_dir) / "checkpoints"
+    return bool(done_stages(cell)) or (checkpoints.exists() and any(checkpoints.iterdir()))
 
 
 def begin(cell: Cell) -> None:

@@ -14,7 +14,7 @@ from eval.sample import SampleSettings
 from eval.study.cells import begin, is_done
 from eval.study.grid import Cell, cells_of, paths_of
 from eval.study.record import check_unchanged, done_stages
-from eval.study.run import check_paths, choose, prepare
+from eval.study.run import check_paths, choose, make_data
 from eval.study.settings import StudySettings
 
 _LONGEST_NAME = 40  # of a TPU, so that suffixes fit into Cloud TPU's 61
@@ -61,7 +61,7 @@ def write_jobs(settings: StudySettings, launcher: str, which: str | None, again:
     check_unchanged(cells)
     make_folder(epath.Path(settings.out), "out")
     with StopSignal() as stop:
-        prepare(settings, stop)
+        make_data(settings, cells, stop)
     check_paths(cells)
     todo = [cell for cell in cells if not is_done(cell, settings)]
     scripts = {cell.name: list(LAUNCHERS[launcher](cell, settings)) for cell in todo}

@@ -50,9 +50,8 @@ def begin_record(cell: Cell) -> None:
         now["evals"] = {**before["settings"]["evals"], **now["evals"]}
         now["leakage"] = now["leakage"] or before["settings"]["leakage"]
     files = {**before.get("files", {}), **files_of(cell)}
-    record = {"point": cell.point, "seed": cell.seed, "settings": now, "files": files, "done": before.get("done", {})}
-    if "spent" in before:
-        record["spent"] = before["spent"]
+    record = {"point": cell.point, "seed": cell.seed, "settings": now, "files": files}
+    record |= {"done": before.get("done", {}), "spent": before.get("spent", {})}
     write_json(epath.Path(cell.folder) / "cell.json", record)
 
 

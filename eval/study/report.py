@@ -14,7 +14,7 @@ from etils import epath
 from data_pipeline.files import write_atomically, write_json, write_text
 from data_pipeline.pages import write_page
 from eval.files import read_metrics
-from eval.study.analysis import Table, differences_of, is_share, numbers, steps_of, title_of
+from eval.study.analysis import Difference, Table, differences_of, is_share, numbers, steps_of, title_of
 from eval.study.estimates import Estimate
 from eval.study.figures import Panel, are_numbers, panels, short_number, step_laws
 from eval.study.grid import Cell
@@ -109,9 +109,13 @@ def _text(
     if fits:
         yield f"## Over the logarithm of {settings.report.x}"
         yield "\n".join(fits)
-    for contrast in settings.report.contrasts:
-        yield from _contrast(settings, points, contrast)
-    yield from _meaning(settings, points)
+    contrasts = [
+        (each, found) for each in settings.report.contrasts if (found := differences_of(settings, points, each))
+    ]
+    for contrast, found in contrasts:
+        yield from _contrast(settings, contrast, found)
+    if contrasts:
+        yield _meaning([contrast.metric for contrast, _ in contrasts], sum(len(found) for _, found in contrasts))
     if "step_law" in figures:
         yield "## Step law"
         yield (
@@ -206,10 +210,7 @@ def _fits(settings: StudySettings, table: Table) -> Iterator[str]:
             yield f"- {title_of(metric, settings)}{of}: {told}."
 
 
-def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contrast) -> Iterator[str]:
-    found = differences_of(settings, points, contrast)
-    if not found:
-        return
+def _contrast(settings: StudySettings, contrast: Contrast, found: Sequence[Difference]) -> Iterator[str]:
     yield f"## {contrast.second} against {contrast.first}: {title_of(contrast.metric, settings)}"
     unit, share = _unit(contrast.metric), is_share(contrast.metric)
     up, down = ("better", "worse") if share else ("larger", "smaller")
@@ -230,14 +231,10 @@ def _contrast(settings: StudySettings, points: Sequence[Point], contrast: Contra
     yield _markdown([list(told), *(list(row) for row in zip(*told.values(), strict=True))])
 
 
-def _meaning(settings: StudySettings, points: Sequence[Point]) -> Iterator[str]:
-    """How to read all differences."""
-    found = [(c.metric, len(differences_of(settings, points, c))) for c in settings.report.contrasts]
-    number = sum(each for _, each in found)
-    if not number:
-        return
+def _meaning(metrics: Sequence[str], number: int) -> str:
+    """How to read all differences, of which there are `number`."""
     told = ["In differences, the same problems and seeds stand on both sides."]
-    if any(not is_share(metric) for metric, _ in found):
+    if not all(map(is_share, metrics)):
         told.append(
             "Those of losses take the examples of the two sides for different ones, so that their intervals are wider "
             "than need be where an example is hard for both."
@@ -245,7 +242,7 @@ def _meaning(settings: StudySettings, points: Sequence[Point]) -> Iterator[str]:
     told.append("A verdict stands where the 95 % interval leaves zero out.")
     if number > 1:
         told.append(f"Of the {number} differences above, {number / 20:.2g} would have one by chance if none were real.")
-    yield " ".join(told)
+    return " ".join(told)
 
 
 def _law_table(settings: StudySettings, points: Sequence[Point]) -> str:

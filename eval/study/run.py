@@ -23,7 +23,18 @@ from data_pipeline.progress import Progress
 from data_pipeline.settings import Settings, UsageError, to_yaml
 from data_pipeline.synthesis.rules import Handler, Server
 from eval.shards import gpus_of_shards
-from eval.study.cells import CellFailed, Interrupted, Place, Stage, is_done, places, run_cell, run_command, state_of
+from eval.study.cells import (
+    CellFailed,
+    Interrupted,
+    Place,
+    Stage,
+    is_begun,
+    is_done,
+    places,
+    run_cell,
+    run_command,
+    stages_left,
+)
 from eval.study.grid import Cell, cells_of, paths_of
 from eval.study.record import check_unchanged, done_stages
 from eval.study.report import write_study_report
@@ -59,9 +70,8 @@ def study(settings: StudySettings, options: StudyOptions) -> None:
     make_folder(out, "out")
     with StopSignal() as stop, contextlib.ExitStack() as alone:
         _lock(alone, out, patient=options.cell is not None)
-        prepare(settings, stop)
+        make_data(settings, cells, stop)
         check_paths(chosen)
-        check_unchanged(cells)  # with the data that was made
         if options.cell is None:
             write_text(out / "study.yaml", to_yaml(settings))
         else:
@@ -113,14 +123,23 @@ def choose(cells: Sequence[Cell], which: str | None) -> list[Cell]:
     return [cells[names.index(which)]]
 
 
-def prepare(settings: StudySettings, stop: StopSignal) -> None:
+def make_data(settings: StudySettings, cells: Sequence[Cell], stop: StopSignal) -> None:
+    """Makes what is not made, which must be what cells that are done have read. Raises as `prepare` does."""
+    if prepare(settings, stop):
+        check_unchanged(cells)
+
+
+def prepare(settings: StudySettings, stop: StopSignal) -> bool:
     """Runs the commands that make data, but for those that have ended well before: a file beside the data says so.
 
+    Returns whether one was run.
     Raises UsageError where that file names another command; RunError where a command fails.
     """
+    made = False
     for index, step in enumerate(settings.prepare):
         if _is_made(step, index):
             continue
+        made = True
         log = None if "://" in settings.out else Path(settings.out) / "prepare.log"
         logger.info("making %s%s", step.makes, "" if log is None else f"; what its command says: {log}")
         handler = type("StudyTeacher", (Handler,), {"rules": step.teacher}) if step.teacher else Handler
@@ -135,6 +154,7 @@ def prepare(settings: StudySettings, stop: StopSignal) -> None:
         if not epath.Path(step.makes).exists():
             raise UsageError(f"prepare.{index}.makes={step.makes!r}: its command has not made it: {step.run}")
         write_json(_record_of(step), step.model_dump(mode="json", exclude_defaults=True))
+    return made
 
 
 def _is_made(step: Preparation, index: int) -> bool:
@@ -184,15 +204,15 @@ def tell(settings: StudySettings, options: StudyOptions) -> str:
     took: dict[str, list[float]] = {}
     waiting: list[tuple[Cell, list[Stage]]] = []
     for cell in cells:
-        state, left = state_of(cell, settings)
-        done = done_stages(cell)
+        left, done = stages_left(cell, settings), done_stages(cell)
         for name, seconds in done.items():
             took.setdefault(name, []).append(seconds)
         if left:
             waiting.append((cell, left))
-            lines.append(f"{state:6} {cell.name}: {', '.join(stage.title for stage in left)}")
+            state = "begun " if is_begun(cell) else "to do "
+            lines.append(f"{state} {cell.name}: {', '.join(stage.title for stage in left)}")
         else:
-            lines.append(f"{state:6} {cell.name} ({sum(done.values()):.0f} s)")
+            lines.append(f"done   {cell.name} ({sum(done.values()):.0f} s)")
     return "\n".join([*lines, *_size_of(waiting, took, options.parallel)])
 
 

@@ -121,7 +121,8 @@ class StudySettings(Settings):
         if not self.evals and self.leakage is None:
             raise ValueError("evals: say what is measured of each cell (or leakage)")
         for key, instead in SAID_BY_STUDY.items():
-            if key in self.train or (key == "data.seed" and "seed" in (self.train.get("data") or {})):
+            data = self.train.get("data")
+            if key in self.train or (key == "data.seed" and isinstance(data, dict) and "seed" in data):
                 raise ValueError(f"train.{key} is said by the study: {instead}")
         for name in self.evals:
             if not re.fullmatch(r"\w+", name) or name in ("train", "leakage"):

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import logging
 import re
 import shutil
 import signal
@@ -336,6 +337,22 @@ def test_each_cell_becomes_a_job_whose_commands_slurm_sh_takes(tmp_path: Path) -
         assert done.returncode == 0, done.stderr
         assert "sbatch" in done.stderr
     assert (tmp_path / "study" / "cells" / "10_seed0" / "train.yaml").exists()
+
+
+def test_where_all_is_done_no_job_is_offered(tmp_path: Path, caplog) -> None:
+    settings = settings_of(tmp_path)
+    for cell in cells_of(settings):
+        Path(cell.folder).mkdir(parents=True)
+        begin_record(cell)
+        mark_done(cell, "train", 1.0)
+        mark_done(cell, "samples", 1.0)
+    for which, told in ((None, "the 2 cells are done"), ("0/2", "the 1 chosen cells are done")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            jobs = write_jobs(settings, "slurm", which, ["again"])
+        said = caplog.text
+        assert told in said and "again" in said and "begins one" not in said
+        assert not list(jobs.iterdir())
 
 
 def test_a_tpu_job_wants_its_files_where_they_outlive_it_and_a_name_of_its_own(tmp_path: Path) -> None:
