@@ -1,7 +1,6 @@
 """`prepare TASK`: a public data set as a dataset folder, from its files or its public place."""
 
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +14,7 @@ from data_pipeline.dataset import check_out, dataset_splits, is_dataset, write_d
 from data_pipeline.files import cache_folder, write_atomically
 from data_pipeline.problem import Problem
 from data_pipeline.progress import Progress, progress
-from data_pipeline.rows import files_below, holds_split
+from data_pipeline.rows import files_below, holds_split, says_split
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import Task, get_task
 
@@ -88,8 +87,7 @@ def _splits(task: Task, source: str | None) -> list[str]:
     if epath.Path(source).is_dir():
         found = [split for split in known if holds_split(source, split)]
     else:
-        parts = re.split(r"[-_.]", epath.Path(source).name)
-        found = [split for split in known if split in parts]
+        found = [split for split in known if says_split(epath.Path(source).name, split)]
         if len(found) > 1:
             raise UsageError(f"source={source}: its name says {' and '.join(found)}: give --split {'|'.join(found)}")
     if not found and len(known) == 1:

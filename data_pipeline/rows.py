@@ -37,7 +37,8 @@ def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located
     Files are JSON Lines, JSON (a list of objects, an object of columns, or one object), Parquet, CSV with a header,
     or XML whose rows are elements named Problem; the first two may be compressed by gzip. In a folder a split's files
     are those, at any depth, that are named for it (train.jsonl, train_1.jsonl, algebra/train-00000-of-00001.parquet) or
-    stand in a folder of its name (train/algebra/1.json); an only file is read whatever its name.
+    stand in a folder of its name (train/algebra/1.json), or else those that have it among the words of their names
+    (gsm8k_train.jsonl.gz); an only file is read whatever its name.
     A line that is no JSON object is yielded with its `error`. Raises UsageError where nothing can be read at all.
     """
     files = files_of(source, split, what)
@@ -85,17 +86,17 @@ def _files_of_split(folder: epath.Path, split: str, what: str) -> list[epath.Pat
     return files
 
 
+def says_split(file: str, split: str) -> bool:
+    """Whether a split is among the words of a file's name."""
+    return split in re.split(r"[-_.]", file)
+
+
 def _named_for(folder: epath.Path, split: str) -> list[epath.Path]:
-    """The files, at any depth, that are named for a split or stand in a folder of its name."""
-    return [
-        path
-        for path in files_below(folder)
-        if path.name.endswith(SUFFIXES)
-        and (
-            re.match(rf"{re.escape(split)}(?:[-_]\d+(?:-of-\d+)?)?\.", path.name)
-            or split in path.relative_to(folder).parts[:-1]
-        )
-    ]
+    """The files, at any depth, that are named for a split or stand in a folder of its name, or else that mention it."""
+    files = [path for path in files_below(folder) if path.name.endswith(SUFFIXES)]
+    named = re.compile(rf"{re.escape(split)}(?:[-_]\d+(?:-of-\d+)?)?\.")
+    found = [path for path in files if named.match(path.name) or split in path.relative_to(folder).parts[:-1]]
+    return found or [path for path in files if says_split(path.name, split)]
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:

@@ -105,6 +105,15 @@ def test_a_split_in_several_files_of_several_folders(tmp_path):
         list(read_rows(str(tmp_path), "dev"))
 
 
+def test_a_split_among_the_words_of_names_where_no_file_is_named_for_it(tmp_path):
+    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "data-train-00000-of-00001-b21158d3.jsonl", "restrain.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"file": name}) + "\n")
+    read = [each.row["file"] for each in read_rows(str(tmp_path), "train")]
+    assert read == ["data-train-00000-of-00001-b21158d3.jsonl", "gsm8k_train.jsonl"]
+    (tmp_path / "train.jsonl").write_text('{"file": "train.jsonl"}\n')  # as GSM8K has, beside train_socratic.jsonl
+    assert [each.row["file"] for each in read_rows(str(tmp_path), "train")] == ["train.jsonl"]
+
+
 def test_a_line_that_is_no_row_does_not_hide_the_next(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\nnonsense\n[1]\n\n' + "[" * 100_000 + '\n{"a": 2}\n')
