@@ -17,6 +17,7 @@ from data_pipeline.progress import Progress, progress
 from data_pipeline.rows import files_below, holds_split, says_split
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import Task, get_task
+from data_pipeline.tasks.base import TextDigest
 
 
 class PrepareSettings(Settings):
@@ -42,13 +43,21 @@ def prepare(task: str, settings: PrepareSettings) -> dict[str, int]:
         about |= {"source": settings.source, "sha256": _checksums(epath.Path(source))}
     splits = [settings.split] if settings.split is not None else _splits(definition, source)
     check_out(settings.out, task, splits)
-    counts = write_dataset(settings.out, task, {split: _problems(definition, split, source) for split in splits}, about)
+    digests = {split: TextDigest() for split in splits}
+    counts = write_dataset(
+        settings.out, task, {split: _problems(definition, split, source, digests[split]) for split in splits}, about
+    )
     for split, count in counts.items():
         published = definition.splits.get(split, count)
-        if published == count:
-            logger.info("%s: %s problems", split, f"{count:,}")
-        else:
+        known = definition.digests.get(split)
+        if published != count:
             logger.warning("%s: %s problems, where %s are published", split, f"{count:,}", f"{published:,}")
+        elif known is None:
+            logger.info("%s: %s problems", split, f"{count:,}")
+        elif known == digests[split].hexdigest():
+            logger.info("%s: %s problems, word for word as published", split, f"{count:,}")
+        else:
+            logger.warning("%s: %s problems, but not in the words that are published", split, f"{count:,}")
     logger.info("%s\nwrote %s", definition.about, settings.out)
     return counts
 
@@ -97,8 +106,10 @@ def _splits(task: Task, source: str | None) -> list[str]:
     return found
 
 
-def _problems(task: Task, split: str, source: str | None) -> Iterator[Problem]:
-    return progress(task.problems(split, source), f"{task.name}/{split}", "problems")
+def _problems(task: Task, split: str, source: str | None, digest: TextDigest) -> Iterator[Problem]:
+    for problem in progress(task.problems(split, source), f"{task.name}/{split}", "problems"):
+        digest.add(problem)
+        yield problem
 
 
 def _checksums(path: epath.Path) -> dict[str, str]:

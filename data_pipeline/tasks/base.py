@@ -14,6 +14,22 @@ from data_pipeline.rows import Located, Row, files_of, read_rows
 from data_pipeline.settings import UsageError
 
 
+class TextDigest:
+    """Identifies the texts of problems, whatever their order and whatever layout they were read from."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def add(self, problem: Problem) -> None:
+        """Counts a problem in."""
+        texts = "\0".join((problem.question, problem.solution, problem.answer))
+        self._sum += int.from_bytes(hashlib.sha256(texts.encode()).digest()[:16])
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits: the sum, modulo 2^128, of the halves of the problems' SHA-256."""
+        return f"{self._sum % 2**128:032x}"
+
+
 class ExaminedRow(NamedTuple):
     """A row of a source: where it stands, its problem, what is wrong with it, and itself (not of a dataset)."""
 
@@ -38,6 +54,7 @@ class Task:
     parse: Callable[[Row], Problem | None]
     about: str = ""  # for --help: whose it is, and its licence
     splits: Mapping[str, int] = dataclasses.field(default_factory=dict)  # rows as published; empty: any split
+    digests: Mapping[str, str] = dataclasses.field(default_factory=dict)  # `TextDigest` of the splits as published
     evaluation_only: bool = False
     download: Callable[[str], Iterator[Located]] | None = None
     advice: str = ""  # where its files are found

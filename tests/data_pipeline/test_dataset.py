@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import gzip
 import hashlib
 import http.server
 import json
 import threading
 
+import pyarrow.parquet
 import pytest
 import tensorflow_datasets as tfds
 
@@ -111,10 +113,24 @@ def test_gsm8k_prepared_is_gsm8k_read(tmp_path, test_data, gsm8k_train, capsys):
     source = test_data / "gsm8k_train.jsonl.gz"
     assert prepare("gsm8k", "--source", str(source), "--out", str(tmp_path / "set")) == 0
     said = capsys.readouterr().err
-    assert "train: 7,473 problems" in said and "MIT licence" in said and "published" not in said
+    assert "train: 7,473 problems, word for word as published" in said and "MIT licence" in said
     assert read_problems("gsm8k", "train", str(tmp_path / "set")) == gsm8k_train
     metadata = json.loads((tmp_path / "set" / "metadata.json").read_text())
     assert metadata["sha256"] == {source.name: hashlib.sha256(source.read_bytes()).hexdigest()}
+
+
+def test_gsm8k_is_known_by_its_words_in_any_order_and_layout(tmp_path, test_data, capsys):
+    published = gzip.decompress((test_data / "gsm8k_test.jsonl.gz").read_bytes())
+    # the checksum by which the test set is known: https://github.com/openai/grade-school-math at 3101c7d
+    assert hashlib.sha256(published).hexdigest() == "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"
+    rows = [json.loads(line) for line in published.splitlines()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[::-1]), tmp_path / "test.parquet")
+    assert prepare("gsm8k", "--source", str(tmp_path / "test.parquet"), "--out", str(tmp_path / "set")) == 0
+    assert "test: 1,319 problems, word for word as published" in capsys.readouterr().err
+    rows[700]["question"] = rows[700]["question"].replace("?", "??", 1)
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    assert prepare("gsm8k", "--source", str(tmp_path / "test.json"), "--out", str(tmp_path / "set")) == 0
+    assert "test: 1,319 problems, but not in the words that are published" in capsys.readouterr().err
 
 
 def test_a_folder_gives_the_splits_that_it_holds(tmp_path, capsys):
