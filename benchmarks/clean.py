@@ -1,12 +1,13 @@
 """python -m benchmarks.clean: does cleaning find what is planted, at what speed, and in how much memory?
 
-    python -m benchmarks.clean --train gsm8k_train.jsonl.gz --test gsm8k_test.jsonl.gz
-    python -m benchmarks.clean --train gsm8k_train.jsonl.gz --test gsm8k_test.jsonl.gz --num-rows 1000000
+    python -m benchmarks.clean --train gsm8k_train.jsonl.gz --against gsm8k:test=gsm8k_test.jsonl.gz
+    python -m benchmarks.clean --train gsm8k_train.jsonl.gz --num-rows 1000000 \
+        --against gsm8k:test=gsm8k_test.jsonl.gz,svamp:test=svamp_test.jsonl.gz,math:test=math_test.jsonl.gz
 
 Rows are training problems whose words were exchanged at random, so that none of them is a test problem; among them lie
-test questions as they are ("verbatim"), with other numbers ("renumbered"), with other names ("renamed"), and with one
-word of six exchanged for another and two sentences swapped ("reworded"). Recall is the share of each kind that is
-removed for being in a test set; precision the share of what is removed for it that was planted.
+questions of each test set as they are ("verbatim"), with other numbers ("renumbered"), with other names ("renamed"),
+and with one word of six exchanged for another and two sentences swapped ("reworded"). Recall is the share of each kind
+that is removed for being in a test set; precision the share of what is removed for it that was planted.
 """
 
 import json
@@ -16,7 +17,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import pydantic
 from benchmarks.flags import settings_and_command
 from benchmarks.report import environment, table, write_results
 from benchmarks.worker import run_watched
+from data_pipeline.clean.job import named_problems
 from data_pipeline.cli import logger, run_command
 from data_pipeline.settings import Settings
 from data_pipeline.tasks import Problem, read_problems
@@ -34,9 +36,9 @@ class CleanBenchmark(Settings):
     """What is measured."""
 
     train: str = pydantic.Field(description="GSM8K's training file")
-    test: str = pydantic.Field(description="GSM8K's test file")
+    against: str = pydantic.Field(description="test sets, as clean takes them: TASK:SPLIT=SOURCE, several by commas")
     num_rows: pydantic.PositiveInt = pydantic.Field(100_000, description="rows beside the planted ones")
-    num_planted: pydantic.PositiveInt = pydantic.Field(300, description="test questions planted of each kind")
+    num_planted: pydantic.PositiveInt = pydantic.Field(300, description="questions planted of each test set and kind")
     exchanged: float = pydantic.Field(0.35, gt=0, lt=1, description="share of words exchanged in the rows")
     seed: pydantic.NonNegativeInt = pydantic.Field(0, description="of all that is random")
     out: str | None = pydantic.Field(None, description="folder for the results as Markdown and JSON")
@@ -75,13 +77,20 @@ KINDS: dict[str, Callable[[str, Sequence[str], random.Random], str]] = {
 }
 
 
-def write_rows(path: Path, train: Sequence[Problem], test: Sequence[Problem], settings: CleanBenchmark) -> None:
-    """The rows, the planted ones at random places, each named by its kind."""
+def write_rows(
+    path: Path, train: Sequence[Problem], tests: Mapping[str, Sequence[Problem]], settings: CleanBenchmark
+) -> None:
+    """The rows, the planted ones at random places, each named by its test set and its kind."""
     rng = random.Random(settings.seed)
     words = [word for problem in train for word in problem.question.split() if word.isalpha() and len(word) > 3]
-    places = sorted(rng.sample(range(settings.num_rows), min(settings.num_rows, len(KINDS) * settings.num_planted)))
-    planted = [(kind, p) for kind in KINDS for p in rng.sample(list(test), min(len(test), settings.num_planted))]
+    planted = [
+        (name, kind, problem)
+        for name, test in tests.items()
+        for kind in KINDS
+        for problem in rng.sample(list(test), min(len(test), settings.num_planted))
+    ]
     rng.shuffle(planted)
+    places = sorted(rng.sample(range(settings.num_rows), min(settings.num_rows, len(planted))))
     with path.open("w", encoding="utf-8") as file:
         for number in range(settings.num_rows):
             base = rng.choice(train)
@@ -90,19 +99,19 @@ def write_rows(path: Path, train: Sequence[Problem], test: Sequence[Problem], se
             _write(file, f"row-{number}", question, solution, base.answer)
             if places and places[0] == number and planted:
                 places.pop(0)
-                kind, problem = planted.pop()
+                name, kind, problem = planted.pop()
                 question = KINDS[kind](problem.question, words, rng)
-                _write(file, f"{kind}-{number}", question, f"{problem.solution}\nSo.", problem.answer)
+                _write(file, f"{name}/{kind}-{number}", question, f"{problem.solution}\nSo.", problem.answer)
 
 
 def _write(file: Any, name: str, question: str, solution: str, answer: str) -> None:
     file.write(json.dumps({"id": name, "question": question, "solution": solution, "answer": answer}) + "\n")
 
 
-def clean_all(source: Path, test: str, out: Path) -> tuple[float, float]:
+def clean_all(source: Path, against: str, out: Path) -> tuple[float, float]:
     """Seconds that the command takes, and the anonymous memory of its processes together at its highest, in GB."""
-    command = [sys.executable, "-m", "data_pipeline", "clean", "--source", str(source), "--out", str(out)]
-    _, seconds, memory = run_watched([*command, "--against", f"gsm8k:test={test}"])
+    command = [sys.executable, "-m", "data_pipeline", "clean", "--task", "latex", "--source", str(source)]
+    _, seconds, memory = run_watched([*command, "--out", str(out), "--against", against])
     return seconds, memory / 1e9
 
 
@@ -110,24 +119,31 @@ def benchmark(settings: CleanBenchmark, command: str) -> None:
     """Measures, prints, and writes the results."""
     where = environment("cpu", os.getloadavg()[0])
     train = read_problems("gsm8k", "train", settings.train)
-    test = read_problems("gsm8k", "test", settings.test)
+    tests = {spec[0]: read_problems(*spec) for spec in named_problems("against", settings.against)}
     with tempfile.TemporaryDirectory() as scratch:
         source, out = Path(scratch) / "rows.jsonl", Path(scratch) / "out"
-        write_rows(source, train, test, settings)
+        write_rows(source, train, tests, settings)
         with source.open() as file:
             there = Counter(json.loads(line)["id"].partition("-")[0] for line in file)
-        seconds, memory = clean_all(source, settings.test, out)
+        seconds, memory = clean_all(source, settings.against, out)
         with (out / "removed.jsonl").open() as file:
             removed = [json.loads(line) for line in file]
     caught = Counter(line["id"].partition("-")[0] for line in removed if line["reason"] == "in a test set")
-    recall = {kind: caught[kind] / there[kind] for kind in KINDS}
-    precision = sum(caught[kind] for kind in KINDS) / max(1, sum(caught.values()))
+    recall = {
+        name: {kind: caught[f"{name}/{kind}"] / there[f"{name}/{kind}"] for kind in KINDS if there[f"{name}/{kind}"]}
+        for name in tests
+    }
+    planted = {name: sum(there[f"{name}/{kind}"] for kind in KINDS) for name in tests}
+    precision = 1 - caught["row"] / max(1, sum(caught.values()))
     num_rows = sum(there.values())
     body = "\n\n".join(
         [
             table(
-                ["planted", "rows", "found"],
-                [[kind, f"{there[kind]}", f"{100 * recall[kind]:.1f} %"] for kind in KINDS],
+                ["test set", "planted", *KINDS],
+                [
+                    [name, str(planted[name]), *(f"{100 * of[kind]:.1f} %" if kind in of else "" for kind in KINDS)]
+                    for name, of in recall.items()
+                ],
             ),
             f"{caught['row']:,} of {there['row']:,} other rows ({100 * caught['row'] / there['row']:.2f} %) were taken "
             "for test questions, to which some of the problems that they were made from are alike: precision "

@@ -35,7 +35,7 @@ class Rules(NamedTuple):
     kind: Kind
     min_chars: int
     max_chars: int
-    questions: Sequence[str]  # of the test sets
+    tests: Sequence[Sequence[str]]  # the questions of each test set
     threshold: float  # share of a test question's n-grams that make a row contaminated
     whole: bool  # whether rows are duplicates by question and solution, or by the question alone
 
@@ -52,7 +52,7 @@ class Examined:
 
 def begin(rules: Rules) -> Callable[[Sequence[Row]], Examined]:
     """What a process does with a chunk of problems, or of rows that are none."""
-    tests = TestSets(rules.questions) if rules.questions else None
+    tests = TestSets(rules.tests) if rules.tests else None
     template = Template()
 
     def examine(rows: Sequence[Row]) -> Examined:

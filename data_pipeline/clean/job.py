@@ -101,14 +101,14 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     if any(_same(settings.out, source) for source in sources):
         raise UsageError(f"out={settings.out} is, or lies in, what is read: choose another folder")
     check_out(settings.out, settings.task, [settings.split])
-    others = Others(
-        *(
-            [problem for spec in named_problems(name, getattr(settings, name)) for problem in read_problems(*spec)]
-            for name in ("against", "beside")
-        )
+    tests, beside = (
+        [read_problems(*spec) for spec in named_problems(name, getattr(settings, name))]
+        for name in ("against", "beside")
     )
+    others = Others(list(itertools.chain(*tests)), list(itertools.chain(*beside)))
     rules = Rules(
-        task.graded_as, settings.min_chars, settings.max_chars, [problem.question for problem in others.tests],
+        task.graded_as, settings.min_chars, settings.max_chars,
+        [[problem.question for problem in test_set] for test_set in tests],
         settings.contamination, whole=settings.duplicates == "example",
     )  # fmt: skip
     beside_out = None if "://" in settings.out else Path(settings.out).parent
@@ -154,14 +154,14 @@ def _decide(
             for place, (reason, detail) in part.reasons.items():
                 removed.setdefault(first + place, Removed(reason, None, detail))
             for match in part.matches:
-                found = Removed("in a test set", match.problem, f"{100 * match.share:.0f} % of its n-grams", "tests")
+                found = Removed("in a test set", match.problem, match.told, "tests")
                 removed.setdefault(first + match.row, found)
             parts.append(part)
             first += len(part.digests)
             bar.update(len(part.digests))
     # What is there already comes first, so that a row repeats it and never the other way round.
     chunks_beside: Iterator[list[Row]] = (list(beside[at : at + _CHUNK]) for at in range(0, len(beside), _CHUNK))
-    parts = [*_examined(chunks_beside, rules._replace(questions=[])), *parts]
+    parts = [*_examined(chunks_beside, rules._replace(tests=[])), *parts]
 
     def left() -> Int[np.ndarray, " left"]:
         return np.array([n for n in range(len(beside) + counted) if n - len(beside) not in removed], np.int64)

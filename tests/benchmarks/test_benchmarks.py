@@ -308,11 +308,13 @@ def test_the_benchmark_of_cleaning_says_how_much_of_what_is_planted_is_found(tmp
     data = str(tmp_path / "rows.jsonl")
     Path(data).write_text("\n".join(lines))
     out = tmp_path / "results"
+    against = f"gsm8k:test={data}"
     run_module(
-        "benchmarks.clean", "--train", data, "--test", data, "--num-rows", "50", "--num-planted", "3", "--out", str(out)
-    )
+        "benchmarks.clean", "--train", data, "--against", against, "--num-rows", "50", "--num-planted", "3",
+        "--out", str(out),
+    )  # fmt: skip
     measured = results(out)
-    assert measured["recall"]["verbatim"] == 1 and measured["num_rows"] == 50 + 4 * 3 and measured["memory_gb"] > 0
+    assert measured["recall"]["gsm8k"]["verbatim"] == 1 and measured["num_rows"] == 50 + 4 * 3 and measured["memory_gb"] > 0
 
 
 @pytest.mark.slow

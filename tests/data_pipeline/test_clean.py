@@ -99,7 +99,7 @@ def renumbered(text):
     ],
 )
 def test_a_row_that_holds_a_test_question_is_caught(row, caught):
-    tests = TestSets([QUESTION, "How many legs do 5 cows and 7 hens have together on the farm of Bob?"])
+    tests = TestSets([[QUESTION, "How many legs do 5 cows and 7 hens have together on the farm of Bob?"]])
     matches = tests.matches(tests.grams([row]), 0.4)
     assert [match.problem for match in matches] == ([0] if caught else [])
 
@@ -110,7 +110,7 @@ def test_boilerplate_makes_nothing_contaminated():
     questions = [
         f"{word} cost {i} dollars and {word}s were on sale. {ending}" for i, word in enumerate("abcdefghijklmnopqrst")
     ]
-    tests = TestSets(questions)
+    tests = TestSets([questions])
     assert tests.matches(tests.grams([f"Hats are dear. {ending}"]), 0.4) == []
     assert [match.problem for match in tests.matches(tests.grams([questions[3]]), 0.4)] == [3]
 
@@ -191,11 +191,73 @@ def test_rows_that_differ_in_their_solution_are_two_unless_asked_otherwise(write
 def test_questions_that_say_little_are_found_word_by_word_and_only_so():
     """Of nine alike no n-gram tells one from another; each is found as it is, and a tenth is none of them."""
     questions = [f"What is {i} plus {i + 1}?" for i in range(9)]
-    tests = TestSets(questions)
+    tests = TestSets([questions])
     rows = [*questions, "what is 3  PLUS 4", "What is 30 plus 31?", "What is three?"]
     found = {match.row: match.problem for match in tests.matches(tests.grams(rows), 0.4)}
     assert found == {i: i for i in range(9)} | {9: 3}
-    assert TestSets(["Why?"] * 20).matches(tests.grams(["Because."]), 0.4) == []
+    assert TestSets([["Why?"] * 20]).matches(tests.grams(["Because."]), 0.4) == []
+
+
+def test_a_short_question_is_found_with_other_numbers_and_reworded_in_part():
+    question = "Expand the product $6(x+2)(x+3)$."
+    tests = TestSets([[question, "What is the value of $\\sqrt{49}$?"]])
+    rows = [
+        "Expand the product $3(x+4)(x+5)$.",
+        "Write out the product $6(x+2)(x+3)$.",
+        "Expand the product $6y(2-y)$.",
+        "What is the value of $\\sqrt{36}$?",  # too short to be known by anything but all of it
+    ]
+    found = {match.row: (match.problem, match.told) for match in tests.matches(tests.grams(rows), 0.4)}
+    assert found == {0: (0, "100 % alike but for numbers and names"), 1: (0, "91 % of its n-grams")}
+
+
+def test_rows_similar_but_for_numbers_and_names_are_all_found():
+    """Against every pair compared as sets of tuples: questions of ten words, rows with one of them or two changed."""
+    rng = random.Random(3)
+    vocabulary = [f"{a}{b}" for a in "bcdfgh" for b in "aeiou"]
+    questions = [" ".join(rng.choice(vocabulary) for _ in range(rng.randint(8, 11))) + " 5" for _ in range(150)]
+    rows = []
+    for question in questions * 3:
+        text = question.split()
+        for _ in range(rng.randint(0, 2)):
+            text[rng.randrange(len(text))] = rng.choice(vocabulary)
+        rows.append(" ".join(text).replace("5", str(rng.randint(10, 99))))
+
+    def grams(text):
+        masked = re.sub(r"\d+", "0", text).split()
+        return {tuple(masked[i : i + 3]) for i in range(len(masked) - 2)}
+
+    wanted = {
+        n for n, row in enumerate(rows)
+        if any(len(grams(row) & grams(q)) >= 0.8 * len(grams(row) | grams(q)) for q in questions)
+    }  # fmt: skip
+    tests = TestSets([questions])
+    found = {match.row for match in tests.matches(tests.grams(rows), 1.0)}
+    assert found == wanted and 100 < len(wanted) < 400
+
+
+@pytest.mark.slow
+def test_another_test_set_never_hides_a_row(test_data):
+    """The same rows are found in one test set whatever others are named, as often as itself."""
+    gsm8k, svamp = (
+        [p.question for p in read_problems(task, "test", str(test_data / f"{task}_test.jsonl.gz"))]
+        for task in ("gsm8k", "svamp")
+    )
+    alone, beside = TestSets([gsm8k]), TestSets([svamp, *[gsm8k] * 9])
+    rows = alone.grams([renumbered(question) for question in gsm8k[:400]])
+    found = {match.row: match.problem for match in alone.matches(rows, 0.4)}
+    assert len(found) >= 0.99 * 400
+    together = {match.row: match.problem - len(svamp) for match in beside.matches(rows, 0.4)}
+    assert found.items() <= together.items()
+
+
+def test_variants_of_a_question_make_no_boilerplate_of_it():
+    """Twelve variants, which differ in a word, and a row that says it in part with other numbers."""
+    kinds = "red blue green yellow orange purple brown black white grey pink golden".split()
+    variants = [QUESTION.replace("red", kind) for kind in kinds]
+    row = renumbered(QUESTION).replace("in the end", "then").replace("red", "old")
+    tests = TestSets([variants])
+    assert len(tests.matches(tests.grams([row]), 0.4)) == 1
 
 
 @pytest.mark.slow
@@ -204,10 +266,10 @@ def test_every_question_of_math_is_found_as_it_is_and_few_training_questions_are
         [p.question for p in read_problems("math", split, str(test_data / f"math_{split}.jsonl.gz"))]
         for split in ("train", "test")
     )
-    tests = TestSets(test)
+    tests = TestSets([test])
     assert len(tests.matches(tests.grams(test), 0.4)) == len(test)
     # A good part of MATH's training problems are test problems with other numbers.
-    assert len(tests.matches(tests.grams(train), 0.4)) < 0.14 * len(train)
+    assert len(tests.matches(tests.grams(train), 0.4)) < 0.17 * len(train)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9])
