@@ -1,7 +1,7 @@
 """`inspect`: what the model will see, on a terminal or as a page: trained spans, lengths, fill, steps."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Int
 from data_pipeline.cli import logger
 from data_pipeline.files import damage_named, write_text
 from data_pipeline.loader import Batch, Batches
+from data_pipeline.pages import without_controls
 from data_pipeline.resample import histogram
 from data_pipeline.settings import Settings, UsageError, apply_override, read_yaml, validated
 from data_pipeline.sources import DataSettings, Epoch, load_epoch
@@ -23,6 +24,22 @@ from data_pipeline.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
 _NUM_BINS = 12
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>What a model sees</title>
+<style>
+{stylesheet}
+body {{ color: {foreground}; background: {background}; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }}
+</style>
+</head>
+<body><pre>{code}</pre></body>
+</html>
+"""
 
 
 class InspectSettings(Settings):
@@ -51,14 +68,15 @@ def inspect(settings: InspectSettings, overrides: Sequence[str] = ()) -> Epoch:
         "filled\n"
     )
     console.print(_lengths(epoch.rows.input_lengths, data.context))
-    console.print(_steps(epoch))
+    for table in _steps(epoch):
+        console.print(table)
     for index in range(min(settings.rows, len(batches))):
         console.rule(f"row {index + 1} of {len(batches):,}")
         for text in examples_of(batches[index], 0, tokenizer):
             console.print(text, soft_wrap=True)
     console.print("[dim]dim: given to the model[/dim], [green]green: what the loss is taken on[/green]")
     if settings.html is not None:
-        write_text(epath.Path(settings.html), console.export_html(inline_styles=True))
+        write_text(epath.Path(settings.html), console.export_html(inline_styles=True, code_format=_PAGE))
         logger.info("wrote %s", settings.html)
     return epoch
 
@@ -84,7 +102,7 @@ def examples_of(batch: Batch, row: int, tokenizer: Tokenizer) -> list[rich.text.
 def _decoded(tokens: list[int], tokenizer: Tokenizer) -> str:
     begins = f"[{tokenizer.piece(tokenizer.bos_id)}]" if tokens[0] == tokenizer.bos_id else ""
     ends = f"[{tokenizer.piece(tokenizer.eos_id)}]" if tokens[-1] == tokenizer.eos_id else ""
-    return f"{begins}{tokenizer.decode(tokens)}{ends}"
+    return f"{begins}{without_controls(tokenizer.decode(tokens))}{ends}"
 
 
 def _sources(epoch: Epoch) -> rich.table.Table:
@@ -107,18 +125,17 @@ def _lengths(lengths: Int[np.ndarray, " rows"], context: int) -> rich.table.Tabl
     return _histogram(title, "tokens", {"examples": dict(zip(labels, counts.tolist(), strict=True))})
 
 
-def _steps(epoch: Epoch) -> rich.table.Table:
-    columns: dict[str, dict[Any, int]] = {}
-    before = [report.resampled["before"] for report in epoch.sources if report.resampled is not None]
-    if before:
-        columns["before"] = {key: sum(of.get(key, 0) for of in before) for key in sorted(set().union(*before))}
-    columns["examples"] = histogram(epoch.rows.num_steps)
-    sizes = ", ".join(
-        f"{report.label} {report.resampled['effective_sample_size']:,.0f}"
-        for report in epoch.sources
-        if report.resampled is not None
-    )
-    return _histogram("Steps of a solution" + (f"; effective sample size {sizes}" if sizes else ""), "steps", columns)
+def _steps(epoch: Epoch) -> Iterator[rich.table.Table]:
+    """The steps of each dataset that was resampled, and of all of them."""
+    for report in epoch.sources:
+        if report.resampled is not None:
+            before, after = report.resampled["before"], report.resampled["after"]
+            title = f"Steps of {report.label}; effective sample size {report.resampled['effective_sample_size']:,.0f}"
+            steps = sorted({*before, *after})
+            columns = {"before": {key: before.get(key, 0) for key in steps}, "examples": after}
+            yield _histogram(title, "steps", columns)
+    if len(epoch.sources) > 1 or epoch.sources[0].resampled is None:
+        yield _histogram("Steps of a solution", "steps", {"examples": histogram(epoch.rows.num_steps)})
 
 
 def _histogram(title: str, what: str, columns: dict[str, dict[Any, int]]) -> rich.table.Table:

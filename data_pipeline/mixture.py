@@ -8,14 +8,18 @@ from jaxtyping import Int
 from data_pipeline.settings import UsageError
 
 
-def nested_subset(num_rows: int, count: int, seed: int) -> Int[np.ndarray, " count"]:
-    """`count` of the rows: the first of one random order, so that a smaller subset lies within a larger one.
+def nested_subset(
+    num_rows: int, count: int, seed: int, among: Int[np.ndarray, " candidates"] | None = None
+) -> Int[np.ndarray, " count"]:
+    """`count` of the rows, if need be `among` some only: the first of one random order of all rows.
 
-    In ascending order. Raises ValueError where there are not so many.
+    So a smaller subset lies within a larger one. In ascending order. Raises ValueError where there are not so many.
     """
-    if not 0 < count <= num_rows:
-        raise ValueError(f"count={count} of {num_rows} rows")
     order = np.random.Generator(np.random.Philox(key=[seed, num_rows])).permutation(num_rows)
+    if among is not None:
+        order = order[np.isin(order, among)]
+    if not 0 < count <= len(order):
+        raise ValueError(f"count={count} of {len(order)} rows")
     return np.sort(order[:count])
 
 

@@ -14,6 +14,11 @@ from data_pipeline.files import write_text
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]")
 
 
+def without_controls(text: str) -> str:
+    """`text` with U+FFFD in place of what a page, or a terminal, should not be given."""
+    return _FORBIDDEN.sub("\ufffd", text)
+
+
 def write_page(
     path: epath.Path, template: Path, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any
 ) -> None:
@@ -28,5 +33,5 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters |= filters or {}
-    page = _FORBIDDEN.sub("\ufffd", environment.get_template(template.name).render(values))
+    page = without_controls(environment.get_template(template.name).render(values))
     write_text(path, page.encode(errors="replace").decode())

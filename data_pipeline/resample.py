@@ -4,7 +4,6 @@ The paper's target distribution is unpublished; both modes here reproduce its di
 solutions. A resampled dataset is an index array: some rows come several times, some not at all.
 """
 
-import dataclasses
 import logging
 from typing import Any, Literal
 
@@ -45,25 +44,8 @@ class Resample(Settings):
         return self
 
 
-@dataclasses.dataclass(frozen=True)
-class Resampled:
-    """Indices of the rows that come out, in the order of the rows, and what that made of their steps."""
-
-    indices: Int[np.ndarray, " chosen"]
-    before: dict[int, int]
-    after: dict[int, int]
-    effective_sample_size: float
-
-    def summary(self) -> dict[str, Any]:
-        """For a file: histograms over steps, and (sum of copies)² / sum of copies² over the rows."""
-        return {
-            "before": self.before, "after": self.after, "effective_sample_size": self.effective_sample_size,
-            "different_rows": len(np.unique(self.indices)),
-        }  # fmt: skip
-
-
-def resample(num_steps: Int[np.ndarray, " rows"], settings: Resample, seed: int) -> Resampled:
-    """Draws rows by their steps; those of unknown steps (-1) count as having the fewest.
+def resample(num_steps: Int[np.ndarray, " rows"], settings: Resample, seed: int) -> Int[np.ndarray, " chosen"]:
+    """Indices, in ascending order, of rows drawn by their steps; unknown steps (-1) count as the fewest.
 
     Each row comes as often as its share of `num_rows` says, rounded down or up at random so that the sum is exact
     (systematic sampling), and at most `max_repeats` times: what is cut there goes to the others. Deterministic in
@@ -87,13 +69,22 @@ def resample(num_steps: Int[np.ndarray, " rows"], settings: Resample, seed: int)
     _warn(bins, weights, expected, settings)
     rng = np.random.Generator(np.random.Philox(key=[seed, len(num_steps)]))
     copies = _systematic(expected, num_rows, rng)
-    indices = np.repeat(np.arange(len(num_steps)), copies)
-    return Resampled(
-        indices,
-        before=histogram(num_steps),
-        after=histogram(num_steps[indices]),
-        effective_sample_size=float(copies.sum()) ** 2 / float(np.square(copies).sum()),
-    )
+    return np.repeat(np.arange(len(num_steps)), copies)
+
+
+def resampling_report(
+    before: Int[np.ndarray, " rows"], after: Int[np.ndarray, " drawn"], rows: Int[np.ndarray, " drawn"]
+) -> dict[str, Any]:
+    """What a draw made of the numbers of steps, for a file: `after` are those of the `rows` that were drawn.
+
+    Histograms over steps, how many different rows there are, and the effective sample size (Kish's): the squared sum
+    of their copies by the sum of the squares.
+    """
+    copies = np.unique(rows, return_counts=True)[1]
+    return {
+        "before": histogram(before), "after": histogram(after), "different_rows": len(copies),
+        "effective_sample_size": float(copies.sum()) ** 2 / float(np.square(copies).sum()),
+    }  # fmt: skip
 
 
 def merged_bins(num_steps: Int[np.ndarray, " rows"], min_bin: int) -> Int[np.ndarray, " rows"]:

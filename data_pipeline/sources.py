@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pydantic
+from etils import epath
 from jaxtyping import Int
 
 from data_pipeline.mixture import mixed_counts, nested_subset, repeated
 from data_pipeline.problem import Problem
-from data_pipeline.resample import Resample, resample
+from data_pipeline.resample import Resample, resample, resampling_report
 from data_pipeline.settings import Settings, UsageError
 from data_pipeline.tasks import TASKS
 from data_pipeline.templates import Template
@@ -174,42 +175,57 @@ def load_epoch(settings: DataSettings, tokenizer: Tokenizer, template: Template)
 
     Deterministic in the data and `settings.seed`. Raises UsageError.
     """
+    _check_places(settings)
     parts, reports = [], []
     for source in settings.sources:
         rows = _tokenized(source, settings, tokenizer, template)
         fits = np.flatnonzero(rows.input_lengths <= settings.context)
-        if len(fits) < len(rows):
+        num_overlong = len(rows) - len(fits)
+        if num_overlong:
             _say_overlong(rows, source, settings)
         if not len(fits):
             raise UsageError(f"{source.label}: no example is left that fits data.context={settings.context}; raise it")
         if source.count is not None:
             if source.count > len(fits):
                 raise UsageError(f"{source.label}: count={source.count}, and there are {len(fits)} rows that fit")
-            fits = fits[nested_subset(len(fits), source.count, settings.seed)]
-        drawn = None
+            fits = nested_subset(len(rows), source.count, settings.seed, among=fits)
+        before = rows.num_steps[fits]
         if source.resample is not None:
             try:
-                drawn = resample(rows.num_steps[fits], source.resample, settings.seed)
+                fits = fits[resample(before, source.resample, settings.seed)]
             except UsageError as error:
                 raise UsageError(f"{source.label}: {error}") from error
-            fits = fits[drawn.indices]
         parts.append(rows.select(fits))
-        reports.append((source, len(rows), len(rows) - int((rows.input_lengths <= settings.context).sum()), drawn))
+        reports.append((source, len(rows), num_overlong, before))
     joined = TokenizedRows.join(parts)
     if settings.sources[0].weight is not None:
         joined = joined.select(_mixed(joined, settings))
-    epoch = [
-        SourceReport(
-            source.label,
-            num_read,
-            num_overlong,
-            num_examples=int((joined.sources == index).sum()),
-            num_tokens=int(joined.lengths[joined.sources == index].sum()),
-            resampled=None if drawn is None else drawn.summary(),
+    epoch = []
+    for index, (source, num_read, num_overlong, before) in enumerate(reports):
+        mine = joined.sources == index
+        epoch.append(
+            SourceReport(
+                source.label,
+                num_read,
+                num_overlong,
+                num_examples=int(mine.sum()),
+                num_tokens=int(joined.lengths[mine].sum()),
+                resampled=None
+                if source.resample is None
+                else resampling_report(before, joined.num_steps[mine], joined.starts[mine]),
+            )
         )
-        for index, (source, num_read, num_overlong, drawn) in enumerate(reports)
-    ]
     return Epoch(joined, epoch)
+
+
+def _check_places(settings: DataSettings) -> None:
+    """Raises UsageError where a dataset is not there, before another one is read for minutes."""
+    for index, source in enumerate(settings.sources):
+        key = f"data.sources.{index}.path"
+        if source.path is None:
+            TASKS[source.task].check_public(key)
+        elif not epath.Path(source.path).exists():
+            raise UsageError(f"{key}={source.path!r} does not exist")
 
 
 def _mixed(rows: TokenizedRows, settings: DataSettings) -> Int[np.ndarray, " chosen"]:

@@ -101,6 +101,13 @@ class Task:
             except ValueError as error:
                 yield ExaminedRow(located.where, None, str(error), located.row)
 
+    def check_public(self, key: str) -> None:
+        """Raises UsageError, which says to name a file by `key`, where there is no public place to read from."""
+        if self.download is None:
+            raise UsageError(
+                f"{self.name} is read from a file of rows{self.advice and f' ({self.advice})'}: name it with {key}"
+            )
+
     def fingerprint(self, split: str, source: str | None) -> str:
         """Identifies the problems of a split without reading them as problems: the files' bytes, and the code's.
 
@@ -122,11 +129,8 @@ class Task:
             raise UsageError(f"split={split!r}: {self.name} has {' and '.join(self.splits)}")
         if source is not None:
             return read_rows(source, split, f"{self.name} source")
-        if self.download is None:
-            raise UsageError(
-                f"{self.name} is read from a file of rows{self.advice and f' ({self.advice})'}: name it with "
-                "data.sources.0.path in training, --source elsewhere"
-            )
+        self.check_public("data.sources.0.path in training, --source elsewhere")
+        assert self.download is not None
         return self.download(split)
 
     def _problem(self, located: Located, split: str) -> Problem | None:

@@ -314,7 +314,11 @@ def test_the_benchmark_of_cleaning_says_how_much_of_what_is_planted_is_found(tmp
         "--out", str(out),
     )  # fmt: skip
     measured = results(out)
-    assert measured["recall"]["gsm8k"]["verbatim"] == 1 and measured["num_rows"] == 50 + 4 * 3 and measured["memory_gb"] > 0
+    assert (
+        measured["recall"]["gsm8k"]["verbatim"] == 1
+        and measured["num_rows"] == 50 + 4 * 3
+        and measured["memory_gb"] > 0
+    )
 
 
 @pytest.mark.slow

@@ -20,6 +20,15 @@ def test_smaller_subsets_lie_within_larger_ones():
         nested_subset(7473, 8000, seed=4)
 
 
+def test_a_subset_of_some_rows_is_that_of_all_without_the_others():
+    """What is too long for one context does not change which of the others are drawn first."""
+    some = np.flatnonzero(np.arange(1000) % 10)
+    assert set(nested_subset(1000, 90, seed=1, among=some)) < set(nested_subset(1000, 130, seed=1))
+    assert set(nested_subset(1000, 900, seed=1, among=some)) == set(some.tolist())
+    with pytest.raises(ValueError, match="count=901 of 900 rows"):
+        nested_subset(1000, 901, seed=1, among=some)
+
+
 def test_every_row_is_as_likely():
     times = np.sum([np.bincount(nested_subset(50, 10, seed), minlength=50) for seed in range(2000)], axis=0)
     # Chi-square of 2000 draws of 10 of 50: 49 degrees of freedom, scaled by (1 - 10 / 50); 99.9 % lie under 86.

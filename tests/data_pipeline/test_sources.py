@@ -1,10 +1,12 @@
 """From datasets to the rows of an epoch: read, tokenised, counted, resampled, mixed; and what is refused."""
 
+import collections
 import json
 
 import numpy as np
 import pytest
 
+import data_pipeline.sources
 from data_pipeline.dataset import write_dataset
 from data_pipeline.problem import Problem
 from data_pipeline.settings import UsageError, validated
@@ -144,6 +146,35 @@ def test_resampling_comes_after_counting_and_is_reported(epoch_of):
     assert report.resampled["after"][6] > 2 * report.resampled["after"][2]
     assert json.loads(json.dumps(report.resampled))
     assert names(epoch.rows) == names(epoch_of((rows, {"count": 150, "resample": {"num_rows": 120}})).rows)
+
+
+def test_of_a_resampled_dataset_in_a_mixture_the_report_is_that_of_the_epoch(epoch_of):
+    rows = numbered(100, steps=2) + numbered(100, steps=6)
+    epoch = epoch_of(
+        (rows, {"weight": 3.0, "resample": {"power": 2.0}}), (numbered(30, 4), {"weight": 1.0}), num_examples=80
+    )
+    resampled, other = epoch.sources
+    assert other.resampled is None and resampled.num_examples == 60
+    mine = [(name, steps) for name, steps, source in zip(
+        names(epoch.rows), epoch.rows.num_steps.tolist(), epoch.rows.sources.tolist(), strict=True
+    ) if source == 0]  # fmt: skip
+    assert resampled.resampled["before"] == {2: 100, 6: 100}
+    assert resampled.resampled["after"] == collections.Counter(steps for _, steps in mine)
+    copies = collections.Counter(mine).values()  # ids repeat between the numbers of steps
+    assert resampled.resampled["different_rows"] == len(copies)
+    assert resampled.resampled["effective_sample_size"] == pytest.approx(60**2 / sum(c * c for c in copies))
+
+
+def test_a_dataset_that_is_not_there_is_named_before_another_is_read(write_rows, small_tokenizer, monkeypatch):
+    monkeypatch.setattr(data_pipeline.sources, "_tokenized", lambda *_: pytest.fail("a dataset was read"))
+    there = {"task": "jsonl", "path": write_rows(SHORT)}
+    for path, said in (
+        ("none.jsonl", r"data\.sources\.1\.path='none\.jsonl' does not exist"),
+        (None, r"jsonl is read from a file of rows: name it with data\.sources\.1\.path"),
+    ):
+        data = DataSettings(sources=[there, {"task": "jsonl", "path": path}])
+        with pytest.raises(UsageError, match=said):
+            load_epoch(data, small_tokenizer, Template())
 
 
 def test_a_dataset_gives_the_rows_of_the_file_it_was_made_of(tmp_path, test_data, large_tokenizer):
