@@ -51,7 +51,9 @@ def prepare(task: str, settings: PrepareSettings) -> dict[str, int]:
         published = definition.splits.get(split, count)
         known = definition.digests.get(split)
         if published != count:
-            logger.warning("%s: %s problems, where %s are published", split, f"{count:,}", f"{published:,}")
+            meant = [other for other, number in definition.splits.items() if number == count]
+            advice = f" (as many as {meant[0]} has: --split {meant[0]}?)" if meant else ""
+            logger.warning("%s: %s problems, where %s are published%s", split, f"{count:,}", f"{published:,}", advice)
         elif known is None:
             logger.info("%s: %s problems", split, f"{count:,}")
         elif known == digests[split].hexdigest():

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import xml.etree.ElementTree
@@ -17,6 +18,8 @@ from data_pipeline.settings import UsageError
 Row = dict[str, Any]
 DATASET_INFO = "dataset_info.json"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".xml")
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")  # beside rows, and none
+_DEFAULT = ("main", "default")  # what Hugging Face calls the configuration that is meant where none is named
 
 
 class Located(NamedTuple):
@@ -34,11 +37,12 @@ class Located(NamedTuple):
 def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located]:
     """The rows of a split in `source`: a file, or a folder that holds the split's files.
 
-    Files are JSON Lines, JSON (a list of objects, an object of columns, or one object), Parquet, CSV with a header,
-    or XML whose rows are elements named Problem; the first two may be compressed by gzip. In a folder a split's files
-    are those, at any depth, that are named for it (train.jsonl, train_1.jsonl, algebra/train-00000-of-00001.parquet) or
-    stand in a folder of its name (train/algebra/1.json), or else those that have it among the words of their names
-    (gsm8k_train.jsonl.gz); an only file is read whatever its name.
+    Files are JSON Lines (called .jsonl or .json), JSON (a list of objects, an object of columns, or one object),
+    Parquet, CSV with a header, or XML whose rows are elements named Problem; the first two may be compressed by gzip.
+    In a folder a split's files are those, at any depth, that are named for it (train.jsonl, train_1.jsonl,
+    algebra/train-00000-of-00001.parquet) or stand in a folder of its name (train/algebra/1.json), or else those that
+    have it among the words of their names (gsm8k_train.jsonl.gz); beside others, a configuration called main is meant
+    alone. An only file is read whatever its name.
     A line that is no JSON object is yielded with its `error`. Raises UsageError where nothing can be read at all.
     """
     files = files_of(source, split, what)
@@ -76,7 +80,7 @@ def holds_split(source: str, split: str) -> bool:
 def _files_of_split(folder: epath.Path, split: str, what: str) -> list[epath.Path]:
     files = _named_for(folder, split)
     if not files:
-        files = [path for path in sorted(folder.iterdir()) if path.name.endswith(SUFFIXES)]
+        files = _files_of_rows(folder)
         if len(files) != 1:
             raise UsageError(
                 f"{what} {str(folder)!r} is a folder without the split {split!r}: it must hold {split}.jsonl (or "
@@ -93,10 +97,16 @@ def says_split(file: str, split: str) -> bool:
 
 def _named_for(folder: epath.Path, split: str) -> list[epath.Path]:
     """The files, at any depth, that are named for a split or stand in a folder of its name, or else that mention it."""
-    files = [path for path in files_below(folder) if path.name.endswith(SUFFIXES)]
+    files = _files_of_rows(folder)
     named = re.compile(rf"{re.escape(split)}(?:[-_]\d+(?:-of-\d+)?)?\.")
     found = [path for path in files if named.match(path.name) or split in path.relative_to(folder).parts[:-1]]
-    return found or [path for path in files if says_split(path.name, split)]
+    found = found or [path for path in files if says_split(path.name, split)]
+    of_default = [path for path in found if path.relative_to(folder).parts[0] in _DEFAULT]
+    return of_default or found
+
+
+def _files_of_rows(folder: epath.Path) -> list[epath.Path]:
+    return [path for path in files_below(folder) if path.name.endswith(SUFFIXES) and path.name not in _ABOUT]
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:
@@ -109,8 +119,10 @@ def files_below(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _rows_of(file: epath.Path, start: int) -> Iterator[Located]:
+    if not file.name.endswith(SUFFIXES):
+        raise UsageError(f"{file}: what it holds is told by its name, which must end in {', '.join(SUFFIXES)}")
     name = file.name.removesuffix(".gz")
-    if name.endswith(".jsonl"):
+    if name.endswith(".jsonl") or (name.endswith(".json") and _is_json_lines(file)):
         yield from _json_lines(file, start)
         return
     if name.endswith(".parquet"):
@@ -135,7 +147,7 @@ def _json_lines(file: epath.Path, start: int) -> Iterator[Located]:
             continue
         where = f"{file}, line {number}"
         if isinstance(line, NotText):
-            yield Located({}, start + number, where, str(line))
+            yield Located({"line": line.shown}, start + number, where, str(line))
             continue
         try:
             row = json.loads(line)
@@ -162,13 +174,30 @@ def _lines(file: epath.Path) -> Iterator[str]:
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
-                yield NotText(f"is not UTF-8 text (byte {error.start + 1} of the line)")
+                yield NotText(error, line)
             else:
                 yield text if number > 1 else text.removeprefix("\ufeff")
 
 
 class NotText(str):
-    """What is wrong with a line that is no text, in its place."""
+    """What is wrong with a line that is no text, in its place; and the line, its bytes `shown` as they are written."""
+
+    shown: str
+
+    def __new__(cls, error: UnicodeDecodeError, line: bytes) -> "NotText":
+        """Of the error that its bytes gave."""
+        self = super().__new__(cls, f"is not UTF-8 text (byte {error.start + 1} of the line)")
+        self.shown = line.decode(errors="backslashreplace").rstrip("\n")
+        return self
+
+
+def _is_json_lines(file: epath.Path) -> bool:
+    """Whether the first line is an object, and more follows: so are some JSON Lines called .json."""
+    lines = list(itertools.islice((line for line in _lines(file) if line.strip()), 2))
+    try:
+        return len(lines) == 2 and isinstance(json.loads(lines[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _text(file: epath.Path) -> str:
@@ -207,9 +236,13 @@ def _json(file: epath.Path, text: str) -> list[Any]:
 
 def _csv(file: epath.Path, text: str) -> list[Any]:
     try:
-        return list(csv.DictReader(io.StringIO(text)))
+        rows = list(csv.DictReader(io.StringIO(text)))
     except csv.Error as error:
         raise UsageError(f"{file} is not valid CSV: {error}") from error
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise UsageError(f"{file}, row {number}: it has more fields than the header; one with a comma wants quotes")
+    return rows
 
 
 def _xml(file: epath.Path, text: str) -> list[Row]:

@@ -41,16 +41,16 @@ def load_settings(settings: type[SettingsT], path: str, overrides: Sequence[str]
     return validated(settings, tree, where=path)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError where it is missing, broken or no mapping."""
+def read_yaml(path: str, what: str = "config file") -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UsageError, which says `what` is missing, broken or no mapping."""
     file: Any = epath.Path(path)
     if not file.exists():
         packaged = resources.files("configs").joinpath(path.removeprefix("configs/"))
         if not packaged.is_file():
-            raise UsageError(f"config file {path!r} does not exist")
+            raise UsageError(f"{what} {path!r} does not exist")
         file = packaged
     if file.is_dir():
-        raise UsageError(f"config file {path!r} is a folder, not a file")
+        raise UsageError(f"{what} {path!r} is a folder, not a file")
     try:
         tree = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-13-45 is a plain ValueError

@@ -61,7 +61,7 @@ def load_template(name: str | None) -> Template:
     """`default` (or None), or the path of a YAML file with `prompt` and `response`. Raises UsageError."""
     if name is None or name == DEFAULT_TEMPLATE:
         return Template()
-    tree = read_yaml(name)
+    tree = read_yaml(name, "template")
     template = validated(Template, tree, where=name)
     for key in Template.model_fields:
         if key not in tree:

@@ -1,7 +1,9 @@
 """Links of the documents that `make docs` does not read as pages: it checks those of docs/ itself."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,15 @@ def test_the_study_in_the_guide_is_a_grid_of_what_it_prepares(tmp_path: Path) ->
     assert len(cells) == 8 and "eight runs" in guide
     made = {step.makes.replace("tokenizer.model", name) for step in study.prepare for name in FILES_OF_PREPARE}
     assert {path for cell in cells for _, path in paths_of(cell)} <= made
+
+
+def test_the_task_in_the_guide_is_one(tmp_path: Path) -> None:
+    guide = (ROOT / "docs/guides/data.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(compile(example, "gsm_hard.py", "exec"), made)
+    rows = [{"input": "How much is 2 eggs at $9 each?", "target": 18.0}, {"input": "And 1?", "target": 9.5}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = list(made["TASK"].problems("test", str(tmp_path)))
+    assert [(p.question, p.answer) for p in problems] == [(rows[0]["input"], "18"), ("And 1?", "9.5")]
+    assert all(p.id.startswith("gsm_hard/test/") for p in problems)

@@ -127,6 +127,8 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     logger.info(
         "%s of %s rows are left; removed: %s", f"{report['num_kept']:,}", f"{num_rows:,}", _said(removed) or "none"
     )
+    if not tests:
+        logger.info("no test set was named (--against), so that questions of test sets were not looked for")
     logger.info("wrote %s and report.html, removed.jsonl in it", settings.out)
     return report
 

@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from data_pipeline.answers import Kind
+from data_pipeline.cli import logger
 from data_pipeline.dataset import dataset_task, is_dataset, read_dataset
 from data_pipeline.problem import Problem
-from data_pipeline.rows import Located, Row, files_of, read_rows
+from data_pipeline.rows import Located, Row, files_of, read_rows, says_split
 from data_pipeline.settings import UsageError
 
 
@@ -128,10 +131,18 @@ class Task:
         if self.splits and split not in self.splits:
             raise UsageError(f"split={split!r}: {self.name} has {' and '.join(self.splits)}")
         if source is not None:
+            self._say_other_split(split, source)
             return read_rows(source, split, f"{self.name} source")
         self.check_public("data.sources.0.path in training, --source elsewhere")
         assert self.download is not None
         return self.download(split)
+
+    def _say_other_split(self, split: str, source: str) -> None:
+        """Warns where a file's name says that it is another split."""
+        path = epath.Path(source)
+        said = [other for other in self.splits if says_split(path.name, other)]
+        if said and split not in said and not path.is_dir():
+            logger.warning("%s: its name says %s, and it is read as %s", source, " and ".join(said), split)
 
     def _problem(self, located: Located, split: str) -> Problem | None:
         if located.error is not None:
@@ -161,6 +172,8 @@ def text_field(row: Mapping[str, Any], *keys: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can name half of a surrogate pair
         raise ValueError(f"{key!r} holds a character that is no Unicode text: {error.reason}") from error
+    if "\0" in value:
+        raise ValueError(f"{key!r} holds the character U+0000, which is no text")
     return value.strip()
 
 

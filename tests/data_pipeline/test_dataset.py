@@ -139,10 +139,23 @@ def test_a_folder_gives_the_splits_that_it_holds(tmp_path, capsys):
     (tmp_path / "in" / "train.jsonl").write_text(row)
     (tmp_path / "in" / "test.jsonl").write_text(row)
     assert prepare("gsm8k", "--source", str(tmp_path / "in"), "--out", str(tmp_path / "both")) == 0
-    assert "test: 1 problems, where 1,319 are published" in capsys.readouterr().err
+    assert "test: 1 problems, where 1,319 are published\n" in capsys.readouterr().err
     assert dataset_splits(str(tmp_path / "both")) == ["train", "test"]
     assert prepare("gsm8k", "--source", str(tmp_path / "in"), "--split", "test", "--out", str(tmp_path / "one")) == 0
     assert dataset_splits(str(tmp_path / "one")) == ["test"]
+
+
+def test_math500_that_is_taken_for_the_test_set_is_pointed_to_its_split(tmp_path, capsys):
+    row = {"solution": "It is $\\boxed{2}$.", "answer": "2", "subject": "Algebra", "level": 1}
+    rows = [row | {"problem": f"What is {i} - {i - 2}?", "unique_id": f"test/algebra/{i}.json"} for i in range(500)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = ("--source", str(tmp_path / "in"))
+    assert prepare("math", *source, "--out", str(tmp_path / "test")) == 0
+    assert "where 5,000 are published (as many as math500 has: --split math500?)" in capsys.readouterr().err
+    assert prepare("math", *source, "--split", "math500", "--out", str(tmp_path / "math500")) == 0
+    assert "math500: 500 problems\n" in capsys.readouterr().err
+    assert dataset_splits(str(tmp_path / "math500")) == ["math500"]
 
 
 def test_what_cannot_be_prepared_is_one_message(tmp_path, capsys, write_rows):

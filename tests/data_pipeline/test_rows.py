@@ -114,6 +114,33 @@ def test_a_split_among_the_words_of_names_where_no_file_is_named_for_it(tmp_path
     assert [each.row["file"] for each in read_rows(str(tmp_path), "train")] == ["train.jsonl"]
 
 
+def test_the_main_configuration_of_several_and_no_file_that_is_about_them(tmp_path):
+    for place in ("main", "socratic"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "train-00000-of-00001.jsonl").write_text(json.dumps({"of": place}) + "\n")
+    assert [each.row["of"] for each in read_rows(str(tmp_path), "train")] == ["main"]
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    (tmp_path / "other" / "dataset_infos.json").write_text("{}")
+    (tmp_path / "other" / "data" / "validation.jsonl").write_text('{"of": "validation"}\n')
+    assert [each.row["of"] for each in read_rows(str(tmp_path / "other"), "test")] == ["validation"]  # the only file
+
+
+def test_json_lines_may_be_called_json(tmp_path):
+    path = tmp_path / "full_test.json"
+    path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
+    located = list(read_rows(str(path), "test"))
+    assert [each.row for each in located if each.error is None] == [{"a": 1}, {"a": 2}]
+    assert located[1].where == f"{path}, line 2"
+    path.write_text('{"a": 1}\n')
+    assert [each.row for each in read_rows(str(path), "test")] == [{"a": 1}]
+
+
+def test_what_is_no_text_is_kept_as_its_bytes_are_written(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a": "caf\xe9"}\n')
+    (located,) = read_rows(str(tmp_path / "rows.jsonl"), "train")
+    assert located.row == {"line": '{"a": "caf\\xe9"}'} and "is not UTF-8 text (byte 11" in located.error
+
+
 def test_a_line_that_is_no_row_does_not_hide_the_next(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\nnonsense\n[1]\n\n' + "[" * 100_000 + '\n{"a": 2}\n')
@@ -132,6 +159,8 @@ def test_a_line_that_is_no_row_does_not_hide_the_next(tmp_path):
         ("rows.json", b"7", "must hold a list of objects, not int"),
         ("rows.xml", b"<a><b></a>", "is not valid XML"),
         ("rows.csv", b"a\n" + b"x" * 200_000, "is not valid CSV"),
+        ("rows.csv", b"a,b\n1,2\nx, and y,3\n", "row 2: it has more fields than the header"),
+        ("rows.zip", b"PK", "what it holds is told by its name, which must end in .jsonl, .jsonl.gz"),
         ("rows.jsonl", b'{"a": "caf\xe9"}', "line 1: is not UTF-8 text (byte 11 of the line)"),
         ("rows.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}', "line 2: is not UTF-8 text (byte 11 of the line)"),
     ],

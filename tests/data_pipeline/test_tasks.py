@@ -166,6 +166,15 @@ def test_an_id_that_occurs_twice_is_named(write_rows):
     assert "line 3: the id '7' was there before" in refusal("jsonl", path)
 
 
+def test_a_file_of_another_split_by_its_name_is_told(write_rows, caplog):
+    row = {"question": "1 + 1?", "answer": "#### 2"}
+    read_problems("gsm8k", "train", write_rows(row, name="gsm8k_train.jsonl"))
+    assert not caplog.messages
+    path = write_rows(row, name="gsm8k_test.jsonl")
+    read_problems("gsm8k", "train", path)
+    assert caplog.messages == [f"{path}: its name says test, and it is read as train"]
+
+
 def test_an_unknown_task_names_the_known_ones():
     with pytest.raises(UsageError, match=r"task='gsm9k' is unknown; allowed: gsm8k, math, svamp, asdiv, .*jsonl"):
         get_task("gsm9k")
