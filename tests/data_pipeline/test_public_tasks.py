@@ -65,8 +65,9 @@ def test_college_math_as_published(write_rows):
     row = {"data_source": "a", "question_number": "exercise.1", "question": "Solve $x-1=0$.", "answer": "$x=1$",
            "license": "CC", "data_topic": "college_math.algebra"}  # fmt: skip
     other = row | {"data_source": "b"}  # another book numbers its exercises alike
-    foreign = row | {"data_topic": "gsm8k.all"}  # the file holds other benchmarks, too
-    problem, second = read_problems("college-math", "test", write_rows(row, other, foreign))
+    # the file, which has JSON lines whatever its name says, holds other benchmarks, too
+    foreign = [row | {"data_topic": topic} for topic in ("gsm8k", "MATH.Algebra", "tal", "agieval.gaokao-math-en")]
+    problem, second = read_problems("college-math", "test", write_rows(row, other, *foreign, name="full_test.json"))
     assert (problem.id, problem.answer, problem.subject, problem.solution) == ("a/exercise.1", "$x=1$", "algebra", "")
     assert second.id == "b/exercise.1"
 
