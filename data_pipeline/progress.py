@@ -43,6 +43,16 @@ class Progress:
             elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
                 self._line(note)
 
+    def skip(self, count: int = 1) -> None:
+        """`count` were done before: they say nothing of the rate."""
+        with self._lock:
+            self.done += count
+            self._started_from += count
+            if self._bar is not None:
+                self._bar.initial += count
+                self._bar.n += count
+                self._bar.refresh()
+
     def close(self) -> None:
         """Leaves the last state on the screen."""
         if self._bar is not None:

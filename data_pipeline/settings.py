@@ -15,12 +15,21 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 from etils import epath
+from pydantic_core import PydanticCustomError
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
 
 class UsageError(Exception):
     """The user's request cannot be meant as it stands (exit code 2). The message says what to do."""
+
+
+class Secret(PydanticCustomError):
+    """What a validator raises of a value that may hold a secret: it is not shown."""
+
+    def __new__(cls, message: str) -> "Secret":
+        """With what is said instead of the value."""
+        return super().__new__(cls, "secret", message)
 
 
 class Settings(pydantic.BaseModel):
@@ -147,6 +156,8 @@ def _explain(settings: type[Settings], item: Any) -> str:
     if item["type"] == "model_type":
         names = _names_at(settings, location)
         message = f"is a group of settings: say {', '.join(f'{key}.{name}=...' for name in names)}"
+    if item["type"] == "secret":
+        return f"{key} {message}"
     if not key:  # a contradiction between keys: its message names them
         return message
     shown = repr(item["input"])

@@ -230,6 +230,9 @@ class BatchTeacher(Teacher):
                 else:
                     done.append(line)
             batch["status"] = "expired" if ending == "expired" else "completed"
+            if ending == "nothing done":  # it says so, and names no file at all
+                batch["request_counts"] = {"total": len(lines), "completed": 0, "failed": 0}
+                return batch
             output = [self.done(line) for line in done][::-1]  # in another order
             if ending == "damaged line":
                 output[0] = output[0][: len(output[0]) // 2]

@@ -71,6 +71,14 @@ class CleanSettings(Settings):
         return self
 
 
+class NothingLeft(UsageError):
+    """Every row was removed, for these reasons so many times."""
+
+    def __init__(self, message: str, removed: dict[str, int]):
+        super().__init__(message)
+        self.removed = removed
+
+
 class Removed(NamedTuple):
     """Why a row was left out; the number of what it repeats, if anything, and among what; and what was found."""
 
@@ -118,9 +126,10 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
             raise UsageError(f"source={settings.source}: there are no rows")
         if len(removed) == num_rows:
             first = removed[0]
-            raise UsageError(
+            raise NothingLeft(
                 f"source={settings.source}: nothing is left of {num_rows} rows; they were {_said(removed)}; the first: "
-                f"{first.reason}{first.detail and f', {first.detail}'}"
+                f"{first.reason}{first.detail and f', {first.detail}'}",
+                _counts(removed),
             )
         waiting.seek(0)
         report = _write(_read_back(waiting), settings, removed, num_rows, others, beside_out)
@@ -128,7 +137,7 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
         "%s of %s rows are left; removed: %s", f"{report['num_kept']:,}", f"{num_rows:,}", _said(removed) or "none"
     )
     if not tests:
-        logger.info("no test set was named (--against), so that questions of test sets were not looked for")
+        logger.info("no test set was named (against), so that questions of test sets were not looked for")
     logger.info("wrote %s and report.html, removed.jsonl in it", settings.out)
     return report
 
@@ -241,7 +250,7 @@ def _write(
             "source": settings.source,
             "num_rows": num_rows,
             "num_kept": num_rows - len(removed),
-            "removed": dict(Counter(found.reason for found in removed.values()).most_common()),
+            "removed": _counts(removed),
             "settings": settings.model_dump(),
         }
 
@@ -319,6 +328,10 @@ def named_problems(name: str, value: str | None) -> Iterator[tuple[str, str, str
         yield task, split, source.strip()
 
 
+def _counts(removed: dict[int, Removed]) -> dict[str, int]:
+    """How many rows were removed for each reason, the commonest first."""
+    return dict(Counter(found.reason for found in removed.values()).most_common())
+
+
 def _said(removed: dict[int, Removed]) -> str:
-    counts = Counter(found.reason for found in removed.values())
-    return ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+    return ", ".join(f"{count:,} {reason}" for reason, count in _counts(removed).items())

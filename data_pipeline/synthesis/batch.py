@@ -4,6 +4,7 @@ A batch is written to the ledger, with all that is held for it, before it is mad
 name that it has in the ledger: so a run that died in between finds it there, or knows that it was never made.
 """
 
+import dataclasses
 import io
 import itertools
 import json
@@ -38,6 +39,10 @@ _IS_IT_THE_KEY = (
 
 class _Odd(RunError):
     """What a batch brought cannot be its own: another look may find what is."""
+
+
+class _Nothing(_Odd):
+    """A batch has ended, and says that nothing was done."""
 
 
 class BatchTeacher:
@@ -185,6 +190,11 @@ class BatchTeacher:
         if time.monotonic() - since <= DOUBT:
             logger.info("batch %s: %s; looking again", remote, error)
             return False
+        if isinstance(error, _Nothing):
+            self._failures.update(sent.key for sent in self._ledger.of_batch(number))
+            logger.warning("batch %s: %s: %d are asked again", remote, error, self._settle_rest(number, str(error)))
+            self._closed(number)
+            return True
         if not self._limits.count_gone_as_paid:
             del self._open[number]
             self._give_up(RunError(f"batch {remote}: {error}: {_IS_IT_THE_KEY}"))
@@ -230,10 +240,11 @@ class BatchTeacher:
 
     def _submit(self, chunk: list[Request], file: bytes) -> int:
         room = self._budget - self._ledger.account.total
-        fitting = sum(total <= room for total in itertools.accumulate(one.bounds.cost(self.price) for one in chunk))
+        costs = [self._ledger.may_cost(one, self.price) for one in chunk]
+        fitting = sum(total <= room for total in itertools.accumulate(costs))
         if not fitting:
             if not self.num_open:  # else others may turn out cheaper than what is held for them
-                self.budget_reached = BudgetReached(self._ledger.account.total, chunk[0].bounds.cost(self.price))
+                self.budget_reached = BudgetReached(self._ledger.account.total, costs[0])
             return 0
         if fitting < len(chunk):
             ((chunk, file),) = self._chunks(chunk[:fitting])
@@ -289,6 +300,8 @@ class BatchTeacher:
                 self._give_up(RunError(f"{self._server.where}: batch {batch.id} failed: {said}"))
             return
         if batch.status == "completed" and not batch.files:
+            if batch.num_done == 0:
+                raise _Nothing("it is completed, names no file, and says that none of its requests was done")
             raise _Odd("it is completed and names no file")
         ours = self._ledger.keys_of_batch(number)
         contents = [self._lines(self._server.content(file), ours) for file in batch.files]
@@ -300,7 +313,9 @@ class BatchTeacher:
             if written is not None:
                 written.result()
         if batch.status != "completed":
-            logger.warning("batch %s is %s: %d of its requests are asked again", batch.id, batch.status, len(there))
+            done = sum(row is not None and _mapping(row.get("response")).get("status_code") == 200 for row in rows)
+            logger.warning("batch %s is %s: %d of its %d requests were done; the others are asked again",
+                           batch.id, batch.status, done, len(ours))  # fmt: skip
         # What has no line may be paid all the same, of a batch that was done or has a line that cannot be read.
         self._settle_rest(number, batch.status, in_doubt=batch.status == "completed" or None in rows)
         self._closed(number)
@@ -332,7 +347,8 @@ class BatchTeacher:
             body = response.get("body")
             reply = read_reply(body, sent.bounds, self.price)
             if reply is not None:
-                return self._ledger.settle(sent, "reply", reply)
+                cleaned = dataclasses.replace(reply, text=self._server.cleaned(reply.text))
+                return self._ledger.settle(sent, "reply", cleaned)
             tokens = usage_of(body, sent.bounds)
             return self._ledger.settle(
                 sent, "unreadable", cost=cost_of(*tokens, self.price), tokens=tokens, detail="no choice with a text"

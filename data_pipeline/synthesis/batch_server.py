@@ -29,13 +29,17 @@ class Busy(Down):
 
 
 class Batch(NamedTuple):
-    """A batch: its state, the files it brought, and codes and messages of what it failed by."""
+    """A batch: its state, the files it brought, codes and messages of what it failed by, how many requests were done.
+
+    None where that is not said.
+    """
 
     id: str
     status: str
     files: tuple[str, ...]
     codes: tuple[str, ...]
     said: str
+    num_done: int | None
 
 
 class BatchServer:
@@ -81,9 +85,11 @@ class BatchServer:
             errors = (batch.errors.data or []) if batch.errors else []
             files = tuple(filter(None, (batch.output_file_id, batch.error_file_id)))
             said = "; ".join(filter(None, (error.message for error in errors)))
+            counts = batch.request_counts
             return Batch(
-                batch.id, _text(batch.status), files, tuple(e.code or "" for e in errors), self.cleaned(said, 1000)
-            )
+                batch.id, _text(batch.status), files, tuple(e.code or "" for e in errors), self.cleaned(said, 1000),
+                num_done=None if counts is None else counts.completed,
+            )  # fmt: skip
 
         return self._asked(look)
 
@@ -91,7 +97,7 @@ class BatchServer:
         """What is in a file."""
         return self._asked(lambda: self._client.files.content(file).content)
 
-    def cleaned(self, text: str, length: int) -> str:
+    def cleaned(self, text: str, length: int | None = None) -> str:
         """`text` without the key, and then cut."""
         return self._clean(text)[:length]
 

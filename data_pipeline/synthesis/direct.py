@@ -1,6 +1,7 @@
 """Requests one by one, many at once: the pace that a server allows, and what is done about its errors."""
 
 import asyncio
+import dataclasses
 import email.utils
 import json
 import math
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import openai
 
 from data_pipeline.cli import RunError, StopSignal, first_line, logger
-from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent, on_disk
+from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent, Status, on_disk
 from data_pipeline.synthesis.requests import Reply, Request, cost_of, of_the_prompt, read_reply, usage_of
 from data_pipeline.synthesis.settings import Limits, Teacher
 
@@ -175,6 +176,7 @@ class DirectTeacher:
             self._count_unread(said)
             return None
         self._refused = self._unread = 0
+        reply = dataclasses.replace(reply, text=self._clean(reply.text))
         await on_disk(self._ledger.settle(sent, "reply", reply, seconds=seconds))
         return None
 
@@ -188,10 +190,15 @@ class DirectTeacher:
             refused = Reply(told, "refusal", "", 0, 0, 0)
             await on_disk(self._ledger.settle(sent, "reply", refused, seconds=seconds, detail=code))
             return None
-        paid = sent.held if status in _IN_DOUBT else 0
-        await on_disk(
-            self._ledger.settle(sent, "unknown" if paid else "unpaid", cost=paid, seconds=seconds, detail=told)
-        )
+        paid, tokens = sent.held if status in _IN_DOUBT else 0, (0, 0)
+        body = _parsed(error.response.content)
+        if isinstance(body, dict) and isinstance(
+            body.get("usage"), dict
+        ):  # it failed, and says what it took all the same
+            tokens = usage_of(body, sent.bounds)
+            paid = max(paid, cost_of(*tokens, self._price))
+        outcome: Status = "unknown" if paid else "unpaid"
+        await on_disk(self._ledger.settle(sent, outcome, cost=paid, tokens=tokens, seconds=seconds, detail=told))
         if any(name in code for name in OUT_OF_QUOTA) or status == 402:
             self._end(RunError(f"{self._where} says that the account is out of quota: {told}"))
         if status in (401, 403):
@@ -262,6 +269,8 @@ class DirectTeacher:
 
     async def _sent(self, request: Request) -> Sent:
         """Holds what the request may cost, and has it on the disk."""
+        if self._ledger.is_full:
+            self._end(RunError(f"the disk is full: every reply is kept in {self._ledger.path}; make room, and go on"))
         while True:
             try:
                 (sent,), done = self._ledger.send([request], self._price, self._budget)

@@ -5,15 +5,19 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_FENCE = re.compile(r"^(?:[^{\n]*\n)?\s*```(?:json)?\s*\n(\{.*?)\n?\s*```\s*$", re.DOTALL)
+_OBJECT = re.compile(r'\{\s*"')
 _CONTROL = re.compile(r"[\x08\x0c\r]")  # what no text of a teacher holds, and LaTeX that was not escaped becomes
 # What may stand before a label at the beginning of a line, and around it: heading marks, bullets, numbers, emphasis.
 _BEFORE = (
     r"^[ \t>]*(?:#{1,6}[ \t]*)?(?:[-*+][ \t]+)?(?:\(?\d{1,2}[.)][ \t]*)?(?P<mark>[*_`]{0,3})"
+    r"(?:(?:step|job|part)[ \t]*\d[ \t]*[:.)-][ \t]*)?"
     r"(?:\\(?:textbf|textit|underline|(?:sub)*section\*?|paragraph)\{|[\[<])?"
 )
-# A colon, within the emphasis or behind it; or nothing else on the line.
-_AFTER = r"[\]>}]?(?:(?P=mark)[ \t]*[:：]\}?|[ \t]*[:：][ \t]*(?:(?P=mark))?|(?P=mark)[ \t]*(?=\n))[ \t]*"
+# A colon, within the emphasis or behind it, or a dash; or nothing else on the line.
+_AFTER = (
+    r"[\]>}]?(?:(?P=mark)[ \t]*[:：]\}?|[ \t]*[:：][ \t]*(?:(?P=mark))?|(?P=mark)[ \t]+[-–—](?=[ \t])"
+    r"|(?P=mark)[ \t]*(?=\n))[ \t]*"
+)
 # A backslash that JSON would take for a control character, or not at all, and LaTeX means: before letters of a command.
 # Those with n and t are named, as lines and columns of words begin behind \n and \t; those that are words, too, count
 # only in a text that LaTeX was not escaped in. Backslashes that are escaped come in pairs, which are left alone.
@@ -26,26 +30,34 @@ _ONE_BACKSLASH = re.compile(rf"\\\\|\\(?={_COMMAND})")
 _ONE_BACKSLASH_UNESCAPED = re.compile(rf"\\\\|\\(?={_COMMAND}|t[a-z]{{2}}|(?:ne|ni|nu|not|neg|to|tt)(?![a-z]))")
 # A question that is left as it is, in the words of who was to write it again: short, and it asks nothing.
 _UNCHANGED = re.compile(
-    r"\b(?:same|unchanged|as it is|as is|stays|remains|(?:as|see) above|no (?:change|modification)s?|none|n/a)\b", re.I
-)
+    r"\b(?:same|unchanged|identical|as it is|as is|stays|remains|(?:as|see) above|see (?:the )?\w+ question"
+    r"|no (?:change|modification)s?|no need|not (?:need|have) to be|needs no|none|n/a)\b", re.I
+)  # fmt: skip
 _LONGEST_UNCHANGED = 120
+# What an assistant says to its user at the end.
+_TO_THE_USER = re.compile(
+    r"\n\s*(?:please )?(?:let me know|i hope|feel free|would you like|if you (?:have|need|want|would))\b[^\n]*\Z", re.I
+)
 
 
 def find_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
     """The content of each of `labels` that is there and not empty, in the order of `labels`.
 
-    A label is one at the beginning of a line with a colon behind it; labels come in their order, and of one that is
-    written twice the last counts where it is the last label, else the first: what lies between belongs to a field.
-    A JSON object with these keys (spaces or underscores) is read as such.
+    A label is one at the beginning of a line with a colon behind it, or, in capitals, anywhere in a line; labels come
+    in their order, and of one that is written twice the last counts where it is the last label, else the first: what
+    lies between belongs to a field. A JSON object with these keys (spaces or underscores) is read as such, and so are
+    tags of these names.
     """
-    from_json = _json_fields(text, labels)
-    if from_json is not None:
-        return from_json
+    text = text.replace("\r\n", "\n")
+    from_marks = _json_fields(text, labels) or _tag_fields(text, labels)
+    if from_marks is not None:
+        return from_marks
     found: list[tuple[str, int, int]] = []  # label, where it begins, where its content begins
     start = 0
     for label in labels:
-        words = r"[ \t_-]+".join(map(re.escape, label.split()))
-        places = list(re.compile(_BEFORE + words + _AFTER, re.IGNORECASE | re.MULTILINE).finditer(text, start))
+        at_begin = re.compile(_BEFORE + _label(label, r"[ \t_-]+") + _AFTER, re.IGNORECASE | re.MULTILINE)
+        in_line = re.compile(rf"(?<=[\s.!?*]){_label(label.upper(), ' +')}\**:[ \t]*\**")
+        places = list(at_begin.finditer(text, start)) or list(in_line.finditer(text, start))
         if places:
             place = places[-1] if label == labels[-1] else places[0]
             found.append((label, place.start(), place.end()))
@@ -57,6 +69,25 @@ def find_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
         if content:
             fields[label] = content
     return fields
+
+
+def _label(label: str, space: str) -> str:
+    """A pattern for a label, in which words are apart by `space`; of two that "and" joins the second may be missing."""
+    first, _, second = re.sub(r" and ", " & ", label, flags=re.IGNORECASE).partition(" & ")
+    pattern = space.join(map(re.escape, first.split()))
+    if second:
+        pattern += rf"(?:{space}(?:and|AND|&|/){space}{space.join(map(re.escape, second.split()))}[sS]?)?"
+    return pattern
+
+
+def _tag_fields(text: str, labels: Sequence[str]) -> dict[str, str] | None:
+    fields = {}
+    for label in labels:
+        name = r"[ _-]".join(map(re.escape, label.split()))
+        places = re.findall(rf"<({name})>((?:(?!</?{name}>).)*)</\1>", text, re.IGNORECASE | re.DOTALL)
+        if places and (content := _tidied(places[-1][1])):
+            fields[label] = content
+    return fields or None
 
 
 def last_question(fields: dict[str, str], labels: Sequence[str]) -> str | None:
@@ -93,10 +124,10 @@ def schema(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _json_fields(text: str, labels: Sequence[str]) -> dict[str, str] | None:
-    fenced = _FENCE.search(text)
-    body = (fenced[1] if fenced is not None else text).strip()
-    if not body.startswith("{"):
+    begin = _OBJECT.search(text)
+    if begin is None:
         return None
+    body = text[begin.start() : text.rfind("}") + 1]
     content = _as_json(body)
     escaped = content is not None and not any(_CONTROL.search(str(value)) for value in content.values())
     pattern = _ONE_BACKSLASH if escaped else _ONE_BACKSLASH_UNESCAPED
@@ -120,6 +151,7 @@ def _as_json(text: str) -> dict[str, Any] | None:
 
 def _tidied(text: str) -> str:
     """Without emphasis and fences around the whole, and lines that only separate."""
+    text = _TO_THE_USER.sub("", text.strip())
     text = re.sub(r"\n[ \t]*(?:[-*_=]{3,}|#{1,6}|\*{2})[ \t]*$", "", text.strip()).strip()
     fenced = re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL)
     if fenced is not None:

@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import math
+import os
 import queue
 import sqlite3
 import threading
@@ -17,8 +19,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
-from data_pipeline.cli import RunError
-from data_pipeline.synthesis.requests import Bounds, Reply, Request, as_text
+from data_pipeline.cli import RunError, logger
+from data_pipeline.synthesis.requests import Bounds, Reply, Request, as_text, cost_of
 from data_pipeline.synthesis.settings import Price
 
 FORMAT_VERSION = 1
@@ -40,6 +42,7 @@ CREATE TABLE IF NOT EXISTS batches (
   id INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, remote TEXT, state TEXT NOT NULL, at REAL NOT NULL);
 PRAGMA user_version = {FORMAT_VERSION};
 """
+_RESERVE = 8 * 2**20  # bytes that are kept free: a few hundred replies
 _SENT = "INSERT INTO sent VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _OUTCOME = "INSERT INTO outcomes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
@@ -97,6 +100,13 @@ class Ledger:
                 ).fetchone()
             )
             self._next = self._reader.execute("SELECT coalesce(max(id), 0) + 1 FROM sent").fetchone()[0]
+            self._excess = self._reader.execute(
+                "SELECT coalesce(max(1.0 * prompt_tokens / max_prompt_tokens), 0), "
+                "coalesce(max(1.0 * completion_tokens / max_reply_tokens), 0) "
+                "FROM outcomes JOIN sent ON sent.id = outcomes.sent"
+            ).fetchone()
+        self._reserve = path.with_name(f"{path.name}.reserve")
+        self._has_reserve = self.is_full = False
         self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
         self._thread.start()
 
@@ -105,6 +115,20 @@ class Ledger:
         self._jobs.put(None)
         self._thread.join()
         self._reader.close()
+        if self._has_reserve:
+            self._reserve.unlink()
+
+    def keep_free(self) -> None:
+        """Keeps room on the disk for replies that are paid when it is full; `is_full` says that it is in use.
+
+        Raises OSError where there is none.
+        """
+        self._has_reserve = True
+        try:
+            with self._reserve.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, _RESERVE)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} for the ledger {self.path}") from error
 
     def __enter__(self) -> "Ledger":
         return self
@@ -171,9 +195,10 @@ class Ledger:
     ) -> tuple[list[Sent], "Future[None]"]:
         """Holds what these requests may cost; nothing is sent before the future that is returned is done.
 
-        Raises BudgetReached, with nothing held.
+        Where the server once took more than a request's bounds, so much more is held for each. Raises BudgetReached,
+        with nothing held.
         """
-        held = [request.bounds.cost(price) for request in requests]
+        held = [self.may_cost(request, price) for request in requests]
         if self.account.total + sum(held) > budget:
             raise BudgetReached(self.account.total, sum(held))
         self.account.held += sum(held)
@@ -189,6 +214,13 @@ class Ledger:
         ]
         return sent, self._submit(rows)
 
+    def may_cost(self, request: Request, price: Price) -> int:
+        """Billionths of a dollar that are held for a request."""
+        prompt, reply = (
+            math.ceil(bound * max(1.0, excess)) for bound, excess in zip(request.bounds, self._excess, strict=True)
+        )
+        return cost_of(prompt, reply, price)
+
     def settle(
         self, sent: Sent, status: Status, reply: Reply | None = None, cost: int = 0, tokens: tuple[int, int] = (0, 0),
         seconds: float = 0.0, detail: str = "",
@@ -198,6 +230,13 @@ class Ledger:
             cost, tokens = reply.cost, (reply.prompt_tokens, reply.completion_tokens)
         self.account.held -= sent.held
         self.account.spent += cost
+        took = tuple(used / bound for used, bound in zip(tokens, sent.bounds, strict=True))
+        if max(took) > max(1.0, *self._excess):
+            logger.warning(
+                "a request took %d and %d tokens of prompt and reply, where %d and %d were thought the most: from now "
+                "on %.1f times as much is held for each", *tokens, *sent.bounds, max(took),
+            )  # fmt: skip
+        self._excess = tuple(map(max, took, self._excess))
         said = (
             (None, None, None) if reply is None else tuple(map(as_text, (reply.finish_reason, reply.text, reply.model)))
         )
@@ -251,6 +290,17 @@ class Ledger:
                 return
 
     def _commit(self, connection: sqlite3.Connection, rows: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
+        """One transaction; where the disk is full, what is kept free for it is used."""
+        try:
+            self._commit_once(connection, rows)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or self.is_full or not self._has_reserve:
+                raise
+            self._reserve.write_bytes(b"")  # what is under way, and paid, finds room for its reply
+            self.is_full = True
+            self._commit_once(connection, rows)
+
+    def _commit_once(self, connection: sqlite3.Connection, rows: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
         """One transaction. A second reply to a request, which cannot be one, is still paid: its cost is kept."""
         with self._explained(), connection:
             connection.execute("BEGIN")

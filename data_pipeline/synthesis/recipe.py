@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from data_pipeline.answers import Votes, check_gold, extract, is_equal
+from data_pipeline.answers import Votes, extract, is_equal
 from data_pipeline.problem import Problem
 from data_pipeline.synthesis.fields import find_fields, last_question
+from data_pipeline.synthesis.final_answer import check_answer
 from data_pipeline.synthesis.requests import Reply, Request, Stage, make_request
 from data_pipeline.synthesis.settings import SynthesisSettings
 from data_pipeline.synthesis.strategies import ANSWER_FIELDS, Strategy, answer_prompt, masked
@@ -70,6 +71,7 @@ class Recipe:
     def __init__(self, settings: SynthesisSettings, strategy: Strategy):
         self._settings, self._strategy, self._kind = settings, strategy, settings.kind
         self._digest = strategy.digest(settings.kind)
+        self._placeholders = strategy.placeholders(settings.kind)
 
     @property
     def asks_question(self) -> bool:
@@ -119,11 +121,13 @@ class Recipe:
         tied = bool(others) and others[0][1] == most
         if count > 1 and (most < self._settings.agreement * count or tied):
             said = ", ".join(dict.fromkeys(asked.content[1] for asked in found))
-            return Lost("answer", "answers disagree", f"{question}\n\n{said}")
+            reason = "answers disagree" if others else "too few answers can be read"
+            return Lost("answer", reason, f"{question}\n\n{said}")
         chosen = next(asked for asked, vote in zip(found, voted, strict=True) if vote == winner)
         solution, answer = chosen.content
-        if expected is not None and not is_equal(answer, expected, self._kind):
-            return Lost("answer", "is not the known one", f"{question}\n\n{answer}, where it is {expected}")
+        if expected is not None and not (equal := is_equal(answer, expected, self._kind)):
+            reason = "is not the known one" if equal is False else "cannot be compared with the known one"
+            return Lost("answer", reason, f"{question}\n\n{answer}, where it is {expected}")
         taken += [(asked.request, asked.reply) for asked in found]
         lineage = {
             "seed": item.seed.id,
@@ -131,7 +135,10 @@ class Recipe:
             "strategy": self._settings.strategy,
             "prompts": self._digest,
             "model": chosen.reply.model or self._settings.teacher.model,
-            "temperature": self._settings.teacher.temperature,
+            "endpoint": chosen.request.endpoint,
+            "settings": {
+                key: value for key, value in chosen.request.body.items() if key not in ("model", "messages", "seed")
+            },
             "attempts": [again + 1, chosen.attempt + 1],
             "votes": [most, count],
             "prompt_tokens": sum(reply.prompt_tokens for _, reply in taken),
@@ -177,7 +184,7 @@ class Recipe:
     def _question(self, text: str) -> "str | _Unread":
         labels = self._strategy.question_fields
         question = last_question(find_fields(text, labels), labels)
-        return _Unread("has no question") if question is None else question
+        return _Unread("has no question") if question is None or question in self._placeholders else question
 
     def _solved(self, text: str) -> "tuple[str, str] | _Unread":
         """Solution and final answer."""
@@ -191,7 +198,7 @@ class Recipe:
         if answer is None:
             return _Unread("has no final answer")
         try:
-            check_gold(answer, self._kind)
+            check_answer(answer, self._kind)
         except ValueError:
             return _Unread(f"ends in no {'number' if self._kind == 'number' else 'mathematics'}")
         return solution, answer

@@ -12,6 +12,13 @@ from data_pipeline.synthesis.estimate import dollars
 from data_pipeline.synthesis.requests import NANO
 
 _MAX_CHARS = 1500  # of a text that is shown
+_REMOVED = {  # what `clean` calls it, in the words of a synthesis
+    "there beside it": "repeats a seed",
+    "nearly there beside it": "is nearly a seed",
+    "there already": "repeats a new row",
+    "nearly there already": "is nearly a new row",
+    "in a test set": "is in a test set",
+}
 
 
 class Sample(NamedTuple):
@@ -34,6 +41,11 @@ def write_report(
         Path(__file__).with_name("report.html.j2"),
         report=report,
         stages=_stages(report),
+        removed={_REMOVED.get(reason, reason): count for reason, count in report["removed"].items()},
+        totals={
+            name: sum(row[name] for row in report["requests"])
+            for name in ("count", "prompt_tokens", "completion_tokens", "cost")
+        },
         samples=samples,
         lost=[(f"{stage}: {reason}", texts) for (stage, reason), texts in lost.items()],
         steps=_step_rows(steps),

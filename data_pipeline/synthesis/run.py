@@ -1,40 +1,36 @@
 """`synthesize`: asks for what is missing, then makes rows of what is there."""
 
 import asyncio
-import dataclasses
+import hashlib
 import json
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from data_pipeline.clean.job import CleanSettings, clean, named_problems
+from data_pipeline.clean.job import named_problems
 from data_pipeline.cli import RunError, Stopped, StopSignal, logger, make_folder
-from data_pipeline.dataset import check_out, read_dataset, write_dataset
-from data_pipeline.files import damage_named, json_line, locked, write_atomically, write_json
+from data_pipeline.dataset import check_out
+from data_pipeline.files import damage_named, locked, write_atomically, write_json
 from data_pipeline.problem import Problem
 from data_pipeline.progress import Progress
-from data_pipeline.resample import histogram
 from data_pipeline.settings import UsageError, differences
 from data_pipeline.synthesis.batch import BatchTeacher
 from data_pipeline.synthesis.direct import DirectTeacher, Ended, each
 from data_pipeline.synthesis.estimate import described, dollars, estimate
-from data_pipeline.synthesis.ledger import BudgetReached, Ledger
-from data_pipeline.synthesis.recipe import Item, Lost, Made, Needs, Outcome, Recipe, items
-from data_pipeline.synthesis.report import Sample, write_report
+from data_pipeline.synthesis.finish import DATASET, finish
+from data_pipeline.synthesis.ledger import Account, BudgetReached, Ledger
+from data_pipeline.synthesis.recipe import Item, Needs, Outcome, Recipe, items
 from data_pipeline.synthesis.requests import NANO, Request
 from data_pipeline.synthesis.settings import SynthesisSettings
 from data_pipeline.synthesis.strategies import load_strategy
 from data_pipeline.tasks import read_problems
-from data_pipeline.tokenized import UNKNOWN_STEPS
 
-RUN_FILE, LEDGER_FILE, ROWS_FILE, DATASET = "run.json", "ledger.sqlite", "rows.jsonl", "dataset"
-_SAMPLES, _LOST_SAMPLES = 24, 6  # in the report: rows beside their seeds, and texts of each reason of loss
+RUN_FILE, SEEDS_FILE, LEDGER_FILE = "run.json", "seeds.npy", "ledger.sqlite"
 
 
 def synthesize(settings: SynthesisSettings, dry_run: bool = False) -> dict[str, Any]:
@@ -67,10 +63,11 @@ def synthesize(settings: SynthesisSettings, dry_run: bool = False) -> dict[str, 
     make_folder(epath.Path(folder), "out")
     with locked(epath.Path(folder), "out"):
         _check_unchanged(folder, determining)
-        _warn_of_fewer(folder, num_items, len(seeds))
+        _warn_of_fewer(folder, num_items, seeds)
         now = {"settings": settings.model_dump(mode="json"), "num_items": num_items, "num_seeds": len(seeds)}
         write_json(folder / RUN_FILE, {"determining": determining} | now)
         with Ledger(folder / LEDGER_FILE) as ledger:
+            ledger.keep_free()
             if settings.transport == "direct" and (under_way := ledger.batches("new", "open")):
                 raise UsageError(
                     f"transport=direct: {len(under_way)} batches of this folder are under way, and would be paid "
@@ -78,7 +75,7 @@ def synthesize(settings: SynthesisSettings, dry_run: bool = False) -> dict[str, 
                 )
             run = _Run(settings, recipe, ledger, seeds, num_items)
             ended = run.ask()
-            report = _finish(run, folder)
+            report = finish(settings, seeds, ((item, run.outcome(item)) for item in run.items()), ledger)
     if ended is None and report["num_open"]:
         ended = RunError(f"{report['num_open']:,} items are not done: run the same command again")
     if ended is None and not report["num_kept"]:
@@ -117,11 +114,11 @@ class _Run:
         started = time.monotonic()
         try:
             with StopSignal() as stop, Progress(self.num_items, "synthesising", "items") as bar:
-                note = self._note(began, bar)
+                shown = _Shown(bar, self.ledger.account)
                 if self.settings.transport == "direct":
-                    ended = asyncio.run(self._ask_directly(stop, bar, note))
+                    ended = asyncio.run(self._ask_directly(stop, shown))
                 else:
-                    ended = self._ask_in_batches(stop, bar, note)
+                    ended = self._ask_in_batches(stop, shown)
                 exit_code = stop.exit_code
         except BaseExceptionGroup as group:  # of the tasks; one says what it was
             raise group.exceptions[0] from None
@@ -134,23 +131,14 @@ class _Run:
             raise Stopped("stopped: every reply is kept; run the same command again", exit_code)
         return ended
 
-    def _note(self, began: int, bar: Progress) -> Callable[[], str]:
-        """What the progress bar says: dollars so far, and at the end if all goes on like this."""
-
-        def note() -> str:
-            spent = self.ledger.account.spent - began
-            if not bar.done:
-                return dollars(spent)
-            return f"{dollars(spent)}, {dollars(spent * self.num_items / bar.done)} at the end"
-
-        return note
-
-    async def _ask_directly(self, stop: StopSignal, bar: Progress, note: Callable[[], str]) -> RunError | None:
+    async def _ask_directly(self, stop: StopSignal, shown: "_Shown") -> RunError | None:
         teacher = DirectTeacher(self.settings.teacher, self.settings.limits, self.ledger, self.budget, stop)
         every = self.items()
 
         async def work(item: Item) -> None:
+            asked = False
             while isinstance(outcome := self.outcome(item), Needs):
+                asked = True
                 # Each is waited for, whatever becomes of the others: it may be under way, and paid.
                 answered = await asyncio.gather(*map(teacher.ask, outcome.requests), return_exceptions=True)
                 failures = [failure for failure in answered if isinstance(failure, BaseException)]
@@ -158,7 +146,10 @@ class _Run:
                     raise min(failures, key=lambda failure: isinstance(failure, Ended))
                 if not all(answered):
                     return  # it stays open: the next run asks again
-            bar.update(1, note())
+            if asked:
+                shown.done()
+            else:
+                shown.bar.skip()
 
         try:
             await each(
@@ -169,18 +160,22 @@ class _Run:
             await teacher.close()
         return self._why(teacher.ended, teacher.num_failed, teacher.refusal)
 
-    def _ask_in_batches(self, stop: StopSignal, bar: Progress, note: Callable[[], str]) -> RunError | None:
+    def _ask_in_batches(self, stop: StopSignal, shown: "_Shown") -> RunError | None:
         teacher = BatchTeacher(self.settings.teacher, self.settings.batch, self.ledger, self.budget, stop)
         more = True  # there may be requests that are not on their way
         seen = _Seen(bytearray(self.num_items), {})
+        looked = False
         while stop.exit_code is None:
             more = bool(teacher.adopt()) or more
             if more and teacher.has_room():
                 missing = _Missing(self, teacher, stop, seen)
                 submitted = teacher.submit(missing)
                 more = not missing.is_complete or submitted < missing.num_given
-                if missing.is_complete:
-                    bar.update(missing.num_done - bar.done, note())
+                if missing.is_complete and looked:
+                    shown.done(missing.num_done - shown.bar.done)
+                elif missing.is_complete:
+                    shown.bar.skip(missing.num_done)
+                    looked = True
                 if not submitted and teacher.is_idle:
                     break  # all is there, or the budget is reached, or what is missing failed too often
             elif teacher.is_idle:
@@ -211,6 +206,24 @@ class _Run:
                 "same command again, which asks for these only"
             )
         return None
+
+
+class _Shown:
+    """What a progress bar says beside the items: dollars so far, and at the end if all goes on like this."""
+
+    def __init__(self, bar: Progress, account: Account):
+        self.bar, self._account = bar, account
+        self._before, self._num_asked = account.spent, 0
+
+    def done(self, count: int = 1) -> None:
+        """Items that were asked for in this run are done."""
+        self._num_asked += count
+        spent = self._account.spent
+        note = dollars(spent)
+        if self._num_asked and self.bar.total is not None:
+            left = self.bar.total - self.bar.done - count
+            note += f", {dollars(spent + left * (spent - self._before) / self._num_asked)} at the end"
+        self.bar.update(count, note)
 
 
 class _Seen(NamedTuple):
@@ -255,108 +268,6 @@ class _Missing:
         self.is_complete = True
 
 
-def _finish(run: _Run, folder: Path) -> dict[str, Any]:
-    """Rows, dataset and report of what the ledger has."""
-    settings = run.settings
-    losses: Counter[tuple[str, str]] = Counter()
-    lost_samples: dict[tuple[str, str], list[Sample]] = {}
-    num_open = num_rows = 0
-
-    def write(file: BinaryIO) -> None:
-        nonlocal num_open, num_rows
-        for item in run.items():
-            outcome = run.outcome(item)
-            if isinstance(outcome, Made):
-                num_rows += 1
-                file.write(json_line(_row(outcome.problem)).encode() + b"\n")
-            elif isinstance(outcome, Lost):
-                reason = (outcome.stage, outcome.reason)
-                losses[reason] += 1
-                if losses[reason] <= _LOST_SAMPLES:
-                    lost_samples.setdefault(reason, []).append(Sample(_told(item.seed), outcome.detail))
-            else:
-                num_open += 1
-
-    write_atomically(folder / ROWS_FILE, write)
-    cleaned = _clean(run, folder) if num_rows else {}
-    ledger = run.ledger
-    report = {
-        "strategy": settings.strategy,
-        "num_items": run.num_items,
-        "num_open": num_open,
-        "lost": [{"stage": stage, "reason": reason, "count": n} for (stage, reason), n in losses.most_common()],
-        "num_rows": num_rows,
-        "removed": cleaned.get("removed", {}),
-        "num_kept": cleaned.get("num_kept", 0),
-        "requests": ledger.totals(),
-        "dollars": ledger.account.spent / NANO,
-        "dollars_held": ledger.account.held / NANO,
-        "settings": settings.model_dump(mode="json"),
-    }
-    write_json(folder / "report.json", report)
-    samples, steps = _of_dataset(run, folder) if report["num_kept"] else ([], {})
-    seed_steps = histogram(np.array([UNKNOWN_STEPS if s.num_steps is None else s.num_steps for s in run.seeds]))
-    write_report(folder / "report.html", report, samples, lost_samples, {"seeds": seed_steps, "rows": steps})
-    if losses:
-        said = ", ".join(f"{count:,} {stage}: {reason}" for (stage, reason), count in losses.most_common(6))
-        logger.info("lost: %s", said)
-    kept, items = f"{report['num_kept']:,}", f"{run.num_items:,}"
-    logger.info("%s rows are kept of %s items%s", kept, items, f", {num_open:,} of them not done" if num_open else "")
-    if report["num_kept"]:
-        a_row = dollars(ledger.account.total / report["num_kept"])
-        logger.info("%s a row; the dataset is %s, the report %s", a_row, folder / DATASET, folder / "report.html")
-    return report
-
-
-def _clean(run: _Run, folder: Path) -> dict[str, Any]:
-    """`clean`, with the seeds as what is there already."""
-    settings, seeds = run.settings, run.settings.seeds
-    strategy = load_strategy(settings.strategy)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            beside = str(Path(scratch) / "seeds")
-            write_dataset(beside, seeds.task, {seeds.split: run.seeds})
-            return clean(
-                CleanSettings(
-                    source=str(folder / ROWS_FILE),
-                    out=str(folder / DATASET),
-                    task=settings.rows_task,
-                    against=settings.against,
-                    beside=f"{seeds.task}:{seeds.split}={beside}",
-                    duplicates="example" if strategy.keeps_question else "question",
-                    # Questions that are made by rule are like their seeds, and each other, by design.
-                    similarity=1.0 if strategy.mask or strategy.keeps_question else settings.similarity,
-                )
-            )
-    except UsageError as error:  # nothing is left; the rows are there all the same
-        logger.warning("no dataset was made: %s", error)
-        return {}
-
-
-def _of_dataset(run: _Run, folder: Path) -> tuple[list[Sample], dict[int, int]]:
-    """Some kept rows beside their seeds, and how many have how many steps."""
-    seeds = {seed.id: seed for seed in run.seeds}
-    samples: list[Sample] = []
-    steps: list[int] = []
-    for row in read_dataset(str(folder / DATASET), "train"):
-        steps.append(UNKNOWN_STEPS if row.num_steps is None else row.num_steps)
-        seed = seeds.get(json.loads(row.lineage)["seed"])
-        if len(samples) < _SAMPLES and seed is not None:
-            samples.append(Sample(_told(seed), _told(row)))
-    return samples, histogram(np.array(steps))
-
-
-def _told(problem: Problem) -> str:
-    """A problem as the report shows it."""
-    return f"{problem.question}\n\n{problem.solution}\n\n{problem.answer}"
-
-
-def _row(problem: Problem) -> dict[str, Any]:
-    """A row of the tasks jsonl and latex."""
-    row = {key: value for key, value in dataclasses.asdict(problem).items() if value is not None}
-    return row | {"lineage": json.loads(problem.lineage)}
-
-
 def _check_unchanged(folder: Path, determining: dict[str, Any]) -> None:
     """Raises UsageError where the folder belongs to another synthesis."""
     file = folder / RUN_FILE
@@ -385,16 +296,29 @@ def _read(key: str, task: str, split: str, path: str | None) -> list[Problem]:
         raise UsageError(f"{key}: {error}{advice if 'does not exist' in str(error) else ''}") from error
 
 
-def _warn_of_fewer(folder: Path, num_items: int, num_seeds: int) -> None:
-    """Says where rows of an earlier run will not be there: of fewer items, or of more seeds for the same number."""
-    if not (folder / RUN_FILE).exists():
-        return
-    before = json.loads((folder / RUN_FILE).read_text())
-    if num_items / num_seeds < before["num_items"] / before["num_seeds"]:
-        logger.warning(
-            "%d items of %d seeds, after %d of %d: rows of items that are not among them are left out this time (their "
-            "replies stay in the ledger)", num_items, num_seeds, before["num_items"], before["num_seeds"],
-        )  # fmt: skip
+def _warn_of_fewer(folder: Path, num_items: int, seeds: Sequence[Problem]) -> None:
+    """Says where rows of an earlier run will not be there: fewer items, more seeds for as many, other seeds."""
+    file = folder / SEEDS_FILE
+    known = np.array(sorted(_seed_digest(seed) for seed in seeds), np.uint64)
+    if (folder / RUN_FILE).exists():
+        before = json.loads((folder / RUN_FILE).read_text())
+        if num_items / len(seeds) < before["num_items"] / before["num_seeds"]:
+            logger.warning(
+                "%d items of %d seeds, after %d of %d: rows of items that are not among them are left out this time "
+                "(their replies stay in the ledger)", num_items, len(seeds), before["num_items"], before["num_seeds"],
+            )  # fmt: skip
+        if file.exists() and (gone := len(np.setdiff1d(np.load(file), known))):
+            logger.warning(
+                "%d of the %d seeds of before are not there any more, or are other ones: their rows are left out "
+                "(their replies stay in the ledger), and other seeds are paid for", gone, before["num_seeds"],
+            )  # fmt: skip
+    write_atomically(file, lambda opened: np.save(opened, known))
+
+
+def _seed_digest(seed: Problem) -> int:
+    """64 bits of all of a seed that prompts are made of."""
+    whole = json.dumps([seed.id, seed.question, seed.answer])
+    return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=8).digest())
 
 
 def _has_replies(folder: Path) -> bool:

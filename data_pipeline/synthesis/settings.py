@@ -1,12 +1,13 @@
 """What a synthesis is: seeds, strategy, teacher, limits and budget."""
 
 import os
+import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pydantic
 
-from data_pipeline.settings import Settings, UsageError, read_yaml
+from data_pipeline.settings import Secret, Settings, UsageError, read_yaml
 from data_pipeline.sources import ProblemSet
 from data_pipeline.tasks import TASKS
 
@@ -53,9 +54,16 @@ class Teacher(Settings):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("must look like https://host/v1")
-        if parts.username or parts.password:
-            raise ValueError("must hold no key or password: they come from the environment (key_variable)")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise Secret("must hold no key, password or query: a key comes from the environment (key_variable)")
         return url.rstrip("/")
+
+    @pydantic.field_validator("key_variable")
+    @classmethod
+    def _is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", name):
+            raise Secret("must be the name of an environment variable, such as MY_KEY, and never the key itself")
+        return name
 
     @pydantic.field_validator("extra")
     @classmethod

@@ -94,6 +94,10 @@ class Strategy(Settings):
         layout = _prompt("question_verified" if self.verify else "question_unverified")
         return filled(layout, {"create": self.create.strip(), "rules": _prompt(f"rules_{kind}")})
 
+    def placeholders(self, kind: Kind) -> set[str]:
+        """What stands in the form of the question call's reply, and is no reply."""
+        return set(re.findall(r"<([^<>\n]+)>", self._layout(kind)))
+
     def digests(self, kind: Kind) -> dict[str, str]:
         """Identifies the wording of each prompt file, and of each key of the strategy."""
         names = ("question_verified", "question_unverified", f"rules_{kind}", f"answer_{kind}")

@@ -76,6 +76,7 @@ def test_requests_are_split_by_number_and_by_size(batches, directly):
     "ending",
     [
         "no output file",
+        "nothing done",
         "expired",
         "some fail",
         "damaged line",
@@ -89,7 +90,14 @@ def test_whatever_a_batch_ends_in_what_was_not_done_is_asked_again_and_nothing_e
     settings, store, books = batches(ending)
     report = synthesize(settings)
     assert report["num_open"] == 0 and made(settings) == directly()
-    expected = {"no output file": 90, "expired": 75, "some fail": 70, "damaged line": 61, "odd lines": 61}
+    expected = {
+        "no output file": 90,
+        "nothing done": 90,
+        "expired": 75,
+        "some fail": 70,
+        "damaged line": 61,
+        "odd lines": 61,
+    }
     assert sum(store["sizes"]) == expected.get(ending, 60)
     twice = [times for times in books.answered.values() if times > 1]
     # A line that cannot be read cannot be had again: it counts as paid.

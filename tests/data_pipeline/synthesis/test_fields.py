@@ -1,6 +1,7 @@
 """Fields are found whatever dress a teacher writes them in. Every text here was written by hand."""
 
 import json
+import time
 
 import pytest
 
@@ -32,6 +33,15 @@ ANSWER = ("solution", "final answer")
         "**SOLUTION: 3 + 4 = 7**\n**FINAL ANSWER: 7**",
         "### SOLUTION\n3 + 4 = 7\n\n### FINAL ANSWER\n7",
         "**Solution**\n3 + 4 = 7\n\n**Final answer**\n7",
+        "### SOLUTION\r\n3 + 4 = 7\r\n\r\n### FINAL ANSWER\r\n7\r\n",
+        "**Step 1: SOLUTION**\n3 + 4 = 7\n**Step 2: FINAL ANSWER**\n7",
+        "SOLUTION - 3 + 4 = 7\nFINAL ANSWER – 7",
+        "SOLUTION: 3 + 4 = 7 FINAL ANSWER: 7",
+        "Here you are. **SOLUTION:** 3 + 4 = 7. **FINAL ANSWER:** 7".replace("7. **", "7 **"),
+        "<solution>3 + 4 = 7</solution>\n<final_answer>7</final_answer>",
+        "<think>No.</think>\n<SOLUTION>\n3 + 4 = 7\n</SOLUTION>\n\n<FINAL ANSWER>\n7\n</FINAL ANSWER>",
+        'Here is the JSON:\n\n{"solution": "3 + 4 = 7", "final_answer": "7"}\n\nI hope this helps!',
+        "SOLUTION: 3 + 4 = 7\nFINAL ANSWER: 7\n\nLet me know if you want another one.",
     ],
 )
 def test_a_field_is_found_in_any_dress(text):
@@ -83,6 +93,10 @@ def test_fields_that_are_missing_or_empty_are_not_there():
         ("FINAL CREATED QUESTION: Find the area above the axis.", "Find the area above the axis."),
         ("FINAL CREATED QUESTION: Find 3 times the same number as 4.", "Find 3 times the same number as 4."),
         ("FINAL CREATED QUESTION: No modification needed.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: See CREATED QUESTION.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: Identical to the created question.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: The question does not need to be changed.", "How old is Al?"),
+        ("FINAL CREATED QUESTION: How old is Bo?\n\nI hope this is what you wanted.", "How old is Bo?"),
         ("FINAL CREATED QUESTION: The same question of Al's age has which answer?", None),
         ("", "How old is Al?"),
     ],
@@ -91,6 +105,31 @@ def test_a_last_field_that_is_missing_or_says_the_same_is_the_first(last, questi
     text = f"CREATED QUESTION: How old is Al?\nVERIFICATION AND MODIFICATION: It is fine.\n{last}"
     found = last_question(find_fields(text, QUESTION), QUESTION)
     assert found == (question or "The same question of Al's age has which answer?")
+
+
+@pytest.mark.parametrize("label", ["VERIFICATION", "VERIFICATION & MODIFICATION", "Verification and Modifications"])
+def test_a_label_that_is_said_otherwise_still_ends_the_field_before(label):
+    text = f"CREATED QUESTION: How old is Al?\n{label}:\n3 + 4 = 7, so the answer is 7. No rule is broken."
+    assert last_question(find_fields(text, QUESTION), QUESTION) == "How old is Al?"
+
+
+def test_labels_in_one_line_are_told_by_their_capitals():
+    text = (
+        "CREATED QUESTION: How old is Al? VERIFICATION AND MODIFICATION: The final created question: fine. "
+        "FINAL CREATED QUESTION: How old is Bo?"
+    )
+    assert find_fields(text, QUESTION) == {
+        "created question": "How old is Al?",
+        "verification and modification": "The final created question: fine.",
+        "final created question": "How old is Bo?",
+    }
+
+
+def test_a_long_text_without_a_field_takes_no_time():
+    for text in (" " * 200_000, "\n" * 200_000, "{ " * 100_000, '{"' * 50_000, "<solution>" * 20_000, "- " * 100_000):
+        started = time.process_time()
+        find_fields(text, ANSWER)
+        assert time.process_time() - started < 5
 
 
 def test_nothing_is_no_question():

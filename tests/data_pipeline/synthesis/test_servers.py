@@ -23,7 +23,7 @@ def test_troubles_that_pass_change_nothing(server, settings_of):
     report = synthesize(other)
     assert report["num_open"] == 0
     assert rows_in(one.out) == [
-        row | {"lineage": row["lineage"] | {"requests": mine["lineage"]["requests"]}}
+        row | {"lineage": row["lineage"] | {key: mine["lineage"][key] for key in ("requests", "endpoint")}}
         for row, mine in zip(rows_in(other.out), rows_in(one.out), strict=True)
     ]
     seen = {(status, reason) for status, reason, _ in outcomes(other.out)}
@@ -89,6 +89,43 @@ def test_a_usage_that_cannot_be_true_counts_as_the_most_it_can_be(server, settin
     prompts = [row["prompt_tokens"] for row in report["requests"]]
     assert all(row["completion_tokens"] == 400 * row["count"] for row in report["requests"]) and all(prompts)
     assert report["dollars"] == pytest.approx(sum(prompts) * 10e-6 + 10 * 400 * 30e-6)
+
+
+def test_a_server_that_takes_more_than_was_asked_for_is_held_for_more(server, settings_of, caplog):
+    class Greedy(Teacher):
+        def trouble(self, key, times, body, prompt):
+            whole = completion(reply_to(prompt, body, self.rules), body, prompt)
+            whole["usage"]["completion_tokens"] = 3 * body["max_tokens"]
+            self.pay(key, whole)
+            return True
+
+    url, books = server(Greedy)
+    settings = settings_of(url, num_items=60, budget=0.5, limits={"concurrency": 1})
+    with pytest.raises(RunError, match=r"the budget of \$0.50 is reached"):
+        synthesize(settings)
+    # Only the first request can take more than was held for it.
+    assert 0.3e9 < paid(books) <= 0.5e9
+    assert caplog.text.count("were thought the most: from now on 3.0 times as much is held for each") == 1
+    with pytest.raises(RunError, match=r"the budget of \$0.50 is reached"):  # another run knows it from the ledger
+        synthesize(settings)
+    assert paid(books) <= 0.5e9
+
+
+def test_what_an_error_says_that_it_took_is_counted(server, settings_of):
+    class Costly(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if times > 1:
+                return False
+            usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+            with self.books.lock:
+                self.books.tokens[0] += 100
+                self.books.tokens[1] += 10
+            self.answer(500, {"error": {"message": "broken", "code": "server_error"}, "usage": usage})
+            return True
+
+    url, books = server(Costly, rules=HONEST)
+    report = synthesize(settings_of(url, num_items=5))
+    assert report["dollars"] * 1e9 == pytest.approx(paid(books)) and report["dollars_held"] == 0
 
 
 @pytest.mark.parametrize(

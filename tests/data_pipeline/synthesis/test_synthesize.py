@@ -1,7 +1,9 @@
 """Whole runs against servers on localhost: what comes out, what is paid, and what is refused."""
 
+import errno
 import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,10 @@ from teachers import Hostile, Teacher, outcomes, paid, rows_in
 
 from data_pipeline.cli import RunError, is_disk_full
 from data_pipeline.dataset import read_dataset
+from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from data_pipeline.synthesis import ledger
+from data_pipeline.synthesis.estimate import dollars
 from data_pipeline.synthesis.rules import RuleTeacher, completion, reply_to
 from data_pipeline.synthesis.run import synthesize
 from data_pipeline.word_problems import solve
@@ -34,7 +38,8 @@ def test_rows_are_new_right_and_know_where_they_come_from(server, settings_of, s
         )
         lineage = row["lineage"]
         assert lineage["seed"] in known and row["question"] not in known.values()
-        assert lineage["strategy"] == "brand_new" and lineage["model"] == "rules" and lineage["temperature"] == 1.0
+        assert lineage["strategy"] == "brand_new" and lineage["model"] == "rules"
+        assert lineage["endpoint"] == url and lineage["settings"] == {"max_tokens": 400, "temperature": 1.0}
         assert lineage["votes"] == [1, 1] and lineage["attempts"] == [1, 1] and len(lineage["requests"]) == 2
         tokens = lineage["prompt_tokens"] * 10e-6 + lineage["completion_tokens"] * 30e-6
         assert lineage["dollars"] == pytest.approx(tokens)
@@ -255,25 +260,122 @@ def test_settings_that_are_no_groups_and_seeds_for_evaluation_are_refused(settin
         settings_of("http://localhost/v1", seeds={"task": "asdiv", "split": "test", "path": "-"})
 
 
-def test_a_full_disk_is_said_and_loses_nothing(server, settings_of, monkeypatch):
+@pytest.fixture
+def full_at(monkeypatch):
+    """Makes a disk that is full with so many pages of a ledger, until what is kept free on it is given up."""
+
+    commit = ledger.Ledger._commit_once
+
+    def fill(pages):
+        def commit_if_there_is_room(self, connection, rows):
+            is_given_up = self._reserve.exists() and not self._reserve.stat().st_size
+            # What SQLite then says is what it says of a full disk.
+            connection.execute(f"PRAGMA max_page_count = {10**6 if is_given_up else pages}")
+            commit(self, connection, rows)
+
+        monkeypatch.setattr(ledger.Ledger, "_commit_once", commit_if_there_is_room)
+
+    return fill
+
+
+def test_a_full_disk_is_said_and_what_is_under_way_is_kept(server, settings_of, full_at, monkeypatch):
     url, books = server(rules=HONEST)
-    connect = ledger.Ledger._connect
-
-    def small(self):
-        connection = connect(self)
-        connection.execute("PRAGMA max_page_count = 12")  # what SQLite then says is what it says of a full disk
-        return connection
-
-    monkeypatch.setattr(ledger.Ledger, "_connect", small)
-    with pytest.raises(OSError, match="No space left on device for the ledger") as error:
-        synthesize(settings_of(url, num_items=150, limits={"concurrency": 4}))
-    assert is_disk_full(error.value)
-    monkeypatch.setattr(ledger.Ledger, "_connect", connect)
+    full_at(12)
+    with pytest.raises(RunError, match="the disk is full: every reply is kept in .*make room, and go on"):
+        synthesize(settings_of(url, num_items=150, limits={"concurrency": 16}))
     there = sum(status == "reply" for status, _, _ in outcomes(settings_of(url).out))
-    assert 0 < there < 300
+    assert 0 < there < 300 and there == sum(books.answered.values())
+    full_at(10**6)
     synthesize(settings_of(url, num_items=150))
     assert len(rows_in(settings_of(url).out)) == 150
-    assert sum(books.answered.values()) <= 300 + 4  # replies to what was under way found no room
+    assert sum(books.answered.values()) == 300
+    assert not list(Path(settings_of(url).out).glob("*.reserve"))
+
+
+def test_a_disk_without_any_room_is_said_with_the_ledgers_name(server, settings_of, monkeypatch):
+    url, _ = server(rules=HONEST)
+
+    def full(self, connection, rows):
+        raise OSError(errno.ENOSPC, f"No space left on device for the ledger {self.path}")
+
+    monkeypatch.setattr(ledger.Ledger, "_commit_once", full)
+    with pytest.raises(OSError, match="No space left on device for the ledger") as error:
+        synthesize(settings_of(url, num_items=15, limits={"concurrency": 4}))
+    assert is_disk_full(error.value)
+
+
+def test_seeds_that_were_exchanged_are_spoken_of(server, settings_of, seeds, caplog):
+    url, books = server(rules=HONEST)
+    synthesize(settings_of(url))
+    rows = [json.loads(line) for line in Path(seeds).read_text().splitlines()]
+    for row in rows[:4]:
+        row["question"] = "So: " + row["question"]
+    Path(seeds).write_text("\n".join(map(json.dumps, rows)))
+    synthesize(settings_of(url))
+    assert (
+        "4 of the 30 seeds of before are not there any more, or are other ones: their rows are left out" in caplog.text
+    )
+    assert books.num_asked == 60 + 2 * 4
+
+
+def test_what_is_kept_of_nothing_is_told_with_its_reasons_and_an_old_dataset_goes(server, settings_of, tmp_path):
+    url, _ = server(rules=HONEST)
+    settings = settings_of(url)
+    synthesize(settings)
+    dataset = Path(settings.out) / "dataset"
+    assert dataset.exists()
+    test_set = tmp_path / "test.jsonl"
+    test_set.write_text("".join(json.dumps(row | {"lineage": None}) + "\n" for row in rows_in(settings.out)))
+    with pytest.raises(RunError, match="no row is kept of 30 items"):
+        synthesize(settings_of(url, against=f"jsonl:test={test_set}"))
+    assert not dataset.exists()
+    report = json.loads((Path(settings.out) / "report.json").read_text())
+    assert report["removed"] == {"in a test set": 30} and report["num_kept"] == 0
+    assert "row: is in a test set" in (Path(settings.out) / "report.html").read_text()
+
+
+def test_the_progress_line_says_what_was_spent_and_what_it_will_be(server, settings_of, monkeypatch):
+    notes = []
+    update = Progress.update
+    monkeypatch.setattr(Progress, "update", lambda bar, *what: (notes.extend(what[1:]), update(bar, *what)))
+    url, _ = server(rules=HONEST)
+    first = dollars(1e9 * synthesize(settings_of(url, num_items=20))["dollars"])
+    assert len(notes) == 20 and notes[-1] == f"{first}, {first} at the end"
+    notes.clear()
+    second = synthesize(settings_of(url, num_items=30))["dollars"]  # twenty are there: they cost and count nothing
+    assert len(notes) == 10
+    spent, ends = zip(*(map(float, re.findall(r"\$([\d.]+)", note)) for note in notes), strict=True)
+    assert float(first.strip("$")) < spent[0] < spent[-1] and list(spent) == sorted(spent)
+    assert spent[-1] == ends[-1] == pytest.approx(second, abs=0.01)
+    assert all(second - 0.01 < end < 5 * second for end in ends)  # replies under way count, and their items do not yet
+
+
+def test_a_sentence_is_no_answer_in_mathematics(server, settings_of, seeds, tmp_path):
+    class Shy(Teacher):
+        def complete(self, body, prompt):
+            text = reply_to(prompt, body, HONEST)
+            if "SOLUTION:" in prompt:
+                text = "SOLUTION: Hm.\nFINAL ANSWER: I am not sure about this, sorry."
+            self.answer(200, completion(text, body, prompt))
+
+    url, _ = server(Shy)
+    with pytest.raises(RunError, match="no row is kept"):
+        synthesize(settings_of(url, seeds={"task": "latex", "path": seeds}, num_items=5))
+    report = json.loads((Path(settings_of(url).out) / "report.json").read_text())
+    assert report["lost"] == [{"stage": "answer", "reason": "ends in no mathematics", "count": 5}]
+
+
+def test_the_form_of_a_reply_is_no_question(server, settings_of):
+    class Echo(Teacher):
+        def complete(self, body, prompt):
+            form = prompt.partition("CREATED QUESTION:")[2]
+            self.answer(200, completion(f"CREATED QUESTION:{form}", body, prompt))
+
+    url, _ = server(Echo)
+    with pytest.raises(RunError, match="no row is kept"):
+        synthesize(settings_of(url, num_items=5, strategy="brand_new_unverified"))
+    report = json.loads((Path(settings_of(url).out) / "report.json").read_text())
+    assert report["lost"] == [{"stage": "question", "reason": "has no question", "count": 5}]
 
 
 def test_a_dry_run_says_what_is_left_and_sends_nothing(server, settings_of, capsys):
@@ -328,4 +430,7 @@ def test_the_report_shows_what_came_of_it_and_no_text_runs_in_it(server, setting
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "question: has no question" in page and "Rows beside their seeds" in page
     assert "{{" not in page
+    assert "A million tokens cost $10.00 (prompts) and $30.00 (replies)" in page
+    total = sum(row["count"] for row in report["requests"])
+    assert re.search(rf'<th scope="row">all</th><th></th><td>{total}</td>', page)
     assert any(row["solution"].splitlines()[0] in html.unescape(page) for row in rows_in(settings.out))
