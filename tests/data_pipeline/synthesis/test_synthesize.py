@@ -281,7 +281,7 @@ def full_at(monkeypatch):
 def test_a_full_disk_is_said_and_what_is_under_way_is_kept(server, settings_of, full_at, monkeypatch):
     url, books = server(rules=HONEST)
     full_at(12)
-    with pytest.raises(RunError, match="the disk is full: every reply is kept in .*make room, and go on"):
+    with pytest.raises(RunError, match=r"the disk is full: every reply is kept in .*make room, and go on"):
         synthesize(settings_of(url, num_items=150, limits={"concurrency": 16}))
     there = sum(status == "reply" for status, _, _ in outcomes(settings_of(url).out))
     assert 0 < there < 300 and there == sum(books.answered.values())
