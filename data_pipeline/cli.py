@@ -149,24 +149,35 @@ class Command(NamedTuple):
     build: Callable[[argparse.ArgumentParser], Action]
 
 
+def parsed_command(
+    program: str, description: str | None, commands: Mapping[str, Command], argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Action]:
+    """The arguments of the one of `commands` that the first word of `argv` names, and what is done with them.
+
+    Ends the process where they are none of its own, or ask for help.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    act: Action | None = None
+    for name, command in commands.items():
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        if words[:1] == [name]:
+            act = command.build(subparser)
+    arguments = parser.parse_args(words)
+    assert act is not None  # the parser refuses, or helps with, whatever is no command
+    return arguments, act
+
+
 def run_commands(
     program: str, description: str | None, commands: Mapping[str, Command], argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Runs the one of `commands` that the first word of `argv` names, and ends the process; see `run_command`."""
 
     def run(argv: Sequence[str] | None) -> None:
-        words = list(sys.argv[1:] if argv is None else argv)
-        parser = argparse.ArgumentParser(
-            prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-        act: Action | None = None
-        for name, command in commands.items():
-            subparser = subparsers.add_parser(name, help=command.help, description=command.help)
-            if words[:1] == [name]:
-                act = command.build(subparser)
-        arguments = parser.parse_args(words)
-        assert act is not None  # the parser refuses, or helps with, whatever is no command
+        arguments, act = parsed_command(program, description, commands, argv)
         act(arguments)
 
     run_command(run, argv)

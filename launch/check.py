@@ -1,45 +1,87 @@
-"""Checks the settings of a command before a machine is rented, or a queue waited in, for it.
+"""Checks a command of ours before a machine is rented, or a queue waited in, for it.
 
     python launch/check.py python -m mathscale_jax.train --config configs/x.yaml key=value ...
     python launch/check.py python -m eval sample --task gsm8k ...
 
-Prints the folder that the command writes to. Exit code 2: the settings are wrong, and the message says how; 3: this
-Python has not the packages that could tell. Other commands are not looked at.
+Prints, as JSON, what it writes to, what it reads, and all gs:// paths of its settings. Exit code 2: it is wrong, and
+the message says how; 3: this Python has not the packages that could tell. Commands of others are not looked at.
 """
 
-import argparse
+import importlib.util
+import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+_OURS = ("mathscale_jax", "eval", "data_pipeline", "benchmarks")
+_READ = ("init_from", "path", "tokenizer", "template", "checkpoint", "source", "shots_source")  # settings
 
 
 def main(words: list[str]) -> None:
     """Checks `words`; ends the process."""
-    try:
-        from data_pipeline.cli import add_flags, from_flags
-        from data_pipeline.settings import UsageError, load_settings
-        from eval.sample import RunSettings, SampleSettings
-        from mathscale_jax.config import TrainSettings
-    except ImportError:
-        sys.exit(3)
     module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
     rest = words[words.index("-m") + 2 :] if module else []
+    told: dict[str, Any] = {"writes": None, "reads": [], "places": []}
     try:
-        if module == "mathscale_jax.train":
-            parser = argparse.ArgumentParser(prog="python -m mathscale_jax.train", usage="see --help")
-            parser.add_argument("--config", required=True)
-            given, others = parser.parse_known_args(rest)
-            overrides = [word for word in others if "=" in word and not word.startswith("--")]
-            print(load_settings(TrainSettings, given.config, overrides).output_dir)
-        elif module == "eval" and rest[:1] in (["sample"], ["run"]):
-            settings = SampleSettings if rest[0] == "sample" else RunSettings
-            parser = argparse.ArgumentParser(prog=f"python -m eval {rest[0]}", usage="see --help")
-            add_flags(parser, settings)
-            print(from_flags(settings, parser.parse_args(rest[1:])).out)
+        from data_pipeline.settings import UsageError
+    except ImportError:
+        sys.exit(3)
+    try:
+        settings = _settings_of(module, rest)
+    except ImportError:
+        sys.exit(3)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if settings is not None:
+        values = dict(_values(settings.model_dump(mode="json")))
+        told["writes"] = values.get("output_dir") or values.get("out")
+        told["reads"] = [value for key, value in values.items() if key.rpartition(".")[2] in _READ]
+        told["places"] = [value for value in values.values() if value.startswith("gs://")]
+    print(json.dumps(told))
+
+
+def _settings_of(module: str, rest: list[str]) -> Any:
+    """The settings of a command; None where it has none that say what it reads and writes. Raises UsageError."""
+    from data_pipeline.cli import from_flags, parsed_command
+    from data_pipeline.settings import UsageError
+
+    if module.partition(".")[0] in _OURS and not _is_there(module):
+        raise UsageError(f"there is no module {module}")
+    if module == "mathscale_jax.train":
+        from mathscale_jax.train import parsed
+
+        return parsed(rest)[0]
+    if module == "eval":
+        from eval.__main__ import COMMANDS
+        from eval.sample import RunSettings, SampleSettings
+
+        arguments, _ = parsed_command("python -m eval", None, COMMANDS, rest)
+        if rest[0] in ("sample", "run"):
+            return from_flags(SampleSettings if rest[0] == "sample" else RunSettings, arguments)
+    return None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package that is none
+        return False
+
+
+def _values(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in nested settings, by its dotted key."""
+    if isinstance(tree, str):
+        yield key, re.sub(r"@[^/@]*$", "", tree)  # checkpoints may be followed by @STEP
+    elif isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _values(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(tree, list):
+        for place, value in enumerate(tree):
+            yield from _values(value, f"{key}.{place}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -23,8 +24,8 @@ class Code(NamedTuple):
     digest: str
 
 
-def pack(folder: Path) -> Code:
-    """The files that git knows, as they are here, changed or not, and new ones that it does not ignore."""
+def names() -> list[str]:
+    """The files that git knows, and new ones that it does not ignore. Raises NotPacked."""
     git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listed = subprocess.run(git, capture_output=True, check=False)
@@ -32,10 +33,20 @@ def pack(folder: Path) -> Code:
         raise NotPacked("git is not installed: it says which files are code") from None
     if listed.returncode:
         raise NotPacked(f"{ROOT} is no git checkout, so which of its files are code is not known")
-    names = sorted({name for name in listed.stdout.decode().split("\0") if name and not name.startswith("runs/")})
+    return sorted({name for name in listed.stdout.decode().split("\0") if name and not name.startswith("runs/")})
+
+
+def travels(path: str) -> bool:
+    """Whether a path, as a command names it, is a file or folder of what `pack` packs. Raises NotPacked."""
+    name = os.path.normpath(path)
+    return any(file == name or file.startswith(f"{name}/") for file in names())
+
+
+def pack(folder: Path) -> Code:
+    """The files of `names` as they are here, changed or not. Raises NotPacked."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name in names:
+        for name in names():
             if (ROOT / name).is_file():
                 info = archive.gettarinfo(str(ROOT / name), name)
                 info.uid = info.gid = info.mtime = 0

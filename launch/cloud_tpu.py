@@ -1,26 +1,18 @@
-"""A TPU of Google Cloud and its workers, through gcloud. Runs outside of the project's environment, too."""
+"""A TPU of Google Cloud and its workers. Runs outside of the project's environment, too."""
 
 from __future__ import annotations
 
 import base64
 import concurrent.futures
-import contextlib
-import math
-import os
-import re
 import shlex
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from checkout import Code
+from gcloud_cli import POLL, CloudError, Gcloud, NotFound, say
 
-POLL = float(os.environ.get("MATHSCALE_POLL", "20"))  # seconds between two looks
 RUNTIMES = {"v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
             "v4": "tpu-ubuntu2204-base"}  # fmt: skip
 _CORES_ARE_COUNTED = ("v4", "v5p")  # v5p-8 has four chips, v5litepod-8 eight
@@ -30,98 +22,10 @@ _LOOKS = 4  # that find nothing, before a TPU counts as gone
 _MARK = "mathscale-says:"
 _SCRIPT = "mathscale/code/launch/worker.sh"
 _WORKER = f"bash {_SCRIPT}"
-_HINTS = (
-    (r"Reauthentication|invalid_grant|gcloud auth login|refreshing your current auth",
-     "your login has expired, or there is none: gcloud auth login"),
-    (r"has not been used|SERVICE_DISABLED|is not enabled",
-     "enable the API that it names: gcloud services enable tpu.googleapis.com compute.googleapis.com"),
-    (r"[Qq]uota|RESOURCE_EXHAUSTED",
-     "no quota for this type in this zone: ask for it under IAM & Admin > Quotas, or take another --zone or --type"),
-    (r"ALREADY_EXISTS|already exists", "choose another NAME, or delete that one"),
-    (r"PERMISSION_DENIED|does not have permission|403", "this account lacks a role for that in the project"),
-)  # fmt: skip
-
-
-class CloudError(Exception):
-    """gcloud did not do it; the message says what that means."""
-
-
-class NotFound(CloudError):
-    """What was asked for is not there."""
 
 
 class Unreachable(Exception):
     """A worker does not answer, or did not do it. The message names it."""
-
-
-def say(text: str) -> None:
-    """For people: on stderr, since stdout is the run's own."""
-    print(text, file=sys.stderr, flush=True)
-
-
-class Gcloud:
-    """Runs gcloud in a project and a zone. In a dry run it says what it would run, and returns nothing."""
-
-    def __init__(self, project: str, zone: str, dry_run: bool = False):
-        self.project, self.zone, self.dry_run = project, zone, dry_run
-        self.seconds_left: Callable[[], float] = lambda: math.inf  # of all calls but those that delete
-        self._under_way: set[subprocess.Popen[bytes]] = set()
-        self._is_ending = threading.Event()
-
-    def __call__(self, *words: str, seconds: float = 120) -> str:
-        """What gcloud prints. Raises CloudError."""
-        if "delete" not in words:
-            seconds = max(1.0, min(seconds, self.seconds_left()))
-        if self.dry_run:
-            say("gcloud " + " ".join(map(shlex.quote, words)))
-            return ""
-        with subprocess.Popen(
-            ["gcloud", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us alone, and what gcloud started ends with it
-        ) as process:  # fmt: skip
-            self._under_way.add(process)
-            if self._is_ending.is_set():
-                _end(process)
-            try:
-                out, err = process.communicate(timeout=seconds)
-            except BaseException as error:
-                _end(process)
-                if isinstance(error, subprocess.TimeoutExpired):
-                    raise CloudError(f"{_named(words)} did not end in {seconds:.0f} s") from None
-                raise
-            finally:
-                self._under_way.discard(process)
-        said = err.decode(errors="replace").strip()
-        if process.returncode:
-            hint = next((hint for pattern, hint in _HINTS if re.search(pattern, said)), None)
-            kind = NotFound if re.search(r"\bNOT_FOUND\b|HTTPError 404|not found: 404", said) else CloudError
-            raise kind(f"{_named(words)} failed: {said or 'it says nothing'}" + (f"\n  {hint}" if hint else ""))
-        return out.decode(errors="replace").strip()
-
-    def sleep(self) -> None:
-        """Until another try, or until all is ended."""
-        self._is_ending.wait(POLL)
-
-    def end_all(self) -> None:
-        """Ends what is under way, and what is begun from now on."""
-        self._is_ending.set()
-        for process in list(self._under_way):
-            _end(process)
-
-    def tpus(self, *words: str, seconds: float = 120) -> str:
-        """`gcloud compute tpus`, which asks nobody anything, such as about a first ssh key."""
-        place = (f"--zone={self.zone}", f"--project={self.project}", "--quiet")
-        alpha = ("alpha",) if "--tunnel-through-iap" in words else ()  # only there for these
-        return self(*alpha, "compute", "tpus", *words, *place, seconds=seconds)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _named(words: Sequence[str]) -> str:
-    return " ".join(["gcloud", *[word for word in words if not word.startswith("-")][:5]])
 
 
 class Worker(NamedTuple):
@@ -277,9 +181,12 @@ class Workers:
             return [act(0)] * len(self)  # the others alike
 
         def patiently(number: int) -> str:
-            for _ in range(tries - 1):
-                with contextlib.suppress(CloudError):
+            for attempt in range(tries - 1):
+                try:
                     return act(number)
+                except CloudError as error:
+                    if attempt == 1 and number == 0:  # the first may come too early, and others fail alike
+                        say(f"worker {self.workers[number]} is not reached yet, trying again: {error}")
                 self.cloud.sleep()
             return act(number)
 
@@ -372,11 +279,14 @@ class Workers:
         """Asks the command to end."""
         self.each(f"{_WORKER} stop")
 
+    def logs(self) -> list[str]:
+        """The output of each."""
+        return self.each("cat mathscale/run/log 2> /dev/null || true", seconds=600)
+
     def gather(self, folder: Path) -> None:
         """Brings the output of each."""
         folder.mkdir(parents=True, exist_ok=True)
-        every = self.each("cat mathscale/run/log 2> /dev/null || true", seconds=600)
-        for worker, output in zip(self.workers, every, strict=True):
+        for worker, output in zip(self.workers, self.logs(), strict=True):
             (folder / f"{worker.node}-worker-{worker.number}.log").write_text(output + "\n")
         say(f"the logs of all workers are in {folder}")
 
@@ -405,24 +315,3 @@ def hosts_of(kind: str) -> int | None:
     chips = int(size) // 2 if family in _CORES_ARE_COUNTED else int(size)
     alone = _CHIPS_OF_A_HOST if family in _CORES_ARE_COUNTED else 2 * _CHIPS_OF_A_HOST
     return 1 if chips <= alone else chips // _CHIPS_OF_A_HOST
-
-
-def buckets_in(words: Sequence[str]) -> list[str]:
-    """The buckets that a command names."""
-    return sorted(set(re.findall(r"gs://([a-z0-9][a-z0-9._-]*)", " ".join(words))))
-
-
-def check_buckets(cloud: Gcloud, words: Sequence[str]) -> None:
-    """Raises NotFound where a bucket is not there; warns of one that is far away, or cannot be looked at."""
-    region = cloud.zone.rpartition("-")[0]
-    for bucket in buckets_in(words):
-        try:
-            location = cloud("storage", "buckets", "describe", f"gs://{bucket}", "--format=value(location)").lower()
-        except NotFound:
-            raise
-        except CloudError as error:
-            say(f"warning: whether gs://{bucket} is near is not known: {error}")
-            continue
-        near = {"us": "us-", "eu": "europe-", "asia": "asia-"}.get(location, location)
-        if location and not f"{region}-".startswith(near):
-            say(f"warning: gs://{bucket} is in {location}, the TPU in {region}: slow, and its traffic is paid for")

@@ -1,6 +1,7 @@
 """A job on a TPU that may be taken away at any time: begun, followed, begun again, and cleaned up behind."""
 
 import argparse
+import contextlib
 import hashlib
 import math
 import os
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkout import Code, NotPacked, pack
-from cloud_tpu import POLL, CloudError, Gcloud, State, Tpu, Unreachable, Worker, Workers, hosts_of, say
+from cloud_tpu import State, Tpu, Unreachable, Worker, Workers, hosts_of
+from gcloud_cli import POLL, CloudError, Gcloud, say
 
 DONE, FAILED, STOPPED, AGAIN, GONE, TROUBLE = "done", "failed", "stopped", "again", "gone", "trouble"
 EXIT = {DONE: 0, FAILED: 1, STOPPED: 75}
 _GRACE = 30 * POLL  # seconds between being asked to stop, when --hours are over, and being deleted
 _TROUBLES = 4  # attempts, one after another, in which no command was begun, before the job is given up
+_REACHED = 6  # tries to reach a worker: VMs that are new may not answer yet
 _MISSES = 5  # looks, one after another, at which a worker does not answer
 _SAVED = 75  # exit code of a command that was told to stop
 _TERMINATED = 143  # of one that was told to stop before it could heed it
@@ -104,7 +107,8 @@ class Session:
         try:
             self.tpu.create(given.type, given.slices, given.spot, given.runtime, given.wait, given.create_flag)
         except CloudError:
-            self.tpu.is_gone()  # whether there is something to name, or to delete, all the same
+            with contextlib.suppress(CloudError):
+                self.tpu.is_gone()  # whether there is something to name, or to delete, all the same
             raise
 
     def wait_active(self) -> str:
@@ -121,13 +125,13 @@ class Session:
             unseen = 0 if state else unseen + 1
             if state == "ACTIVE":
                 return DONE
-            if state == "FAILED":
+            if state == "FAILED" and time.time() < until - 2 * POLL:
                 why = self.tpu.why_failed()
                 self.tpu.delete()
                 raise CloudError(f"{self.tpu.name} was refused: {why}")
             if state in ("SUSPENDING", "SUSPENDED", "DELETING") or unseen >= 5:
                 return GONE
-            if time.time() > until or self.deadline.is_over:
+            if state == "FAILED" or time.time() > until or self.deadline.is_over:
                 say(f"{self.tpu.name} was not free in time (--wait, --hours): the request is deleted")
                 self.tpu.delete()
                 return STOPPED
@@ -146,7 +150,7 @@ class Session:
         """Code and packages on all workers. Raises Unreachable, CloudError."""
         code = self.pack()
         say(f"{self.tpu.name}: setting up {number_of(len(workers), 'worker')}")
-        workers.each("true", tries=6)  # VMs that are new may not answer yet
+        workers.each("true", tries=_REACHED)
         workers.set_up(code)
 
     def follow(self, workers: Workers, owner: str | None = None) -> str:
@@ -213,6 +217,7 @@ class Session:
     def gather(self, workers: Workers) -> None:
         """The logs of all workers, as far as they can be had."""
         if self.cloud.dry_run:
+            workers.logs()
             return
         try:
             workers.gather(Path("runs/launch") / self.tpu.name / time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
@@ -232,8 +237,9 @@ class Job:
 
     def __init__(self, session: Session):
         self.session, self.owner = session, uuid.uuid4().hex[:12]
-        self.restarts, self.troubles = 0, 0
-        self.made = self.owned = False
+        self.restarts = self.troubles = self.unmade = 0  # the last: times, one after another, that it was not made
+        self.made = self.owned = self.reached = False
+        self.is_there = False  # made, and not deleted by this job
 
     def run(self, stages: Sequence[Stage]) -> int:
         """The exit code. The TPU is deleted at the end, unless it is to be kept, or somebody else's by now.
@@ -281,20 +287,23 @@ class Job:
                 if not self.made:  # it was never there
                     raise
                 say(f"error: {error}")
-                outcome = TROUBLE
+                outcome = TROUBLE if self.is_there else GONE  # where it is not made again, another time may be better
             if outcome in (DONE, FAILED, STOPPED):
                 return outcome
             self.troubles = self.troubles + 1 if outcome == TROUBLE else 0
             if self.session.deadline.is_over:
                 return STOPPED
-            if self.troubles >= _TROUBLES:
+            if self.troubles >= (_TROUBLES if self.reached else _TROUBLES // 2):
+                if not self.reached:
+                    say("no worker was ever reached by ssh: does a firewall allow tcp:22, or do they need --iap?")
                 return FAILED
             if self.restarts >= given.restarts:
                 say(f"begun again {self.restarts} times (--restarts): given up; the same command goes on where it was")
                 return STOPPED
             self.restarts += 1
             say(f"{self.session.tpu.name}: beginning again ({self.restarts} of at most {given.restarts})")
-            time.sleep(POLL)
+            self.unmade = 0 if self.is_there or outcome != GONE else self.unmade + 1
+            time.sleep(POLL * 2 ** min(self.unmade, 5))
 
     def _attempt(self, stage: Stage) -> str:
         """One try to bring a command to its end."""
@@ -326,18 +335,20 @@ class Job:
             time.sleep(POLL)
             state = session.state()
         by_user = state == "SUSPENDED" and tpu.is_by_user
-        if self.made and (state == "DELETING" or by_user or (not state and tpu.is_gone())):
+        if self.is_there and (state == "DELETING" or by_user or (not state and tpu.is_gone())):
             say(f"{tpu.name} was deleted by somebody else")
             return STOPPED
         if self.troubles == _TROUBLES // 2 or state in ("SUSPENDED", "FAILED"):
             say(f"{tpu.name} {'cannot be used' if state == 'ACTIVE' else 'was taken away'}: making it again")
             self._check_owner()
             tpu.delete()
-            state, self.owned = "", False
+            state, self.owned, self.is_there = "", False, False
         if not state:
+            self.is_there = False
             session.create()
         outcome = session.wait_active()
-        self.made = self.made or outcome == DONE
+        self.is_there = outcome == DONE
+        self.made = self.made or self.is_there
         return outcome
 
     def _begin(self, workers: Workers, words: Sequence[str]) -> None:
@@ -367,8 +378,10 @@ class Job:
 
     def _states(self, workers: Workers) -> list[State]:
         """How each stands. Raises Unreachable."""
-        workers.first().each("true", tries=6)  # makes the ssh key, where there is none, once
-        return workers.states(tries=6)
+        workers.first().each("true", tries=_REACHED)  # makes the ssh key, where there is none, once
+        states = workers.states(tries=_REACHED)
+        self.reached = True
+        return states
 
     def _check_owner(self) -> None:
         """Raises OtherJob where somebody else follows by now; says nothing where that cannot be seen."""

@@ -22,6 +22,7 @@ of all workers are gathered in runs/launch/NAME/. The last line names what may s
 """
 
 import argparse
+import json
 import re
 import shlex
 import signal
@@ -30,24 +31,35 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
-from checkout import ROOT
-from cloud_tpu import RUNTIMES, CloudError, Gcloud, Unreachable, buckets_in, check_buckets, hosts_of, say
+from checkout import ROOT, NotPacked, travels
+from cloud_tpu import RUNTIMES, Unreachable, hosts_of
+from gcloud_cli import CloudError, Gcloud, buckets_in, check_buckets, say
 from tpu_job import AGAIN, EXIT, GONE, STOPPED, Job, Session, Stage, WrongUse, number_of, tag_of
 
 
 def _job(session: Session, stages: Sequence[Stage]) -> int:
     given, words = session.arguments, stages[0].words
     told = _checked(words)
+    places = [*words, *told.places]
     if not given.keep:
-        if told is None and "mathscale_jax.train" in words and not any(w.startswith("output_dir=gs:") for w in words):
-            told = "no output_dir=gs://..."
-        if told and not told.startswith("gs://"):
-            raise WrongUse(f"the command writes to {told}, which is deleted with the TPU: name gs://..., or add --keep")
-        if not buckets_in(words):
+        writes = told.writes
+        if (
+            not told.is_known
+            and "mathscale_jax.train" in words
+            and not any(w.startswith("output_dir=gs:") for w in words)
+        ):
+            writes = "no output_dir=gs://..."
+        if writes and not writes.startswith("gs://"):
+            raise WrongUse(
+                f"the command writes to {writes}, which is deleted with the TPU: name gs://..., or add --keep"
+            )
+        if not buckets_in(places):
             raise WrongUse("nothing in the command is on gs://: what it writes is deleted with the TPU. Or add --keep")
-    check_buckets(session.cloud, words)
+    if not (given.keep or given.attach):
+        _check_reads(told.reads)
+    check_buckets(session.cloud, places)
     state = session.tpu.state()
     if state and not given.attach:
         raise WrongUse(
@@ -78,8 +90,17 @@ def _evaluate(session: Session) -> int:
     return _job(session, [Stage(sample), *after])
 
 
-def _checked(words: Sequence[str]) -> str | None:
-    """The folder that a command of ours writes to. Raises WrongUse where its settings are wrong."""
+class Checked(NamedTuple):
+    """What a command of ours writes to and reads, and the gs:// paths in its settings, where that is known."""
+
+    is_known: bool
+    writes: str | None = None
+    reads: Sequence[str] = ()
+    places: Sequence[str] = ()
+
+
+def _checked(words: Sequence[str]) -> Checked:
+    """Raises WrongUse where a command of ours is none, or its settings are wrong."""
     python = ROOT / ".venv" / "bin" / "python"
     words = [word.replace("{shard}", "0/1") for word in words]
     command = [str(python if python.exists() else sys.executable), str(ROOT / "launch" / "check.py"), *words]
@@ -89,12 +110,34 @@ def _checked(words: Sequence[str]) -> str | None:
     if checked.returncode:
         why = "the packages are not installed here" if checked.returncode == 3 else checked.stderr.strip()[-300:]
         say(f"warning: the command's settings were not checked: {why}")
-        return None
-    return checked.stdout.strip()
+        return Checked(False)
+    return Checked(True, **json.loads(checked.stdout))
+
+
+def _check_reads(paths: Sequence[str]) -> None:
+    """Raises WrongUse where a command reads what no worker will have."""
+    for path in paths:
+        try:
+            there = "://" in path or path == "default" or travels(path)
+        except NotPacked as error:
+            raise WrongUse(str(error)) from error
+        if not there:
+            raise WrongUse(
+                f"the command reads {path}, which is neither on gs:// nor a file of this checkout that git knows, and "
+                "nothing else travels: name gs://..., or add --keep and bring it there yourself"
+            )
+
+
+def _must_exist(session: Session) -> None:
+    """Raises CloudError where there is no such TPU."""
+    if not session.tpu.state() and not session.cloud.dry_run:
+        session.tpu.may_exist = False
+        raise CloudError(f"there is no {session.tpu.name} in {session.cloud.zone} of {session.cloud.project}")
 
 
 def _run(session: Session) -> int:
     check_buckets(session.cloud, session.arguments.words)
+    _must_exist(session)
     workers = session.workers()
     workers.check_versions()
     words = session.arguments.words
@@ -104,6 +147,7 @@ def _run(session: Session) -> int:
 
 
 def _follow(session: Session) -> int:
+    _must_exist(session)
     workers = session.workers()
     outcome = session.follow(workers)
     if outcome == GONE:
@@ -115,6 +159,9 @@ def _follow(session: Session) -> int:
 
 def _status(session: Session) -> int:
     state = session.tpu.state()
+    if session.cloud.dry_run:
+        session.workers().states()
+        return 0
     session.tpu.may_exist = bool(state)
     say(f"{session.tpu.name}: {state or 'does not exist in ' + session.cloud.zone + ' of ' + session.cloud.project}")
     if state == "ACTIVE":
@@ -133,13 +180,15 @@ def _create(session: Session) -> int:
 
 
 def _setup(session: Session) -> int:
+    _must_exist(session)
     session.set_up(session.workers())
     return 0
 
 
 def _stop(session: Session) -> int:
+    _must_exist(session)
     workers = session.workers()
-    if not any(state.what == "running" for state in workers.states()):
+    if not session.cloud.dry_run and not any(state.what == "running" for state in workers.states()):
         say(f"{session.tpu.name}: nothing runs there; a job that is setting it up goes on, and `delete` ends that")
         return 1
     workers.stop()
@@ -148,7 +197,7 @@ def _stop(session: Session) -> int:
 
 def _delete(session: Session) -> int:
     if not session.cloud.dry_run and session.tpu.is_gone():
-        raise CloudError(f"there is no {session.tpu.name} in {session.cloud.zone} of {session.cloud.project}")
+        _must_exist(session)
     session.tpu.delete()
     return 0
 
@@ -174,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--zone", default="", help="default: gcloud's compute/zone")
     add("--project", default="", help="default: gcloud's project")
     add("--runtime", metavar="VERSION", help="image of the VMs; default: the one for the type")
-    add("--restarts", type=int, default=20, metavar="N", help="times that a job is begun again (20)")
+    add("--restarts", type=_number, default=20, metavar="N", help="times that a job is begun again (20)")
     add(
         "--wait",
         type=_hours,
@@ -193,14 +242,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number from 1 on")
+def _number(text: str, least: int = 0) -> int:
+    if not re.fullmatch("[0-9]+", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} on")
     return int(text)
 
 
+def _count(text: str) -> int:
+    return _number(text, least=1)
+
+
 def _hours(text: str) -> float:
-    hours = float(text)
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = -1.0
     if not 0 <= hours < 10_000:
         raise argparse.ArgumentTypeError("must be hours, such as 0.5")
     return hours

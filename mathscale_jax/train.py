@@ -400,7 +400,8 @@ def _check_resume(saved: Checkpoint, settings: TrainSettings, rows: TokenizedRow
         )
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def parsed(argv: Sequence[str] | None) -> tuple[TrainSettings, ProcessSettings]:
+    """What the command line says. Ends the process where it is none; raises UsageError where a setting is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m mathscale_jax.train",
         description=__doc__,
@@ -413,7 +414,12 @@ def _main(argv: Sequence[str] | None) -> None:
     add_flags(group, ProcessSettings)
     arguments = parser.parse_intermixed_args(argv)
     settings = load_settings(TrainSettings, arguments.config, arguments.overrides)
-    start_processes(from_flags(ProcessSettings, arguments))
+    return settings, from_flags(ProcessSettings, arguments)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    settings, processes = parsed(argv)
+    start_processes(processes)
     try:
         train(settings)
     except jax.errors.JaxRuntimeError as error:

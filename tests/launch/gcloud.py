@@ -33,10 +33,10 @@ def main(arguments):
         state = json.loads(file.read_text()) if file.exists() else {"tpus": {}, "life": 0, "count": {}, "looks": 0}
         whole = " ".join(arguments)
         said = None
-        for pattern, (code, text, times) in script.get("fail", {}).items():  # the first so many times
+        for pattern, (code, text, times) in script.get("fail", {}).items():  # the first so many times, or at these
             if re.search(pattern, whole):
                 count = state["count"][pattern] = state["count"].get(pattern, 0) + 1
-                said = (text, code) if count <= times else said
+                said = (text, code) if (count in times if isinstance(times, list) else count <= times) else said
         for pattern, (life, number) in script.get("take_away", {}).items():  # at the number-th such call of this life
             if re.search(pattern, whole) and state["life"] == life and state["tpus"]:
                 count = state["count"][f"{pattern} {life}"] = state["count"].get(f"{pattern} {life}", 0) + 1
@@ -88,7 +88,7 @@ def answer(arguments, script, state):
             if name in tpus:
                 fail("ALREADY_EXISTS: the resource exists", 1)
             state["life"] += 1
-            tpus[name] = script.get("first_state", ORDER[0])
+            tpus[name] = script.get("first_states", {}).get(str(state["life"]), script.get("first_state", ORDER[0]))
         case ["compute", "tpus", "queued-resources", "list"]:
             name = flags["filter"].removeprefix("name~/").removesuffix("$")
             demand(filter=rf"name~/{name}\$", format=r"value\(state\.state,state\.stateInitiator\)")

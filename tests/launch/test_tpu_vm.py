@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -55,6 +56,34 @@ def test_a_tpu_that_is_taken_away_is_made_again_and_the_run_goes_on_to_its_end(c
     assert (logs / "tpu-worker-1.log").read_text().endswith("count 40\n")
     installed = (cloud.home() / "uv.log").read_text()
     assert "-c constraints.txt -e .[tpu,gcs]" in installed
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"fail": {"queued-resources create": [1, "UNAVAILABLE: try again", [2, 3]]}},
+        {"first_states": {"2": "FAILED"}},
+    ],
+    ids=["refused", "failed"],
+)
+def test_a_tpu_that_cannot_be_made_again_at_once_is_made_later(cloud, program, tmp_path, trouble):
+    cloud.says(take_away={"worker.sh state [0-9]": [1, 6]}, **trouble)
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(program(COUNTING)), str(tmp_path), "40", "gs://b/run")
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "tpu-1").read_text() == "40" and cloud.state() is None
+    assert "somebody else" not in ended.stderr and LEFT not in ended.stderr
+
+
+def test_a_tpu_that_is_never_made_again_ends_the_job_when_it_was_begun_again_as_often_as_it_may(
+    cloud, program, tmp_path
+):
+    cloud.says(take_away={"worker.sh state [0-9]": [1, 4]},
+               fail={"queued-resources create": [1, "UNAVAILABLE", list(range(2, 99))]})  # fmt: skip
+    ended = cloud.launch(
+        "job", "tpu", *SPOT, "--restarts", "3", "--", "python", str(program(COUNTING)), str(tmp_path), "999", "gs://b/r"
+    )
+    assert ended.returncode == 75 and "begun again 3 times (--restarts): given up" in ended.stderr
+    assert len(cloud.calls(*QUEUED, "create")) == 1 + 3 and LEFT not in ended.stderr
 
 
 def test_words_arrive_as_they_were_given(cloud, program, tmp_path):
@@ -400,6 +429,32 @@ FAILURES = {
 }
 
 
+def test_workers_that_ssh_never_reaches_are_not_bought_again(cloud):
+    cloud.says(fail={"tpu-vm ssh": [255, "connect to host 10.0.0.2 port 22: Connection timed out", 10**6]})
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "true", "gs://b/x")
+    assert ended.returncode == 1 and cloud.state() is None
+    assert (
+        "is not reached yet, trying again: gcloud compute tpus tpu-vm ssh tpu failed: connect to host" in ended.stderr
+    )
+    assert "no worker was ever reached by ssh: does a firewall allow tcp:22, or do they need --iap?" in ended.stderr
+    assert len(cloud.calls(*QUEUED, "create")) == 1
+
+
+def test_a_refusal_is_told_where_what_is_left_cannot_be_seen(cloud):
+    cloud.says(fail={"queued-resources create": [1, "Quota limit 'TPUV5s' exceeded", 9],
+                     "queued-resources list": [1, "backend error", [3]]})  # fmt: skip
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "true", "gs://b/x")
+    assert ended.returncode == 1 and "no quota for this type" in ended.stderr and LEFT in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["setup", "run", "follow", "stop", "delete"])
+def test_what_is_not_there_is_said_and_costs_nothing(cloud, command):
+    words = ("--", "true") if command == "run" else ()
+    ended = cloud.launch(command, "tpu", *words)
+    assert ended.returncode == 1 and "error: there is no tpu in us-west4-a of my-project" in ended.stderr
+    assert "may still exist" not in ended.stderr
+
+
 @pytest.mark.parametrize("pattern", FAILURES)
 def test_every_call_that_fails_ends_it_with_what_it_means_and_what_is_left(cloud, pattern):
     stderr, said, is_left = FAILURES[pattern]
@@ -477,6 +532,26 @@ def test_a_request_that_is_refused_says_why(cloud):
             ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "data.tokenizer=gs://b/x"),
             "writes to runs/demo/train, which is deleted",
         ),
+        ({}, ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "output_dir=gs://b/x", "--bogus", "1"), "arguments: --bogus"),
+        ({}, ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "output_dir=gs://b/x", "stray"), "'stray' must look like key="),
+        (
+            {},
+            ("job", "tpu", *SPOT, "--", "python", "-m", "mathscale_jax.trian", "gs://b"),
+            "no module mathscale_jax.tri",
+        ),
+        ({}, ("job", "tpu", *SPOT, "--", "python", "-m", "eval", "rnu", "gs://b"), "invalid choice: 'rnu'"),
+        (
+            {},
+            ("job", "tpu", *SPOT, "--", *TRAIN, "configs/llama2_7b_v5e_16.yaml", "output_dir=gs://b/x"),
+            "the command reads checkpoints/llama2-7b, which is neither on gs:// nor a file of this checkout",
+        ),
+        (
+            {},
+            ("evaluate", "tpu", *SPOT, "--", "--task", "gsm8k", "--checkpoint", "runs/x@5", "--out", "gs://b/x"),
+            "the command reads runs/x, which is neither",
+        ),
+        ({}, ("job", "tpu", *SPOT, "--restarts", "-1", "--", "x", "gs://b"), "must be a whole number from 0 on"),
+        ({}, ("job", "tpu", *SPOT, "--hours", "x", "--", "x", "gs://b"), "--hours: must be hours, such as 0.5"),
         ({}, ("create", "tpu", "--type"), "--type: expected one argument"),
         ({}, ("create", "tpu", *SPOT, "--slices", "two"), "--slices: must be a whole number from 1 on"),
     ],
@@ -489,12 +564,65 @@ def test_what_cannot_be_meant_is_said_before_anything_is_made(cloud, script, wor
 
 
 @pytest.mark.parametrize(
-    ("location", "warned"), [("US-WEST4", False), ("US", False), ("EUROPE-WEST4", True), ("EU", True), ("ASIA", True)]
+    ("location", "warned"),
+    [
+        ("US-WEST4", False),
+        ("US", False),
+        ("EUROPE-WEST4", True),
+        ("EU", True),
+        ("ASIA", True),
+        ("NAM4", True),
+        ("ASIA1", True),
+    ],
 )
 def test_a_bucket_that_is_elsewhere_is_warned_of(cloud, location, warned):
     cloud.says(location=location)
     ended = cloud.launch("job", "tpu", *SPOT, "--", "true", "gs://b/x")
     assert ended.returncode == 0 and (f"gs://b is in {location.lower()}, the TPU in us-west4" in ended.stderr) == warned
+
+
+def test_a_bucket_of_two_regions_is_near_to_both(cloud):
+    cloud.says(location="NAM4", **{"compute/zone": "us-central1-a"})
+    ended = cloud.launch(
+        "job", "tpu", *SPOT, "--zone", "us-west4-a", "--dry-run", "--project", "p", "--", "x", "gs://b"
+    )
+    assert ended.returncode == 0
+    for location, zone, warned in (
+        ("NAM4", "us-central1-b", False),
+        ("EUR4", "europe-west4-b", False),
+        ("EUR4", "europe-west1-b", True),
+        ("US", "northamerica-northeast1-b", False),
+    ):
+        assert is_warned_of(cloud, location, zone) == warned
+
+
+def is_warned_of(cloud, location, zone):
+    cloud.says(location=location)
+    script = "import sys; sys.path.insert(0, 'launch'); from gcloud_cli import Gcloud, check_buckets; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}check_buckets(Gcloud('p', {zone!r}), ['gs://b'])"], cwd=ROOT,
+        capture_output=True, text=True, check=True,
+        env=os.environ | {"GCLOUD_STORE": str(cloud.store), "PATH": f"{cloud.store / 'bin'}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    return "warning: gs://b is in" in done.stderr
+
+
+def test_buckets_that_only_a_config_names_are_looked_at(cloud, tmp_path):
+    config = tmp_path / "own.yaml"
+    text = (ROOT / "configs" / "demo.yaml").read_text().replace("runs/demo/train", "gs://mine/run")
+    config.write_text(text.replace("runs/demo/data", "gs://mine/data"))
+    place = ("--project", "p", "--zone", "z-a", "--dry-run")
+    ended = cloud.launch("job", "tpu", *SPOT, *place, "--", *TRAIN, str(config))
+    assert ended.returncode == 0, ended.stderr
+    assert "buckets describe gs://mine" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "call"), [("stop", "worker.sh stop"), ("status", "worker.sh state"), ("follow", "mathscale/run/log")]
+)
+def test_a_dry_run_of_a_single_step_shows_what_it_does(cloud, command, call):
+    ended = cloud.launch(command, "tpu", "--project", "p", "--zone", "z-a", "--dry-run")
+    assert ended.returncode == 0 and call in ended.stderr and not cloud.calls()
 
 
 def test_a_dry_run_shows_every_call_and_makes_none(cloud):
