@@ -51,7 +51,7 @@ class Progress:
             if self._bar is not None:
                 self._bar.initial += count
                 self._bar.n += count
-                self._bar.refresh()
+                self._bar.last_print_n += count
 
     def close(self) -> None:
         """Leaves the last state on the screen."""

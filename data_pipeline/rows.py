@@ -79,6 +79,12 @@ def holds_split(source: str, split: str) -> bool:
 
 def _files_of_split(folder: epath.Path, split: str, what: str) -> list[epath.Path]:
     files = _named_for(folder, split)
+    kinds = {re.sub(r"\d+|-[0-9a-f]{8,}\b", "", path.name) for path in files if not _is_named(path, folder, split)}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"{what} {str(folder)!r} has several files for the split {split!r}: name one of "
+            f"{', '.join(path.name for path in files[:8])}"
+        )
     if not files:
         files = _files_of_rows(folder)
         if len(files) != 1:
@@ -98,11 +104,15 @@ def says_split(file: str, split: str) -> bool:
 def _named_for(folder: epath.Path, split: str) -> list[epath.Path]:
     """The files, at any depth, that are named for a split or stand in a folder of its name, or else that mention it."""
     files = _files_of_rows(folder)
-    named = re.compile(rf"{re.escape(split)}(?:[-_]\d+(?:-of-\d+)?)?\.")
-    found = [path for path in files if named.match(path.name) or split in path.relative_to(folder).parts[:-1]]
+    found = [path for path in files if _is_named(path, folder, split)]
     found = found or [path for path in files if says_split(path.name, split)]
     of_default = [path for path in found if path.relative_to(folder).parts[0] in _DEFAULT]
     return of_default or found
+
+
+def _is_named(path: epath.Path, folder: epath.Path, split: str) -> bool:
+    named = re.match(rf"{re.escape(split)}(?:[-_]\d+(?:-of-\d+)?)?\.", path.name)
+    return named is not None or split in path.relative_to(folder).parts[:-1]
 
 
 def _files_of_rows(folder: epath.Path) -> list[epath.Path]:

@@ -22,15 +22,18 @@ _READ = ("init_from", "path", "tokenizer", "template", "checkpoint", "source", "
 
 def main(words: list[str]) -> None:
     """Checks `words`; ends the process."""
-    module = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
-    rest = words[words.index("-m") + 2 :] if module else []
+    module, rest = "", []
+    for place, word in enumerate(words[:-2]):
+        if re.fullmatch(r"(?:.*/)?python[\d.]*", word) and words[place + 1] == "-m":
+            module, rest = words[place + 2], words[place + 3 :]
+            break
     told: dict[str, Any] = {"writes": None, "reads": [], "places": []}
     try:
         from data_pipeline.settings import UsageError
     except ImportError:
         sys.exit(3)
     try:
-        settings = _settings_of(module, rest)
+        settings, config = _settings_of(module, rest)
     except ImportError:
         sys.exit(3)
     except UsageError as error:
@@ -39,13 +42,16 @@ def main(words: list[str]) -> None:
     if settings is not None:
         values = dict(_values(settings.model_dump(mode="json")))
         told["writes"] = values.get("output_dir") or values.get("out")
-        told["reads"] = [value for key, value in values.items() if key.rpartition(".")[2] in _READ]
+        told["reads"] = [value for key, value in values.items() if key.rpartition(".")[2] in _READ] + config
         told["places"] = [value for value in values.values() if value.startswith("gs://")]
     print(json.dumps(told))
 
 
-def _settings_of(module: str, rest: list[str]) -> Any:
-    """The settings of a command; None where it has none that say what it reads and writes. Raises UsageError."""
+def _settings_of(module: str, rest: list[str]) -> tuple[Any, list[str]]:
+    """The settings of a command, and the file that they are in; None where it has none that say what it reads.
+
+    Raises UsageError.
+    """
     from data_pipeline.cli import from_flags, parsed_command
     from data_pipeline.settings import UsageError
 
@@ -54,15 +60,16 @@ def _settings_of(module: str, rest: list[str]) -> Any:
     if module == "mathscale_jax.train":
         from mathscale_jax.train import parsed
 
-        return parsed(rest)[0]
+        config, settings, _ = parsed(rest)
+        return settings, [config]
     if module == "eval":
         from eval.__main__ import COMMANDS
         from eval.sample import RunSettings, SampleSettings
 
         arguments, _ = parsed_command("python -m eval", None, COMMANDS, rest)
         if rest[0] in ("sample", "run"):
-            return from_flags(SampleSettings if rest[0] == "sample" else RunSettings, arguments)
-    return None
+            return from_flags(SampleSettings if rest[0] == "sample" else RunSettings, arguments), []
+    return None, []
 
 
 def _is_there(module: str) -> bool:
@@ -75,7 +82,8 @@ def _is_there(module: str) -> bool:
 def _values(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Every text in nested settings, by its dotted key."""
     if isinstance(tree, str):
-        yield key, re.sub(r"@[^/@]*$", "", tree)  # checkpoints may be followed by @STEP
+        is_checkpoint = key in ("init_from", "checkpoint")
+        yield key, re.sub(r"@[^/@]*$", "", tree) if is_checkpoint else tree  # without @STEP
     elif isinstance(tree, dict):
         for name, value in tree.items():
             yield from _values(value, f"{key}.{name}".lstrip("."))

@@ -125,13 +125,16 @@ class Session:
             unseen = 0 if state else unseen + 1
             if state == "ACTIVE":
                 return DONE
-            if state == "FAILED" and time.time() < until - 2 * POLL:
+            if state == "FAILED":
                 why = self.tpu.why_failed()
                 self.tpu.delete()
+                if until - POLL < time.time():  # the request has ended by itself
+                    say(f"{self.tpu.name} was not free in time (--wait): {why}")
+                    return STOPPED
                 raise CloudError(f"{self.tpu.name} was refused: {why}")
             if state in ("SUSPENDING", "SUSPENDED", "DELETING") or unseen >= 5:
                 return GONE
-            if state == "FAILED" or time.time() > until or self.deadline.is_over:
+            if time.time() > until or self.deadline.is_over:
                 say(f"{self.tpu.name} was not free in time (--wait, --hours): the request is deleted")
                 self.tpu.delete()
                 return STOPPED
@@ -239,7 +242,8 @@ class Job:
         self.session, self.owner = session, uuid.uuid4().hex[:12]
         self.restarts = self.troubles = self.unmade = 0  # the last: times, one after another, that it was not made
         self.made = self.owned = self.reached = False
-        self.is_there = False  # made, and not deleted by this job
+        self.is_there = self.is_asked = False  # it is made; it was asked for: and not deleted by this job
+        self.num_unreached = 0  # attempts, one after another, in which ssh did not reach the first worker
 
     def run(self, stages: Sequence[Stage]) -> int:
         """The exit code. The TPU is deleted at the end, unless it is to be kept, or somebody else's by now.
@@ -293,9 +297,10 @@ class Job:
             self.troubles = self.troubles + 1 if outcome == TROUBLE else 0
             if self.session.deadline.is_over:
                 return STOPPED
-            if self.troubles >= (_TROUBLES if self.reached else _TROUBLES // 2):
-                if not self.reached:
-                    say("no worker was ever reached by ssh: does a firewall allow tcp:22, or do they need --iap?")
+            if not self.reached and self.num_unreached >= _TROUBLES // 2:
+                say("no worker was ever reached by ssh: does a firewall allow tcp:22, or do they need --iap?")
+                return FAILED
+            if self.troubles >= _TROUBLES:
                 return FAILED
             if self.restarts >= given.restarts:
                 say(f"begun again {self.restarts} times (--restarts): given up; the same command goes on where it was")
@@ -335,18 +340,23 @@ class Job:
             time.sleep(POLL)
             state = session.state()
         by_user = state == "SUSPENDED" and tpu.is_by_user
-        if self.is_there and (state == "DELETING" or by_user or (not state and tpu.is_gone())):
+        if self.is_asked and (state == "DELETING" or by_user or (not state and tpu.is_gone())):
             say(f"{tpu.name} was deleted by somebody else")
             return STOPPED
         if self.troubles == _TROUBLES // 2 or state in ("SUSPENDED", "FAILED"):
             say(f"{tpu.name} {'cannot be used' if state == 'ACTIVE' else 'was taken away'}: making it again")
             self._check_owner()
             tpu.delete()
-            state, self.owned, self.is_there = "", False, False
+            state, self.owned, self.is_there, self.is_asked = "", False, False, False
         if not state:
             self.is_there = False
             session.create()
-        outcome = session.wait_active()
+        self.is_asked = True
+        try:
+            outcome = session.wait_active()
+        except CloudError:  # it was refused, and is deleted
+            self.is_asked = self.is_there = False
+            raise
         self.is_there = outcome == DONE
         self.made = self.made or self.is_there
         return outcome
@@ -378,10 +388,13 @@ class Job:
 
     def _states(self, workers: Workers) -> list[State]:
         """How each stands. Raises Unreachable."""
-        workers.first().each("true", tries=_REACHED)  # makes the ssh key, where there is none, once
-        states = workers.states(tries=_REACHED)
+        try:
+            workers.first().each("true", tries=_REACHED)  # makes the ssh key, where there is none, once
+        except Unreachable:
+            self.num_unreached += 1
+            raise
         self.reached = True
-        return states
+        return workers.states(tries=_REACHED)
 
     def _check_owner(self) -> None:
         """Raises OtherJob where somebody else follows by now; says nothing where that cannot be seen."""

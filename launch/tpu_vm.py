@@ -107,11 +107,13 @@ def _checked(words: Sequence[str]) -> Checked:
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     if checked.returncode == 2:
         raise WrongUse(checked.stderr.strip().rpartition("error: ")[2])
-    if checked.returncode:
+    try:
+        told = json.loads(checked.stdout)
+    except ValueError:  # an error, or a command that asks for --help
         why = "the packages are not installed here" if checked.returncode == 3 else checked.stderr.strip()[-300:]
-        say(f"warning: the command's settings were not checked: {why}")
+        say(f"warning: the command's settings were not checked{why and f': {why}'}")
         return Checked(False)
-    return Checked(True, **json.loads(checked.stdout))
+    return Checked(True, **told)
 
 
 def _check_reads(paths: Sequence[str]) -> None:
@@ -130,8 +132,9 @@ def _check_reads(paths: Sequence[str]) -> None:
 
 def _must_exist(session: Session) -> None:
     """Raises CloudError where there is no such TPU."""
-    if not session.tpu.state() and not session.cloud.dry_run:
-        session.tpu.may_exist = False
+    if session.cloud.dry_run:
+        session.tpu.state()
+    elif session.tpu.is_gone():
         raise CloudError(f"there is no {session.tpu.name} in {session.cloud.zone} of {session.cloud.project}")
 
 
@@ -196,7 +199,7 @@ def _stop(session: Session) -> int:
 
 
 def _delete(session: Session) -> int:
-    if not session.cloud.dry_run and session.tpu.is_gone():
+    if not session.cloud.dry_run:
         _must_exist(session)
     session.tpu.delete()
     return 0

@@ -400,8 +400,8 @@ def _check_resume(saved: Checkpoint, settings: TrainSettings, rows: TokenizedRow
         )
 
 
-def parsed(argv: Sequence[str] | None) -> tuple[TrainSettings, ProcessSettings]:
-    """What the command line says. Ends the process where it is none; raises UsageError where a setting is wrong."""
+def parsed(argv: Sequence[str] | None) -> tuple[str, TrainSettings, ProcessSettings]:
+    """What the command line says, first the config's name. Ends the process, or raises UsageError, where it is none."""
     parser = argparse.ArgumentParser(
         prog="python -m mathscale_jax.train",
         description=__doc__,
@@ -414,11 +414,11 @@ def parsed(argv: Sequence[str] | None) -> tuple[TrainSettings, ProcessSettings]:
     add_flags(group, ProcessSettings)
     arguments = parser.parse_intermixed_args(argv)
     settings = load_settings(TrainSettings, arguments.config, arguments.overrides)
-    return settings, from_flags(ProcessSettings, arguments)
+    return arguments.config, settings, from_flags(ProcessSettings, arguments)
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    settings, processes = parsed(argv)
+    _, settings, processes = parsed(argv)
     start_processes(processes)
     try:
         train(settings)

@@ -49,8 +49,8 @@ def test_the_task_in_the_guide_is_one(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     made: dict[str, Any] = {}
     exec(compile(example, "gsm_hard.py", "exec"), made)
-    rows = [{"input": "How much is 2 eggs at $9 each?", "target": 18.0}, {"input": "And 1?", "target": 9.5}]
+    rows = [{"input": "How much is 2 eggs at $9 each?", "target": 18.0}, {"input": "And 1?", "target": 1e16}]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = list(made["TASK"].problems("test", str(tmp_path)))
-    assert [(p.question, p.answer) for p in problems] == [(rows[0]["input"], "18"), ("And 1?", "9.5")]
+    assert [(p.question, p.answer) for p in problems] == [(rows[0]["input"], "18"), ("And 1?", "10000000000000000")]
     assert all(p.id.startswith("gsm_hard/test/") for p in problems)

@@ -61,7 +61,7 @@ class TestSets:
     def matches(self, rows: Grams, threshold: float) -> list[Match]:
         """Of each row that holds a problem, the problem of which it holds most.
 
-        `threshold` is the share of most problems' n-grams that a row must hold.
+        `threshold` is the share of most problems' n-grams that a row must hold, and the least of the others' rules.
         """
         best: dict[int, Match] = {}
         for start, test_set in zip(self._starts, self._sets, strict=False):
@@ -88,7 +88,7 @@ class _TestSet:
         yield from self._long.matches(rows.masked, threshold)
         yield from self._short.matches(rows.plain, max(SHORT_SHARE, threshold))
         yield from self._shortest.matches(rows.plain, 1.0)
-        yield from self._similar.matches(rows.masked)
+        yield from self._similar.matches(rows.masked, max(SIMILARITY, threshold))
 
 
 class _Index:
@@ -148,17 +148,17 @@ class _Similar:
         needed = np.where(used, np.floor((1 - SIMILARITY) * sizes + 1e-9) + 1, 0)
         self._keys = _Index(grams, rank < np.repeat(needed, sizes))
 
-    def matches(self, rows: Shingles) -> Iterable[Match]:
+    def matches(self, rows: Shingles, threshold: float) -> Iterable[Match]:
         """Of each row that is similar to a problem the first that it is similar to."""
         found, problems, _ = self._keys.shares(rows)
         sizes, of_problems = np.diff(rows.offsets)[found], self._sizes[problems]
-        may_be = np.minimum(sizes, of_problems) >= SIMILARITY * np.maximum(sizes, of_problems)
+        may_be = np.minimum(sizes, of_problems) >= threshold * np.maximum(sizes, of_problems)
         done = -1
         for row, problem in zip(found[may_be].tolist(), problems[may_be].tolist(), strict=True):
             if row == done:
                 continue
             similarity = jaccard(rows[row], self._grams[problem])
-            if similarity >= SIMILARITY:
+            if similarity >= threshold:
                 done = row
                 yield Match(row, problem, similarity, f"{100 * similarity:.0f} % alike but for numbers and names")
 

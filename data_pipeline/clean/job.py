@@ -51,8 +51,9 @@ class CleanSettings(Settings):
         None, description="rows that are there already, likewise as TASK:SPLIT=SOURCE: what repeats one goes"
     )
     contamination: float = pydantic.Field(
-        0.4, gt=0, le=1, description="share of a test question's n-grams of words in a row that is taken from it"
-    )
+        0.4, gt=0, le=1, description="share of a test question's n-grams of words in a row that is taken from it; of a "
+        "short question at least 0.7, and 0.8 where all of a row is compared with all of it",
+    )  # fmt: skip
     similarity: float = pydantic.Field(
         0.8, gt=0, le=1, description="Jaccard similarity of n-grams of words from which two rows are one; 1: exact only"
     )

@@ -98,6 +98,10 @@ class BatchTeacher:
 
     def has_room(self) -> bool:
         """Whether another batch may be submitted now."""
+        if self._ledger.is_full and not self.errors:
+            self._give_up(
+                RunError(f"the disk is full: what there is, is kept in {self._ledger.path}; make room, and go on")
+            )
         return self.num_open < self._max_open and not (self.is_waiting or self.budget_reached or self.errors)
 
     def adopt(self) -> int:

@@ -14,7 +14,7 @@ import openai
 
 from data_pipeline.cli import RunError, StopSignal, first_line, logger
 from data_pipeline.synthesis.ledger import BudgetReached, Ledger, Sent, Status, on_disk
-from data_pipeline.synthesis.requests import Reply, Request, cost_of, of_the_prompt, read_reply, usage_of
+from data_pipeline.synthesis.requests import Reply, Request, cost_of, of_the_prompt, read_reply, told_usage, usage_of
 from data_pipeline.synthesis.settings import Limits, Teacher
 
 _FIRST_WAIT = 1.0  # seconds after the first error; doubled from one to the next
@@ -191,12 +191,9 @@ class DirectTeacher:
             await on_disk(self._ledger.settle(sent, "reply", refused, seconds=seconds, detail=code))
             return None
         paid, tokens = sent.held if status in _IN_DOUBT else 0, (0, 0)
-        body = _parsed(error.response.content)
-        if isinstance(body, dict) and isinstance(
-            body.get("usage"), dict
-        ):  # it failed, and says what it took all the same
-            tokens = usage_of(body, sent.bounds)
-            paid = max(paid, cost_of(*tokens, self._price))
+        took = told_usage(_parsed(error.response.content), sent.bounds)
+        if took is not None:  # it failed, and says what it took all the same
+            tokens, paid = took, max(paid, cost_of(*took, self._price))
         outcome: Status = "unknown" if paid else "unpaid"
         await on_disk(self._ledger.settle(sent, outcome, cost=paid, tokens=tokens, seconds=seconds, detail=told))
         if any(name in code for name in OUT_OF_QUOTA) or status == 402:

@@ -88,7 +88,7 @@ def estimate(settings: SynthesisSettings, recipe: Recipe, ledger: Ledger, items:
             stage.prompt_tokens += request.expected_prompt_tokens
             stage.reply_tokens += lengths[request.stage]
             stage.expected += cost_of(request.expected_prompt_tokens, lengths[request.stage], price)
-            stage.at_most += request.bounds.cost(price)
+            stage.at_most += ledger.may_cost(request, price)
     used = [stage for stage in stages.values() if stage.requests]
     return Estimate(
         num_items, num_done, used, _seconds(settings, used, latency), by_ledger, ledger.account.total, example

@@ -30,14 +30,12 @@ _ONE_BACKSLASH = re.compile(rf"\\\\|\\(?={_COMMAND})")
 _ONE_BACKSLASH_UNESCAPED = re.compile(rf"\\\\|\\(?={_COMMAND}|t[a-z]{{2}}|(?:ne|ni|nu|not|neg|to|tt)(?![a-z]))")
 # A question that is left as it is, in the words of who was to write it again: short, and it asks nothing.
 _UNCHANGED = re.compile(
-    r"\b(?:same|unchanged|identical|as it is|as is|stays|remains|(?:as|see) above|see (?:the )?\w+ question"
-    r"|no (?:change|modification)s?|no need|not (?:need|have) to be|needs no|none|n/a)\b", re.I
+    r"\b(?:same|unchanged|identical to|as it is|as is|stays|remains|(?:as|see) above|see (?:the )?\w+ question"
+    r"|no (?:change|modification)s?|not (?:need|have) to be (?:changed|modified)|none|n/a)\b", re.I
 )  # fmt: skip
 _LONGEST_UNCHANGED = 120
-# What an assistant says to its user at the end.
-_TO_THE_USER = re.compile(
-    r"\n\s*(?:please )?(?:let me know|i hope|feel free|would you like|if you (?:have|need|want|would))\b[^\n]*\Z", re.I
-)
+# What an assistant says to its user, in a paragraph at the end.
+_TO_THE_USER = re.compile(r"(?:please )?(?:let me know|i hope|feel free)\b[^\d?]*", re.IGNORECASE)
 
 
 def find_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
@@ -49,9 +47,10 @@ def find_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
     tags of these names.
     """
     text = text.replace("\r\n", "\n")
-    from_marks = _json_fields(text, labels) or _tag_fields(text, labels)
-    if from_marks is not None:
-        return from_marks
+    tagged = _tag_fields(text, labels)
+    whole = _json_fields(text, labels) or (tagged if len(tagged) == len(labels) else None)
+    if whole is not None:
+        return whole
     found: list[tuple[str, int, int]] = []  # label, where it begins, where its content begins
     start = 0
     for label in labels:
@@ -68,7 +67,9 @@ def find_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
         content = _tidied(text[begin:end])
         if content:
             fields[label] = content
-    return fields
+    if len(fields) < len(labels):
+        fields |= tagged
+    return {label: fields[label] for label in labels if label in fields}
 
 
 def _label(label: str, space: str) -> str:
@@ -80,14 +81,14 @@ def _label(label: str, space: str) -> str:
     return pattern
 
 
-def _tag_fields(text: str, labels: Sequence[str]) -> dict[str, str] | None:
+def _tag_fields(text: str, labels: Sequence[str]) -> dict[str, str]:
     fields = {}
     for label in labels:
         name = r"[ _-]".join(map(re.escape, label.split()))
         places = re.findall(rf"<({name})>((?:(?!</?{name}>).)*)</\1>", text, re.IGNORECASE | re.DOTALL)
         if places and (content := _tidied(places[-1][1])):
             fields[label] = content
-    return fields or None
+    return fields
 
 
 def last_question(fields: dict[str, str], labels: Sequence[str]) -> str | None:
@@ -151,7 +152,11 @@ def _as_json(text: str) -> dict[str, Any] | None:
 
 def _tidied(text: str) -> str:
     """Without emphasis and fences around the whole, and lines that only separate."""
-    text = _TO_THE_USER.sub("", text.strip())
+    before, _, last = text.strip().rpartition("\n\n")
+    if before and _TO_THE_USER.fullmatch(last):
+        text = before
+    tagged = re.fullmatch(r"<([\w -]+)>(.*)</\1>", text.strip(), re.DOTALL)
+    text = text if tagged is None else tagged[2]
     text = re.sub(r"\n[ \t]*(?:[-*_=]{3,}|#{1,6}|\*{2})[ \t]*$", "", text.strip()).strip()
     fenced = re.fullmatch(r"```\w*\n(.*)\n```", text, re.DOTALL)
     if fenced is not None:

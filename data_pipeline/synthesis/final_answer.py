@@ -4,11 +4,11 @@ import re
 
 from data_pipeline.answers import Kind, check_gold
 
-_MOST_WORDS = 3  # in a row outside of \text{}: "no real solution" is an answer, a sentence is none
+_MOST_WORDS = 4  # in a row outside of \text{}: "all numbers but 3" is an answer, a sentence is none
 _ESCAPED = re.compile(r"\\[{}\\$%&#_]")
 _TEXT = re.compile(r"\\(?:text\w*|[mh]box|mathrm|operatorname|emph|begin|end)\*?\s*\{[^{}]*\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
-_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s,;:'’-]+[^\W\d_]+)*")
+_WORDS = re.compile(r"[^\W\d_]{2,}(?:[\s'’-]+[^\W\d_]{2,})*")
 _FRACTION = re.compile(r"\\[dtc]?frac(?![A-Za-z])")
 _TOKEN = re.compile(r"\s*(?:\\[A-Za-z]+|[^\s{}\\^_&])")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{([A-Za-z*]+)\}")

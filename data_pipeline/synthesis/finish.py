@@ -37,7 +37,7 @@ def finish(
 ) -> dict[str, Any]:
     """Writes rows, dataset and report of what became of the items; returns the report.
 
-    A dataset of an earlier run is removed where none of its rows is kept any more.
+    A dataset of an earlier run is removed where all items are done, and no row is kept.
     """
     folder = Path(settings.out)
     losses: Counter[tuple[str, str]] = Counter()
@@ -61,7 +61,7 @@ def finish(
 
     write_atomically(folder / ROWS_FILE, write)
     cleaned = _clean(settings, seeds, folder) if num_rows else {}
-    if not cleaned.get("num_kept"):
+    if not num_open and not cleaned.get("num_kept"):
         _remove_dataset(folder / DATASET)
     price, share = settings.teacher.prices(), BATCH_SHARE if settings.transport == "batch" else 1.0
     report = {

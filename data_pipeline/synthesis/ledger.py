@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.cli import RunError, logger
-from data_pipeline.synthesis.requests import Bounds, Reply, Request, as_text, cost_of
+from data_pipeline.synthesis.requests import BELIEVABLE, Bounds, Reply, Request, as_text, cost_of
 from data_pipeline.synthesis.settings import Price
 
 FORMAT_VERSION = 1
@@ -100,11 +100,12 @@ class Ledger:
                 ).fetchone()
             )
             self._next = self._reader.execute("SELECT coalesce(max(id), 0) + 1 FROM sent").fetchone()[0]
-            self._excess = self._reader.execute(
+            excess = self._reader.execute(
                 "SELECT coalesce(max(1.0 * prompt_tokens / max_prompt_tokens), 0), "
                 "coalesce(max(1.0 * completion_tokens / max_reply_tokens), 0) "
                 "FROM outcomes JOIN sent ON sent.id = outcomes.sent"
             ).fetchone()
+            self._excess = [min(BELIEVABLE, times) for times in excess]  # of prompts and replies, times their bounds
         self._reserve = path.with_name(f"{path.name}.reserve")
         self._has_reserve = self.is_full = False
         self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
@@ -116,7 +117,7 @@ class Ledger:
         self._thread.join()
         self._reader.close()
         if self._has_reserve:
-            self._reserve.unlink()
+            self._reserve.unlink(missing_ok=True)
 
     def keep_free(self) -> None:
         """Keeps room on the disk for replies that are paid when it is full; `is_full` says that it is in use.
@@ -230,18 +231,23 @@ class Ledger:
             cost, tokens = reply.cost, (reply.prompt_tokens, reply.completion_tokens)
         self.account.held -= sent.held
         self.account.spent += cost
-        took = tuple(used / bound for used, bound in zip(tokens, sent.bounds, strict=True))
-        if max(took) > max(1.0, *self._excess):
-            logger.warning(
-                "a request took %d and %d tokens of prompt and reply, where %d and %d were thought the most: from now "
-                "on %.1f times as much is held for each", *tokens, *sent.bounds, max(took),
-            )  # fmt: skip
-        self._excess = tuple(map(max, took, self._excess))
+        self._note_excess(tokens, sent.bounds)
         said = (
             (None, None, None) if reply is None else tuple(map(as_text, (reply.finish_reason, reply.text, reply.model)))
         )
         row = (sent.id, sent.key, status, *said, *tokens, cost, seconds, time.time(), as_text(detail)[:500])
         return self._submit([(_OUTCOME, row)])
+
+    def _note_excess(self, tokens: tuple[int, int], bounds: Bounds) -> None:
+        """Where a server took more than was thought the most, it may do so again."""
+        for place, what in enumerate(("prompt", "reply")):
+            excess = min(BELIEVABLE, tokens[place] / bounds[place])
+            if excess > max(1.0, self._excess[place]):
+                logger.warning(
+                    "a %s took %d tokens, where %d were thought the most: from now on %.1f times as many are held for "
+                    "each", what, tokens[place], bounds[place], excess,
+                )  # fmt: skip
+            self._excess[place] = max(self._excess[place], excess)
 
     def add_batch(self, name: str, upload: str) -> int:
         """A batch that is being made, of a file on the server; its number."""

@@ -11,7 +11,7 @@ from data_pipeline.synthesis.fields import schema
 from data_pipeline.synthesis.settings import Price, Teacher
 
 _TOKENS_A_MESSAGE = 32  # more than any chat template puts around one
-_BELIEVABLE = 10  # times a bound, above which a usage is no usage
+BELIEVABLE = 10  # times a bound, above which a usage is no usage
 _BYTES_A_TOKEN = 4  # of English; for expectations, never for bounds
 NANO = 1_000_000_000  # dollars are counted in whole billionths: sums of them are exact
 
@@ -135,17 +135,27 @@ def usage_of(content: Any, bounds: Bounds) -> tuple[int, int]:
     What is somewhat above a bound is counted as it is said: a server's template may be a long one. What a model thought
     and is told in the total only counts as reply.
     """
-    usage = content.get("usage") if isinstance(content, dict) else None
-
-    def said(name: str, most: int) -> int | None:
-        tokens = usage.get(name) if isinstance(usage, dict) else None
-        return tokens if type(tokens) is int and 0 <= tokens <= _BELIEVABLE * most else None
-
-    prompt, reply = said("prompt_tokens", bounds.prompt_tokens), said("completion_tokens", bounds.reply_tokens)
-    total = said("total_tokens", sum(bounds))
-    if prompt is not None and reply is not None and total is not None:
-        reply = max(reply, total - prompt)
+    prompt = _said(content, "prompt_tokens", bounds.prompt_tokens)
+    reply = _said(content, "completion_tokens", bounds.reply_tokens)
+    total = _said(content, "total_tokens", sum(bounds))
+    by_total = total - prompt if total is not None and prompt is not None else 0
+    if reply is not None and by_total <= BELIEVABLE * bounds.reply_tokens:
+        reply = max(reply, by_total)
     return bounds.prompt_tokens if prompt is None else prompt, bounds.reply_tokens if reply is None else reply
+
+
+def told_usage(content: Any, bounds: Bounds) -> tuple[int, int] | None:
+    """`usage_of`, where a server says both numbers: of an error nothing is taken for granted."""
+    prompt = _said(content, "prompt_tokens", bounds.prompt_tokens)
+    reply = _said(content, "completion_tokens", bounds.reply_tokens)
+    return None if prompt is None or reply is None else (prompt, reply)
+
+
+def _said(content: Any, name: str, most: int) -> int | None:
+    """A number of a usage; None where it is not said, or cannot be true."""
+    usage = content.get("usage") if isinstance(content, dict) else None
+    tokens = usage.get(name) if isinstance(usage, dict) else None
+    return tokens if type(tokens) is int and 0 <= tokens <= BELIEVABLE * most else None
 
 
 def of_the_prompt(said: str) -> bool:

@@ -110,7 +110,7 @@ class _Run:
                 "%d requests were under way when an earlier run ended; %s counts for them, as nobody knows whether "
                 "they were paid", left_open, dollars(held),
             )  # fmt: skip
-        began = self.ledger.account.total
+        began = self.ledger.account.spent
         started = time.monotonic()
         try:
             with StopSignal() as stop, Progress(self.num_items, "synthesising", "items") as bar:
@@ -122,10 +122,10 @@ class _Run:
                 exit_code = stop.exit_code
         except BaseExceptionGroup as group:  # of the tasks; one says what it was
             raise group.exceptions[0] from None
-        spent = self.ledger.account.total
+        account = self.ledger.account
         logger.info(
             "%s spent in %.0f s, %s in all of a budget of %s",
-            dollars(spent - began), time.monotonic() - started, dollars(spent), dollars(self.budget),
+            dollars(account.spent - began), time.monotonic() - started, dollars(account.total), dollars(self.budget),
         )  # fmt: skip
         if exit_code is not None:
             raise Stopped("stopped: every reply is kept; run the same command again", exit_code)

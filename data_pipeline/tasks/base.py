@@ -138,10 +138,10 @@ class Task:
         return self.download(split)
 
     def _say_other_split(self, split: str, source: str) -> None:
-        """Warns where a file's name says that it is another split."""
+        """Warns where a file that is trained on says in its name that it is another split."""
         path = epath.Path(source)
         said = [other for other in self.splits if says_split(path.name, other)]
-        if said and split not in said and not path.is_dir():
+        if split == "train" and said and split not in said and not path.is_dir():
             logger.warning("%s: its name says %s, and it is read as %s", source, " and ".join(said), split)
 
     def _problem(self, located: Located, split: str) -> Problem | None:

@@ -106,10 +106,14 @@ def test_a_split_in_several_files_of_several_folders(tmp_path):
 
 
 def test_a_split_among_the_words_of_names_where_no_file_is_named_for_it(tmp_path):
-    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "data-train-00000-of-00001-b21158d3.jsonl", "restrain.jsonl"):
+    shards = ["data-train-00000-of-00002-b21158d3.jsonl", "data-train-00001-of-00002-0c7e0f9a55.jsonl"]
+    for name in ("gsm8k_test.jsonl", "restrain.jsonl", *shards):
         (tmp_path / name).write_text(json.dumps({"file": name}) + "\n")
-    read = [each.row["file"] for each in read_rows(str(tmp_path), "train")]
-    assert read == ["data-train-00000-of-00001-b21158d3.jsonl", "gsm8k_train.jsonl"]
+    assert [each.row["file"] for each in read_rows(str(tmp_path), "train")] == shards
+    assert [each.row["file"] for each in read_rows(str(tmp_path), "test")] == ["gsm8k_test.jsonl"]
+    (tmp_path / "math_train.jsonl").write_text("{}\n")
+    with pytest.raises(UsageError, match=r"several files for the split 'train': name one of data-train-0.*math_train"):
+        list(read_rows(str(tmp_path), "train"))
     (tmp_path / "train.jsonl").write_text('{"file": "train.jsonl"}\n')  # as GSM8K has, beside train_socratic.jsonl
     assert [each.row["file"] for each in read_rows(str(tmp_path), "train")] == ["train.jsonl"]
 

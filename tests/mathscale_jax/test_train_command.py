@@ -34,7 +34,7 @@ CONFIGS = sorted(path.name for path in (Path(__file__).parents[2] / "configs").g
         (["batch_size=4"], "cannot be split over mesh.data*mesh.fsdp=8"),
         (["model.vocab_size=330"], "340 pieces but the model's vocab_size is 330"),
         (["data.tokenizer=none.model"], "tokenizer 'none.model' does not exist"),
-        (["data.sources.0.path=none.jsonl"], "demo source 'none.jsonl' does not exist"),
+        (["data.sources.0.path=none.jsonl"], "data.sources.0.path='none.jsonl' does not exist"),
         (["data.sources.0.path=EMPTY"], "the dataset is empty"),
         (["data.overlong=refuse", "data.context=32", "compute.loss_chunk=32"], "longer than data.context=32"),
         (["data.context=32", "compute.loss_chunk=32"], "no example is left that fits data.context=32"),

@@ -37,7 +37,9 @@ ANSWER = ("solution", "final answer")
         "**Step 1: SOLUTION**\n3 + 4 = 7\n**Step 2: FINAL ANSWER**\n7",
         "SOLUTION - 3 + 4 = 7\nFINAL ANSWER – 7",
         "SOLUTION: 3 + 4 = 7 FINAL ANSWER: 7",
-        "Here you are. **SOLUTION:** 3 + 4 = 7. **FINAL ANSWER:** 7".replace("7. **", "7 **"),
+        "Here you are. **SOLUTION:** 3 + 4 = 7 **FINAL ANSWER:** 7",
+        "SOLUTION: 3 + 4 = 7\nFINAL ANSWER: <final answer>7</final answer>",
+        "<solution>3 + 4 = 7</solution>\n\nFINAL ANSWER: 7",
         "<solution>3 + 4 = 7</solution>\n<final_answer>7</final_answer>",
         "<think>No.</think>\n<SOLUTION>\n3 + 4 = 7\n</SOLUTION>\n\n<FINAL ANSWER>\n7\n</FINAL ANSWER>",
         'Here is the JSON:\n\n{"solution": "3 + 4 = 7", "final_answer": "7"}\n\nI hope this helps!',
@@ -97,6 +99,22 @@ def test_fields_that_are_missing_or_empty_are_not_there():
         ("FINAL CREATED QUESTION: Identical to the created question.", "How old is Al?"),
         ("FINAL CREATED QUESTION: The question does not need to be changed.", "How old is Al?"),
         ("FINAL CREATED QUESTION: How old is Bo?\n\nI hope this is what you wanted.", "How old is Bo?"),
+        (
+            "FINAL CREATED QUESTION: A ticket costs $8.\n\nIf you have $50, how many can you buy?",
+            "A ticket costs $8.\n\nIf you have $50, how many can you buy?",
+        ),
+        (
+            "FINAL CREATED QUESTION: Tell me.\n\nLet me know how many of the 3 are left?",
+            "Tell me.\n\nLet me know how many of the 3 are left?",
+        ),
+        (
+            "FINAL CREATED QUESTION: Find the chance that two dice show identical faces.",
+            "Find the chance that two dice show identical faces.",
+        ),
+        (
+            "FINAL CREATED QUESTION: Show that there is no need for a third weight.",
+            "Show that there is no need for a third weight.",
+        ),
         ("FINAL CREATED QUESTION: The same question of Al's age has which answer?", None),
         ("", "How old is Al?"),
     ],
@@ -126,10 +144,12 @@ def test_labels_in_one_line_are_told_by_their_capitals():
 
 
 def test_a_long_text_without_a_field_takes_no_time():
-    for text in (" " * 200_000, "\n" * 200_000, "{ " * 100_000, '{"' * 50_000, "<solution>" * 20_000, "- " * 100_000):
-        started = time.process_time()
-        find_fields(text, ANSWER)
-        assert time.process_time() - started < 5
+    for text in (" " * 200_000, "\n" * 200_000, " \n" * 100_000, "{ " * 100_000, '{"' * 50_000, "<solution>" * 20_000,
+                 "- " * 100_000, "<b>" * 50_000):  # fmt: skip
+        for whole in (text, f"SOLUTION: a{text}b\nFINAL ANSWER: 7"):
+            started = time.process_time()
+            find_fields(whole, ANSWER)
+            assert time.process_time() - started < 5
 
 
 def test_nothing_is_no_question():

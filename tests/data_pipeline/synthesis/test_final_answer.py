@@ -17,7 +17,8 @@ def test_every_answer_of_math_is_one(test_data):
     "answer",
     [
         r"\frac{1}{2}", r"\frac12", r"\dfrac{\sqrt{2}}3", r"\frac \pi 4", r"\{1, 2\}", r"x = 2 or x = 3",
-        "no real solution", "Monday", r"\text{the line that is the bisector of both}",
+        "no real solution", "there is no solution", "HH, HT, TH, TT", "Alice, Bob, Carol, Dave, Eve", "2 sin x cos x",
+        "x is any real number", "all real numbers except 3", "Monday", r"\text{the line that is the bisector of both}",
         r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
         r"\left(0, \frac{1}{2}\right]", r"(-\infty, 3] \cup [4, \infty)", r"12\% \text{ of all that there is}", "$5$",
         r"\begin{cases} x & \text{if } x > 0 \\ \begin{matrix} 1 \end{matrix} \end{cases}", "a, b, c, d, e",
@@ -31,7 +32,7 @@ def test_mathematics_is_an_answer(answer):
     ("answer", "said"),
     [
         ("I am not sure about this, sorry.", "sentence"),
-        ("there is no solution", "sentence"),
+        ("there is no solution to that", "sentence"),
         (r"x = 2, since the other root is negative", "sentence"),
         (r"\frac{1}{", "braces"),
         (r"1}{2", "braces"),

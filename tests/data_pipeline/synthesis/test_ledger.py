@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.cli import RunError
 from data_pipeline.synthesis.ledger import BudgetReached, Ledger, on_disk
-from data_pipeline.synthesis.requests import Reply, Request, cost_of, make_request
+from data_pipeline.synthesis.requests import Bounds, Reply, Request, cost_of, make_request, usage_of
 from data_pipeline.synthesis.settings import Price, Teacher
 
 REPLY = Reply("yes", "stop", "m", 3, 2, 70)
@@ -70,6 +70,38 @@ def test_what_is_held_counts_against_the_budget(tmp_path):
         assert ledger.account.held == HELD
         ledger.send([request("Who?"), request("When?")], PRICE, 3 * HELD)
         assert ledger.account.held == 3 * HELD
+
+
+def test_what_is_held_grows_with_what_a_server_takes_and_no_further(tmp_path):
+    """By hand: a prompt of n bytes may take n + 32 tokens, at $1 a million; a reply 2,048, at $2."""
+    price = Price(input=1, output=2)
+    of_prompt, of_reply = (len("Why?") + 32) * 1000, 2048 * 2000
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        assert ledger.may_cost(request(), price) == of_prompt + of_reply
+        for tokens, text in ((72, "a"), (3 * 2048, "b")):
+            (sent,), _ = ledger.send([request()], price, 10**12)
+            took = (tokens, 1) if text == "a" else (1, tokens)
+            ledger.settle(sent, "reply", Reply(text, "stop", "m", *took, 7)).result()
+    with Ledger(path) as ledger:  # it is read from the ledger again
+        assert ledger.may_cost(request(), price) == 2 * of_prompt + 3 * of_reply
+        (sent,), _ = ledger.send([request()], price, 10**12)
+        ledger.settle(sent, "unreadable", cost=1, tokens=(1, 10**9)).result()
+        assert ledger.may_cost(request(), price) == 2 * of_prompt + 10 * of_reply
+
+
+def test_a_total_counts_as_reply_where_it_can_be_true():
+    bounds = Bounds(100, 50)
+    usage = {"prompt_tokens": 80, "completion_tokens": 20}
+    assert usage_of({"usage": usage | {"total_tokens": 120}}, bounds) == (80, 40)  # twenty were thought
+    assert usage_of({"usage": usage | {"total_tokens": 1500}}, bounds) == (80, 20)  # 1,420 of 50 were not
+
+
+def test_what_is_kept_free_may_be_gone(tmp_path):
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.keep_free()
+        assert (tmp_path / "ledger.sqlite.reserve").stat().st_size > 10**6
+        (tmp_path / "ledger.sqlite.reserve").unlink()
 
 
 def test_a_reply_is_on_the_disk_when_its_future_is_done(tmp_path):

@@ -105,7 +105,7 @@ def test_a_server_that_takes_more_than_was_asked_for_is_held_for_more(server, se
         synthesize(settings)
     # Only the first request can take more than was held for it.
     assert 0.3e9 < paid(books) <= 0.5e9
-    assert caplog.text.count("were thought the most: from now on 3.0 times as much is held for each") == 1
+    assert caplog.text.count("where 400 were thought the most: from now on 3.0 times as many are held for each") == 1
     with pytest.raises(RunError, match=r"the budget of \$0.50 is reached"):  # another run knows it from the ledger
         synthesize(settings)
     assert paid(books) <= 0.5e9
@@ -124,6 +124,22 @@ def test_what_an_error_says_that_it_took_is_counted(server, settings_of):
             return True
 
     url, books = server(Costly, rules=HONEST)
+    report = synthesize(settings_of(url, num_items=5))
+    assert report["dollars"] * 1e9 == pytest.approx(paid(books)) and report["dollars_held"] == 0
+
+
+@pytest.mark.parametrize("usage", [{}, {"prompt_tokens": 5}, {"prompt_tokens": "5", "completion_tokens": 10**9}, 5])
+def test_an_error_that_does_not_say_what_it_took_costs_nothing(server, settings_of, usage):
+    class Busy(Teacher):
+        def trouble(self, key, times, body, prompt):
+            if times > 1:
+                return False
+            self.answer(
+                429, {"error": {"message": "slowly", "code": "rate_limit"}, "usage": usage}, {"Retry-After": "0"}
+            )
+            return True
+
+    url, books = server(Busy, rules=HONEST)
     report = synthesize(settings_of(url, num_items=5))
     assert report["dollars"] * 1e9 == pytest.approx(paid(books)) and report["dollars_held"] == 0
 

@@ -334,6 +334,15 @@ def test_what_is_kept_of_nothing_is_told_with_its_reasons_and_an_old_dataset_goe
     assert "row: is in a test set" in (Path(settings.out) / "report.html").read_text()
 
 
+def test_a_run_that_is_not_done_leaves_the_dataset_of_before(server, settings_of):
+    url, _ = server(rules=HONEST)
+    spent = synthesize(settings_of(url))["dollars"]
+    before = (Path(settings_of(url).out) / "dataset" / "metadata.json").read_bytes()
+    with pytest.raises(RunError, match="is reached"):
+        synthesize(settings_of(url, answers=3, budget=spent + 1e-6))
+    assert (Path(settings_of(url).out) / "dataset" / "metadata.json").read_bytes() == before
+
+
 def test_the_progress_line_says_what_was_spent_and_what_it_will_be(server, settings_of, monkeypatch):
     notes = []
     update = Progress.update
