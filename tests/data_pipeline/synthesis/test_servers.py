@@ -259,49 +259,6 @@ def test_as_many_requests_are_under_way_as_may_be(server, settings_of):
     assert books.most_under_way == 5
 
 
-def test_a_key_is_needed_sent_and_never_kept(server, settings_of, monkeypatch, caplog):
-    sent = []
-
-    class Locked(Teacher):
-        def trouble(self, key, times, body, prompt):
-            sent.append(self.headers["Authorization"])
-            return False
-
-    url, _ = server(Locked, rules=HONEST)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(
-        UsageError, match=r"no key for https://api\.openai\.com/v1: set the environment variable OPENAI_API_KEY"
-    ):
-        synthesize(settings_of("https://api.openai.com/v1"))
-    monkeypatch.setenv("MY_KEY", "sk-very-secret")
-    settings = settings_of(url, num_items=3, teacher={"key_variable": "MY_KEY"})
-    synthesize(settings)
-    assert set(sent) == {"Bearer sk-very-secret"}
-    kept = [file.read_bytes() for file in Path(settings.out).rglob("*") if file.is_file()]
-    assert kept and not any(b"very-secret" in content for content in kept) and "very-secret" not in caplog.text
-
-
-def test_openais_key_is_not_sent_elsewhere_unasked(settings_of, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
-    with pytest.raises(UsageError, match=r"no key for https://other\.example/v1: say in teacher\.key_variable"):
-        synthesize(settings_of("https://other.example/v1"))
-
-
-def test_a_key_that_a_server_says_again_is_neither_kept_nor_shown(server, settings_of, monkeypatch):
-    class Echo(Teacher):
-        def trouble(self, key, times, body, prompt):
-            self.error(401, f"bad key {self.headers['Authorization']}")
-            return True
-
-    url, _ = server(Echo)
-    monkeypatch.setenv("MY_KEY", "sk-very-secret")
-    settings = settings_of(url, num_items=3, teacher={"key_variable": "MY_KEY"})
-    with pytest.raises(RunError, match="refuses the key") as error:
-        synthesize(settings)
-    assert "very-secret" not in str(error.value) and "***" in str(error.value)
-    assert not any(b"very-secret" in f.read_bytes() for f in Path(settings.out).rglob("*") if f.is_file())
-
-
 def test_half_of_a_character_in_a_reply_hurts_no_other(server, settings_of):
     class Odd(Teacher):
         def complete(self, body, prompt):
@@ -396,25 +353,6 @@ def test_a_context_that_is_too_short_today_may_be_long_enough_tomorrow(server, s
         synthesize(settings_of(url, num_items=4))
     handlers[0].short = False
     assert synthesize(settings_of(url, num_items=4))["num_rows"] == 4
-
-
-def test_a_key_that_is_said_again_behind_a_long_text_is_not_kept_in_part(server, settings_of, monkeypatch):
-    class Echo(Teacher):
-        def trouble(self, key, times, body, prompt):
-            said = "x" * 230 + " " + self.headers["Authorization"]
-            self.answer(401, {"error": {"message": said, "code": "bad", "type": "bad"}})
-            return True
-
-    url, _ = server(Echo)
-    monkeypatch.setenv("MY_KEY", "sk-very-secret-" + "k" * 60)
-    settings = settings_of(url, num_items=3, teacher={"key_variable": "MY_KEY"})
-    with pytest.raises(RunError, match="refuses the key") as error:
-        synthesize(settings)
-    assert "very-secret" not in str(error.value)
-    assert not any(b"very-secret" in file.read_bytes() for file in Path(settings.out).rglob("*") if file.is_file())
-    monkeypatch.setenv("MY_KEY", "sk-se\u00e7ret")
-    with pytest.raises(UsageError, match="holds a character that no key has"):
-        synthesize(settings)
 
 
 def test_a_server_that_loads_is_waited_for_as_long_as_it_says(server, settings_of, monkeypatch):
