@@ -25,7 +25,7 @@ class CheckSettings(Settings):
     """`check TASK`: grades the text that a model is trained to write for each problem against its gold answer."""
 
     source: str | None = pydantic.Field(None, description="file, folder or dataset; none takes the public place")
-    split: str = pydantic.Field("train", description="split of the task")
+    split: str | None = pydantic.Field(None, description="split of the task; none takes train, or the only one")
     template: str | None = pydantic.Field(None, description="chat template: a YAML file; none takes our own")
 
 
@@ -42,15 +42,17 @@ def check(task: str, settings: CheckSettings) -> tuple[int, list[WrongRow]]:
     """How many problems were checked, and those whose own text is graded wrong, which it lists. Raises UsageError."""
     definition, template = get_task(task), load_template(settings.template)
     kind, count, wrong = definition.graded_as, 0, []
-    problems = definition.problems(settings.split, settings.source)
-    for problem in progress(problems, f"{task}/{settings.split}", "problems"):
+    only = len(definition.splits) == 1
+    split = settings.split or (next(iter(definition.splits)) if only else "train")
+    problems = definition.problems(split, settings.source)
+    for problem in progress(problems, f"{task}/{split}", "problems"):
         count += 1
         found = graded_wrong(problem, kind, template)
         if found is not None:
             wrong.append(found)
             logger.info("%s: gold %r, read %r (%s)", problem.id, problem.answer, found.answer, found.rule)
     if not count:
-        raise UsageError(f"task={task} split={settings.split} source={settings.source}: no problem was read")
+        raise UsageError(f"task={task} split={split} source={settings.source}: no problem was read")
     logger.info("%s of %s texts are graded right (%.2f %%)", f"{count - len(wrong):,}", f"{count:,}",
                 100 * (1 - len(wrong) / count))  # fmt: skip
     return count, wrong

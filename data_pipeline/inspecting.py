@@ -108,7 +108,7 @@ def _decoded(tokens: list[int], tokenizer: Tokenizer) -> str:
 def _sources(epoch: Epoch) -> rich.table.Table:
     table = rich.table.Table(title="Datasets", title_justify="left")
     table.add_column("dataset", overflow="fold")
-    for heading in ("problems", "too long", "examples", "tokens", "share"):
+    for heading in ("problems", "too long", "examples", "tokens", "share of them"):
         table.add_column(heading, justify="right")
     total = max(1, sum(report.num_tokens for report in epoch.sources))
     for report in epoch.sources:

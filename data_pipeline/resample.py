@@ -30,7 +30,9 @@ class Resample(Settings):
         None, description="of target: steps -> share of the resampled rows, such as {2: 1, 3: 1, 4: 2}"
     )
     num_rows: pydantic.PositiveInt | None = pydantic.Field(None, description="rows to come out; null: as many as go in")
-    max_repeats: pydantic.PositiveInt = pydantic.Field(4, description="times that a row may come at most")
+    max_repeats: pydantic.PositiveInt = pydantic.Field(
+        4, description="times that a row may come at most, before a mixture repeats rows"
+    )
     min_bin: pydantic.PositiveInt = pydantic.Field(
         20, description="numbers of steps that fewer rows have are merged with the next lower one"
     )

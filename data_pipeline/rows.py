@@ -8,7 +8,7 @@ import json
 import re
 import xml.etree.ElementTree
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -34,18 +34,19 @@ class Located(NamedTuple):
     error: str | None = None
 
 
-def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located]:
+def read_rows(source: str, split: str, owner: str = "") -> Iterator[Located]:
     """The rows of a split in `source`: a file, or a folder that holds the split's files.
 
     Files are JSON Lines (called .jsonl or .json), JSON (a list of objects, an object of columns, or one object),
     Parquet, CSV with a header, or XML whose rows are elements named Problem; the first two may be compressed by gzip.
     In a folder a split's files are those, at any depth, that are named for it (train.jsonl, train_1.jsonl,
     algebra/train-00000-of-00001.parquet) or stand in a folder of its name (train/algebra/1.json), or else those that
-    have it among the words of their names (gsm8k_train.jsonl.gz); beside others, a configuration called main is meant
-    alone. An only file is read whatever its name.
+    have it among the words of their names (gsm8k_train.jsonl.gz), of several the one that has the name of the task
+    `owner` there, too; beside others, a configuration called main is meant alone. An only file is read whatever its
+    name.
     A line that is no JSON object is yielded with its `error`. Raises UsageError where nothing can be read at all.
     """
-    files = files_of(source, split, what)
+    files = files_of(source, split, owner)
     start = 0
     for file in files:
         located = None
@@ -54,16 +55,16 @@ def read_rows(source: str, split: str, what: str = "source") -> Iterator[Located
         start = start if located is None else located.number
 
 
-def files_of(source: str, split: str, what: str = "source") -> list[epath.Path]:
+def files_of(source: str, split: str, owner: str = "") -> list[epath.Path]:
     """The files that the rows of a split are read from; of a dataset all of its files. Raises UsageError."""
     path = epath.Path(source)
     if not path.exists():
-        raise UsageError(f"{what} {source!r} does not exist")
+        raise UsageError(f"{owner} source {source!r} does not exist".strip())
     if not path.is_dir():
         return [path]
     if is_tfds_folder(path):
         return list(files_below(path))
-    return _files_of_split(path, split, what)
+    return _files_of_split(path, split, owner)
 
 
 def is_tfds_folder(path: epath.Path) -> bool:
@@ -77,10 +78,13 @@ def holds_split(source: str, split: str) -> bool:
     return path.is_dir() and bool(_named_for(path, split))
 
 
-def _files_of_split(folder: epath.Path, split: str, what: str) -> list[epath.Path]:
+def _files_of_split(folder: epath.Path, split: str, owner: str) -> list[epath.Path]:
+    what = f"{owner} source".strip()
     files = _named_for(folder, split)
-    kinds = {re.sub(r"\d+|-[0-9a-f]{8,}\b", "", path.name) for path in files if not _is_named(path, folder, split)}
-    if len(kinds) > 1:
+    if _num_kinds(files, folder, split) > 1 and owner:
+        owned = re.compile(rf"(?<![A-Za-z0-9]){re.escape(owner)}(?![A-Za-z0-9])")
+        files = [path for path in files if owned.search(path.name)] or files
+    if _num_kinds(files, folder, split) > 1:
         raise UsageError(
             f"{what} {str(folder)!r} has several files for the split {split!r}: name one of "
             f"{', '.join(path.name for path in files[:8])}"
@@ -94,6 +98,12 @@ def _files_of_split(folder: epath.Path, split: str, what: str) -> list[epath.Pat
                 f"It holds {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}"
             )
     return files
+
+
+def _num_kinds(files: Iterable[epath.Path], folder: epath.Path, split: str) -> int:
+    """How many names there are of files that only mention a split, but for the numbers of parts."""
+    names = (path.name for path in files if not _is_named(path, folder, split))
+    return len({re.sub(r"\d+-of-\d+|[-_]\d+\b|-[0-9a-f]{8,}\b", "", name) for name in names})
 
 
 def says_split(file: str, split: str) -> bool:

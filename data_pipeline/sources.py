@@ -219,8 +219,10 @@ def load_epoch(settings: DataSettings, tokenizer: Tokenizer, template: Template)
 
 
 def _check_places(settings: DataSettings) -> None:
-    """Raises UsageError where a dataset is not there, before another one is read for minutes."""
+    """Raises UsageError where a dataset is not there, before another one is read for minutes; warns of test sets."""
     for index, source in enumerate(settings.sources):
+        if source.split != "train" and source.split in TASKS[source.task].splits:
+            logger.warning("%s: its split %r, which is for evaluation, is trained on", source.label, source.split)
         key = f"data.sources.{index}.path"
         if source.path is None:
             TASKS[source.task].check_public(key)

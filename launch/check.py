@@ -3,10 +3,13 @@
     python launch/check.py python -m mathscale_jax.train --config configs/x.yaml key=value ...
     python launch/check.py python -m eval sample --task gsm8k ...
 
+Before the command may stand `--chips N --slices K`, the TPU that it is for, or `--here`: what it reads must be there.
+
 Prints, as JSON, what it writes to, what it reads, and all gs:// paths of its settings. Exit code 2: it is wrong, and
 the message says how; 3: this Python has not the packages that could tell. Commands of others are not looked at.
 """
 
+import argparse
 import importlib.util
 import json
 import re
@@ -22,6 +25,13 @@ _READ = ("init_from", "path", "tokenizer", "template", "checkpoint", "source", "
 
 def main(words: list[str]) -> None:
     """Checks `words`; ends the process."""
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("--chips", type=int)
+    parser.add_argument("--slices", type=int, default=1)
+    parser.add_argument("--here", action="store_true")
+    parser.add_argument("words", nargs=argparse.REMAINDER)
+    given = parser.parse_args(words)
+    words = given.words
     module, rest = "", []
     for place, word in enumerate(words[:-2]):
         if re.fullmatch(r"(?:.*/)?python[\d.]*", word) and words[place + 1] == "-m":
@@ -34,16 +44,17 @@ def main(words: list[str]) -> None:
         sys.exit(3)
     try:
         settings, config = _settings_of(module, rest)
+        if settings is not None:
+            values = dict(_values(settings.model_dump(mode="json")))
+            told["writes"] = values.get("output_dir") or values.get("out")
+            told["reads"] = [value for key, value in values.items() if key.rpartition(".")[2] in _READ] + config
+            told["places"] = [value for value in values.values() if value.startswith("gs://")]
+            _check(settings, given, told["reads"])
     except ImportError:
         sys.exit(3)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if settings is not None:
-        values = dict(_values(settings.model_dump(mode="json")))
-        told["writes"] = values.get("output_dir") or values.get("out")
-        told["reads"] = [value for key, value in values.items() if key.rpartition(".")[2] in _READ] + config
-        told["places"] = [value for value in values.values() if value.startswith("gs://")]
     print(json.dumps(told))
 
 
@@ -70,6 +81,29 @@ def _settings_of(module: str, rest: list[str]) -> tuple[Any, list[str]]:
         if rest[0] in ("sample", "run"):
             return from_flags(SampleSettings if rest[0] == "sample" else RunSettings, arguments), []
     return None, []
+
+
+def _check(settings: Any, given: argparse.Namespace, reads: list[str]) -> None:
+    """What only shows when a command has begun. Raises UsageError."""
+    from data_pipeline.settings import UsageError
+    from data_pipeline.tasks import get_task
+    from mathscale_jax.config import TrainSettings
+    from mathscale_jax.mesh import check_batch, mesh_sizes
+
+    if not isinstance(settings, TrainSettings):
+        get_task(settings.task).check_split(settings.split)
+        if settings.source is None:
+            get_task(settings.task).check_public("--source")
+    elif given.chips is not None:
+        sizes = mesh_sizes(settings.mesh, given.chips * given.slices, "tpu", given.slices)
+        check_batch(settings.batch_size, settings.accumulation_steps, sizes)
+    missing = [path for path in reads if given.here and "://" not in path and path != "default" and not _exists(path)]
+    if missing:
+        raise UsageError(f"the command reads {missing[0]}, which does not exist")
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists() or (Path(__file__).resolve().parents[1] / path).exists()  # packaged configs, too
 
 
 def _is_there(module: str) -> bool:

@@ -307,11 +307,18 @@ def has_shard(words: Sequence[str]) -> bool:
     return any("{shard}" in word for word in words)
 
 
-def hosts_of(kind: str) -> int | None:
-    """How many workers a slice of a type such as v5litepod-16 has; None where that is not known."""
+def chips_of(kind: str) -> int | None:
+    """How many chips a slice of a type has; None where that is not known."""
     family, _, size = kind.partition("-")
     if family not in RUNTIMES or not size.isdigit():
         return None
-    chips = int(size) // 2 if family in _CORES_ARE_COUNTED else int(size)
+    return int(size) // 2 if family in _CORES_ARE_COUNTED else int(size)
+
+
+def hosts_of(kind: str) -> int | None:
+    """How many workers a slice of a type such as v5litepod-16 has; None where that is not known."""
+    chips, family = chips_of(kind), kind.partition("-")[0]
+    if chips is None:
+        return None
     alone = _CHIPS_OF_A_HOST if family in _CORES_ARE_COUNTED else 2 * _CHIPS_OF_A_HOST
     return 1 if chips <= alone else chips // _CHIPS_OF_A_HOST

@@ -79,7 +79,7 @@ fi
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
 code=0
-"$python" "$root/launch/check.py" "${checked[@]}" > /dev/null || code=$?
+"$python" "$root/launch/check.py" --here "${checked[@]}" > /dev/null || code=$?
 ((code != 2)) || exit 2
 ((code == 0)) || echo 'warning: the settings were not checked: the packages are not installed here' >&2
 code=0

@@ -34,15 +34,23 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from checkout import ROOT, NotPacked, travels
-from cloud_tpu import RUNTIMES, Unreachable, hosts_of
+from cloud_tpu import RUNTIMES, Unreachable, chips_of, hosts_of
 from gcloud_cli import CloudError, Gcloud, buckets_in, check_buckets, say
 from tpu_job import AGAIN, EXIT, GONE, STOPPED, Job, Session, Stage, WrongUse, number_of, tag_of
 
 
 def _job(session: Session, stages: Sequence[Stage]) -> int:
     given, words = session.arguments, stages[0].words
-    told = _checked(words)
+    if words[0].startswith("-") or "=" in words[0]:
+        raise WrongUse(
+            f"the command begins with {words[0]}: say the program first, as in python -m mathscale_jax.train"
+        )
+    chips = chips_of(given.type)
+    told = _checked(words, [] if chips is None else ["--chips", str(chips), "--slices", str(given.slices)])
     places = [*words, *told.places]
+    placeholder = re.search(r"gs://(?![a-z0-9])[^/ ]*", " ".join(places))
+    if placeholder:
+        raise WrongUse(f"{placeholder[0]} is no bucket: its name has small letters and digits; is it a placeholder?")
     if not given.keep:
         writes = told.writes
         if (
@@ -99,11 +107,14 @@ class Checked(NamedTuple):
     places: Sequence[str] = ()
 
 
-def _checked(words: Sequence[str]) -> Checked:
-    """Raises WrongUse where a command of ours is none, or its settings are wrong."""
+def _checked(words: Sequence[str], about: Sequence[str]) -> Checked:
+    """What check.py says of a command, told `about` the machine.
+
+    Raises WrongUse where a command of ours is none, or its settings are wrong.
+    """
     python = ROOT / ".venv" / "bin" / "python"
     words = [word.replace("{shard}", "0/1") for word in words]
-    command = [str(python if python.exists() else sys.executable), str(ROOT / "launch" / "check.py"), *words]
+    command = [str(python if python.exists() else sys.executable), str(ROOT / "launch" / "check.py"), *about, *words]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     if checked.returncode == 2:
         raise WrongUse(checked.stderr.strip().rpartition("error: ")[2])
@@ -279,7 +290,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         if not given.type:
             raise WrongUse(f"{given.command} needs --type TYPE, such as --type v5litepod-16")
         if given.runtime is None and family not in RUNTIMES:
-            hint = f"is it {given.type.replace('v5e', 'v5litepod')}?" if family == "v5e" else "give --runtime VERSION"
+            meant = re.sub(r"^(v5litepod|v5p|v6e|v4)(?=\d+$)", r"\1-", given.type.replace("v5e", "v5litepod"))
+            hint = (
+                f"is it {meant}?"
+                if re.fullmatch(r"\w+-\d+", meant) and meant != given.type
+                else "or give --runtime VERSION"
+            )
             raise WrongUse(f"--type {given.type}: known are {', '.join(f'{name}-N' for name in RUNTIMES)}; {hint}")
         given.runtime = given.runtime or RUNTIMES[family]
     if given.command in ("job", "run", "evaluate") and not words:

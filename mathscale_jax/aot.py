@@ -61,7 +61,7 @@ def devices_of(topology: Topology) -> list[jax.Device]:
 
 def lower_train_step(settings: TrainSettings, config: ModelConfig, mesh: Mesh) -> Any:
     """The training step over abstract arrays. Raises UsageError where model or batch cannot be split over the mesh."""
-    check_batch(settings.batch_size, settings.accumulation_steps, mesh)
+    check_batch(settings.batch_size, settings.accumulation_steps, mesh.axis_sizes)
     schedule = learning_rate_schedule(settings.optimizer, settings.num_steps or 1000)
     optimizer = make_optimizer(settings.optimizer, schedule)
     compute = with_backend(settings.compute, config, settings.data, "tpu")

@@ -39,17 +39,12 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     their hosts, so that data is what spans hosts first. Raises UsageError where sizes do not fit.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = _sizes(settings, len(devices), devices[0].platform)
     on_tpus = devices[0].platform == "tpu"  # of GPUs, each host has a slice_index of its own
     num_slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpus else 1
+    sizes = mesh_sizes(settings, len(devices), devices[0].platform, num_slices)
     if num_slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
-        if sizes[0] % num_slices:
-            raise UsageError(
-                f"mesh.data={sizes[0]} must be a multiple of the {num_slices} slices: fsdp={sizes[1]} and "
-                f"tensor={sizes[2]} stay inside a slice of {len(devices) // num_slices} devices"
-            )
         in_slice = (sizes[0] // num_slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(
             in_slice, (num_slices, 1, 1), devices, allow_split_physical_axes=True
@@ -57,7 +52,8 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device] | None = Non
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _sizes(settings: MeshSettings, num_devices: int, platform: str) -> tuple[int, ...]:
+def mesh_sizes(settings: MeshSettings, num_devices: int, platform: str, num_slices: int = 1) -> tuple[int, ...]:
+    """Devices along data, fsdp and tensor. Raises UsageError where they do not fit these devices and slices."""
     sizes = [settings.data, settings.fsdp, settings.tensor]
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes and num_devices % known == 0:
@@ -69,6 +65,11 @@ def _sizes(settings: MeshSettings, num_devices: int, platform: str) -> tuple[int
         raise UsageError(
             f"{shape} does not divide the {num_devices} {platform} device(s) at hand: the product of the sizes must "
             f"be {num_devices}, so each one of {divisors}; -1 in one axis takes what is left"
+        )
+    if sizes[0] % num_slices:
+        raise UsageError(
+            f"mesh.data={sizes[0]} must be a multiple of the {num_slices} slices: fsdp={sizes[1]} and "
+            f"tensor={sizes[2]} stay inside a slice of {num_devices // num_slices} devices"
         )
     return tuple(sizes)
 
@@ -152,9 +153,9 @@ def on_own_rows(
     return mapped(matrix, *rows)
 
 
-def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
-    """Raises UsageError where a part of the batch cannot be split evenly over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(batch_size: int, accumulation_steps: int, sizes: Sequence[int]) -> None:
+    """Raises UsageError where a part of the batch cannot be split evenly over a mesh of these `mesh_sizes`."""
+    parts = sizes[0] * sizes[1]
     rows = batch_size // accumulation_steps
     if rows % parts:
         raise UsageError(

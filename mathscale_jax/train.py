@@ -98,7 +98,7 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
         if is_primary():
             held.enter_context(locked(output_dir, "output_dir"))
         mesh = make_mesh(settings.mesh)
-        check_batch(settings.batch_size, settings.accumulation_steps, mesh)
+        check_batch(settings.batch_size, settings.accumulation_steps, mesh.axis_sizes)
         begun = bool(steps_in(checkpoint_dir))
     check_shared(output_dir, "output_dir")
     saved = newest_whole(settings.output_dir, lambda _: None)[0] if from_primary(begun) else None

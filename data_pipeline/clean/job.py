@@ -10,7 +10,7 @@ import pickle
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -94,6 +94,7 @@ class Others(NamedTuple):
 
     tests: list[Problem]
     beside: list[Problem]
+    test_sets: list[str]  # of each problem of `tests`, as gsm8k:test
 
 
 def clean(settings: CleanSettings) -> dict[str, Any]:
@@ -110,11 +111,11 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     if any(_same(settings.out, source) for source in sources):
         raise UsageError(f"out={settings.out} is, or lies in, what is read: choose another folder")
     check_out(settings.out, settings.task, [settings.split])
-    tests, beside = (
-        [read_problems(*spec) for spec in named_problems(name, getattr(settings, name))]
-        for name in ("against", "beside")
-    )
-    others = Others(list(itertools.chain(*tests)), list(itertools.chain(*beside)))
+    specs = {name: list(named_problems(name, getattr(settings, name))) for name in ("against", "beside")}
+    tests, beside = ([read_problems(*spec) for spec in specs[name]] for name in ("against", "beside"))
+    names = [f"{task}:{split}" for task, split, _ in specs["against"]]
+    of_problem = [name for name, test_set in zip(names, tests, strict=True) for _ in test_set]
+    others = Others(list(itertools.chain(*tests)), list(itertools.chain(*beside)), of_problem)
     rules = Rules(
         task.graded_as, settings.min_chars, settings.max_chars,
         [[problem.question for problem in test_set] for test_set in tests],
@@ -122,7 +123,7 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     )  # fmt: skip
     beside_out = None if "://" in settings.out else Path(settings.out).parent
     with tempfile.TemporaryFile(dir=beside_out) as waiting:
-        removed, num_rows = _decide(_rows(task, settings), waiting, others.beside, rules, settings.similarity)
+        removed, num_rows = _decide(_rows(task, settings), waiting, others, rules, settings.similarity)
         if not num_rows:
             raise UsageError(f"source={settings.source}: there are no rows")
         if len(removed) == num_rows:
@@ -137,16 +138,17 @@ def clean(settings: CleanSettings) -> dict[str, Any]:
     logger.info(
         "%s of %s rows are left; removed: %s", f"{report['num_kept']:,}", f"{num_rows:,}", _said(removed) or "none"
     )
-    if not tests:
-        logger.info("no test set was named (against), so that questions of test sets were not looked for")
+    found = ", ".join(f"{count:,} of {name}" for name, count in report["test_sets"].items())
+    logger.info("rows with a question of a test set: %s", found or "not looked for, as none is named (against)")
     logger.info("wrote %s and report.html, removed.jsonl in it", settings.out)
     return report
 
 
 def _decide(
-    rows: Iterator[Row], waiting: BinaryIO, beside: Sequence[Problem], rules: Rules, similarity: float
+    rows: Iterator[Row], waiting: BinaryIO, others: Others, rules: Rules, similarity: float
 ) -> tuple[dict[int, Removed], int]:
     """What is removed, by the row's number; and how many rows there are. They are written to `waiting`."""
+    beside = others.beside
     removed: dict[int, Removed] = {}
     ids: list[bytes] = []
     counted = 0
@@ -166,7 +168,8 @@ def _decide(
             for place, (reason, detail) in part.reasons.items():
                 removed.setdefault(first + place, Removed(reason, None, detail))
             for match in part.matches:
-                found = Removed("in a test set", match.problem, match.told, "tests")
+                told = f"{others.test_sets[match.problem]}, {match.told}"
+                found = Removed("in a test set", match.problem, told, "tests")
                 removed.setdefault(first + match.row, found)
             parts.append(part)
             first += len(part.digests)
@@ -252,6 +255,8 @@ def _write(
             "num_rows": num_rows,
             "num_kept": num_rows - len(removed),
             "removed": _counts(removed),
+            "test_sets": dict.fromkeys(others.test_sets, 0)
+            | Counter(others.test_sets[r.like] for r in removed.values() if r.among == "tests" and r.like is not None),
             "settings": settings.model_dump(),
         }
 

@@ -104,6 +104,11 @@ class Task:
             except ValueError as error:
                 yield ExaminedRow(located.where, None, str(error), located.row)
 
+    def check_split(self, split: str) -> None:
+        """Raises UsageError where the task is published without this split."""
+        if self.splits and split not in self.splits:
+            raise UsageError(f"split={split!r}: {self.name} has {' and '.join(self.splits)}")
+
     def check_public(self, key: str) -> None:
         """Raises UsageError, which says to name a file by `key`, where there is no public place to read from."""
         if self.download is None:
@@ -122,17 +127,16 @@ class Task:
                 digest.update(repr(dataclasses.astuple(problem)).encode())
             return digest.hexdigest()
         digest.update(_code_digest())
-        for file in files_of(source, split, f"{self.name} source"):
+        for file in files_of(source, split, self.name):
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
         return digest.hexdigest()
 
     def _rows(self, split: str, source: str | None) -> Iterator[Located]:
-        if self.splits and split not in self.splits:
-            raise UsageError(f"split={split!r}: {self.name} has {' and '.join(self.splits)}")
+        self.check_split(split)
         if source is not None:
             self._say_other_split(split, source)
-            return read_rows(source, split, f"{self.name} source")
+            return read_rows(source, split, self.name)
         self.check_public("data.sources.0.path in training, --source elsewhere")
         assert self.download is not None
         return self.download(split)

@@ -112,8 +112,12 @@ def test_a_split_among_the_words_of_names_where_no_file_is_named_for_it(tmp_path
     assert [each.row["file"] for each in read_rows(str(tmp_path), "train")] == shards
     assert [each.row["file"] for each in read_rows(str(tmp_path), "test")] == ["gsm8k_test.jsonl"]
     (tmp_path / "math_train.jsonl").write_text("{}\n")
-    with pytest.raises(UsageError, match=r"several files for the split 'train': name one of data-train-0.*math_train"):
-        list(read_rows(str(tmp_path), "train"))
+    for owner in ("", "gsm8k"):
+        with pytest.raises(
+            UsageError, match=r"several files for the split 'train': name one of data-train-0.*math_trai"
+        ):
+            list(read_rows(str(tmp_path), "train", owner))
+    assert next(read_rows(str(tmp_path), "train", "math")).where == f"{tmp_path / 'math_train.jsonl'}, line 1"
     (tmp_path / "train.jsonl").write_text('{"file": "train.jsonl"}\n')  # as GSM8K has, beside train_socratic.jsonl
     assert [each.row["file"] for each in read_rows(str(tmp_path), "train")] == ["train.jsonl"]
 
@@ -179,5 +183,5 @@ def test_a_file_that_is_not_what_its_name_says_is_one_message(tmp_path, name, co
 
 
 def test_a_source_that_is_missing_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"GSM8K source '.*none' does not exist"):
-        list(read_rows(str(tmp_path / "none"), "train", "GSM8K source"))
+    with pytest.raises(UsageError, match=r"gsm8k source '.*none' does not exist"):
+        list(read_rows(str(tmp_path / "none"), "train", "gsm8k"))

@@ -135,7 +135,7 @@ def test_a_request_that_is_refused_says_why(cloud):
         ({}, ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "output_dri=gs://b/x"), "did you mean output_dir?"),
         (
             {},
-            ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "data.tokenizer=gs://b/x"),
+            ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "data.tokenizer=gs://b/x", "batch_size=8"),
             "writes to runs/demo/train, which is deleted",
         ),
         ({}, ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "output_dir=gs://b/x", "--bogus", "1"), "arguments: --bogus"),
@@ -148,7 +148,16 @@ def test_a_request_that_is_refused_says_why(cloud):
         ({}, ("job", "tpu", *SPOT, "--", "python", "-m", "eval", "rnu", "gs://b"), "invalid choice: 'rnu'"),
         (
             {},
-            ("job", "tpu", *SPOT, "--", *TRAIN, "configs/llama2_7b_v5e_16.yaml", "output_dir=gs://b/x"),
+            (
+                "job",
+                "tpu",
+                "--type",
+                "v5litepod-16",
+                "--",
+                *TRAIN,
+                "configs/llama2_7b_v5e_16.yaml",
+                "output_dir=gs://b/x",
+            ),
             "the command reads checkpoints/llama2-7b, which is neither on gs:// nor a file of this checkout",
         ),
         (
@@ -158,6 +167,56 @@ def test_a_request_that_is_refused_says_why(cloud):
         ),
         ({}, ("job", "tpu", *SPOT, "--restarts", "-1", "--", "x", "gs://b"), "must be a whole number from 0 on"),
         ({}, ("job", "tpu", *SPOT, "--hours", "x", "--", "x", "gs://b"), "--hours: must be hours, such as 0.5"),
+        ({}, ("create", "tpu", "--type", "v5litepod16"), "is it v5litepod-16?"),
+        (
+            {},
+            ("job", "tpu", *SPOT, "--", "--config", "x.yaml", "output_dir=gs://b/x"),
+            "begins with --config: say the",
+        ),
+        ({}, ("job", "tpu", *SPOT, "--", "x", "gs://BUCKET/x"), "gs://BUCKET is no bucket: its name has small letters"),
+        (
+            {},
+            ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "output_dir=gs://b/x", "mesh.fsdp=16"),
+            "mesh.data=1, mesh.fsdp=16, mesh.tensor=1 does not divide the 8 tpu device(s)",
+        ),
+        (
+            {},
+            ("job", "tpu", *SPOT, "--slices", "2", "--", *TRAIN, DEMO, "output_dir=gs://b/x"),
+            "mesh.data=1 must be a multiple of the 2 slices",
+        ),
+        (
+            {},
+            ("job", "tpu", *SPOT, "--", *TRAIN, DEMO, "output_dir=gs://b/x", "batch_size=9"),
+            "batch_size=9 / accumulation_steps=1 = 9 rows cannot be split over mesh.data*mesh.fsdp=8 devices",
+        ),
+        (
+            {},
+            ("evaluate", "tpu", *SPOT, "--", "--task", "gsm8", "--checkpoint", "gs://b/x", "--out", "gs://b/y"),
+            "task='gsm8' is unknown",
+        ),
+        (
+            {},
+            (
+                "evaluate",
+                "tpu",
+                *SPOT,
+                "--",
+                "--task",
+                "gsm8k",
+                "--split",
+                "tset",
+                "--checkpoint",
+                "gs://b/x",
+                "--out",
+                "gs://b/y",
+            ),
+            "split='tset': gsm8k has train and test",
+        ),
+        (
+            {},
+            ("evaluate", "tpu", *SPOT, "--", "--task", "jsonl", "--checkpoint", "gs://b/x", "--out", "gs://b/y"),
+            "jsonl is read from a file of rows: name it with --source",
+        ),
         ({}, ("create", "tpu", "--type"), "--type: expected one argument"),
         ({}, ("create", "tpu", *SPOT, "--slices", "two"), "--slices: must be a whole number from 1 on"),
     ],
@@ -216,7 +275,7 @@ def is_warned_of(cloud, location, zone):
 def test_buckets_that_only_a_config_names_are_looked_at(cloud, tmp_path):
     config = cloud.checkout / "own.yaml"
     text = (ROOT / "configs" / "demo.yaml").read_text().replace("runs/demo/train", "gs://mine/run")
-    config.write_text(text.replace("runs/demo/data", "gs://mine/data"))
+    config.write_text(text.replace("runs/demo/data", "gs://mine/data").replace("batch_size: 4", "batch_size: 8"))
     place = ("--project", "p", "--zone", "z-a", "--dry-run")
     ended = cloud.launch("job", "tpu", *SPOT, *place, "--", *TRAIN, "own.yaml")
     assert ended.returncode == 0, ended.stderr
