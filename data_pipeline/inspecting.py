@@ -70,11 +70,11 @@ def inspect(settings: InspectSettings, overrides: Sequence[str] = ()) -> Epoch:
     console.print(_lengths(epoch.rows.input_lengths, data.context))
     for table in _steps(epoch):
         console.print(table)
+    console.print("\n[dim]dim: given to the model[/dim], [green]green: what the loss is taken on[/green]")
     for index in range(min(settings.rows, len(batches))):
         console.rule(f"row {index + 1} of {len(batches):,}")
         for text in examples_of(batches[index], 0, tokenizer):
             console.print(text, soft_wrap=True)
-    console.print("[dim]dim: given to the model[/dim], [green]green: what the loss is taken on[/green]")
     if settings.html is not None:
         write_text(epath.Path(settings.html), console.export_html(inline_styles=True, code_format=_PAGE))
         logger.info("wrote %s", settings.html)
@@ -147,9 +147,10 @@ def _histogram(title: str, what: str, columns: dict[str, dict[Any, int]]) -> ric
     shown = columns["examples"]
     largest, total = max(shown.values(), default=1), max(1, sum(shown.values()))
     for key in dict.fromkeys(key for column in columns.values() for key in column):
-        bar = "█" * round(_BAR * shown.get(key, 0) / largest)
+        bar = ("█" * round(_BAR * shown.get(key, 0) / largest), "steel_blue3")
+        share = rich.text.Text.assemble(bar, f" {100 * shown.get(key, 0) / total:.1f} %")
         counts = (f"{column.get(key, 0):,}" for column in columns.values())
-        table.add_row("unknown" if key == -1 else str(key), *counts, f"{bar} {100 * shown.get(key, 0) / total:.1f} %")
+        table.add_row("unknown" if key == -1 else str(key), *counts, share)
     return table
 
 
