@@ -112,8 +112,12 @@ def test_a_command_that_fails_is_not_begun_again(cluster: Cluster, tmp_path: Pat
         (("train", "--", "--config", "configs/demo.yaml", "output_dri=x"), "did you mean output_dir?"),
         (("train", "--shards", "2", "--", "--config", "configs/demo.yaml"), "--shards is for evaluate"),
         (("evaluate", "--shards", "2", "--", "--taks", "demo"), "--task"),
+        (
+            ("evaluate", "--shards", "2", "--", "--task", "demo", "--out", "y", "--checkpoint", "x"),
+            "name it with --source",
+        ),
         (("evaluate", "--shards"), "needs the options of the command behind --"),
-        (("evaluate", "--", "--task", "demo", "--checkpoint", "x", "--out", "y"), "say how many jobs"),
+        (("evaluate", "--", "--task", "gsm8k", "--checkpoint", "x", "--out", "y"), "say how many jobs"),
     ],
 )
 def test_wrong_settings_are_said_before_anything_is_queued(
