@@ -98,10 +98,6 @@ class BatchTeacher:
 
     def has_room(self) -> bool:
         """Whether another batch may be submitted now."""
-        if self._ledger.is_full and not self.errors:
-            self._give_up(
-                RunError(f"the disk is full: what there is, is kept in {self._ledger.path}; make room, and go on")
-            )
         return self.num_open < self._max_open and not (self.is_waiting or self.budget_reached or self.errors)
 
     def adopt(self) -> int:
@@ -243,6 +239,7 @@ class BatchTeacher:
             yield chunk, file.getvalue()
 
     def _submit(self, chunk: list[Request], file: bytes) -> int:
+        self._ledger.check_room()
         room = self._budget - self._ledger.account.total
         costs = [self._ledger.may_cost(one, self.price) for one in chunk]
         fitting = sum(total <= room for total in itertools.accumulate(costs))

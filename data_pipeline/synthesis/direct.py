@@ -266,8 +266,10 @@ class DirectTeacher:
 
     async def _sent(self, request: Request) -> Sent:
         """Holds what the request may cost, and has it on the disk."""
-        if self._ledger.is_full:
-            self._end(RunError(f"the disk is full: every reply is kept in {self._ledger.path}; make room, and go on"))
+        try:
+            self._ledger.check_room()
+        except RunError as error:
+            self._end(error)
         while True:
             try:
                 (sent,), done = self._ledger.send([request], self._price, self._budget)

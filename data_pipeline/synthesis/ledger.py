@@ -107,9 +107,14 @@ class Ledger:
             ).fetchone()
             self._excess = [min(BELIEVABLE, times) for times in excess]  # of prompts and replies, times their bounds
         self._reserve = path.with_name(f"{path.name}.reserve")
-        self._has_reserve = self.is_full = False
+        self._has_reserve = self._is_full = False
         self._thread = threading.Thread(target=self._write, name="ledger", daemon=True)
         self._thread.start()
+
+    def check_room(self) -> None:
+        """Raises RunError where the disk is full, so that nothing more should be sent."""
+        if self._is_full:
+            raise RunError(f"the disk is full: every reply is kept in {self.path}; make room, and go on")
 
     def close(self) -> None:
         """Writes what is waiting, and closes the file."""
@@ -120,7 +125,7 @@ class Ledger:
             self._reserve.unlink(missing_ok=True)
 
     def keep_free(self) -> None:
-        """Keeps room on the disk for replies that are paid when it is full; `is_full` says that it is in use.
+        """Keeps room on the disk for replies that are paid when it is full; `check_room` says that it is in use.
 
         Raises OSError where there is none.
         """
@@ -300,10 +305,10 @@ class Ledger:
         try:
             self._commit_once(connection, rows)
         except OSError as error:
-            if error.errno != errno.ENOSPC or self.is_full or not self._has_reserve:
+            if error.errno != errno.ENOSPC or self._is_full or not self._has_reserve:
                 raise
             self._reserve.write_bytes(b"")  # what is under way, and paid, finds room for its reply
-            self.is_full = True
+            self._is_full = True
             self._commit_once(connection, rows)
 
     def _commit_once(self, connection: sqlite3.Connection, rows: Sequence[tuple[str, tuple[Any, ...]]]) -> None:

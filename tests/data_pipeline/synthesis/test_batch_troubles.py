@@ -11,6 +11,7 @@ from teachers import BatchTeacher
 from data_pipeline.cli import RunError
 from data_pipeline.synthesis import batch as batch_module
 from data_pipeline.synthesis import batch_server
+from data_pipeline.synthesis.ledger import Ledger
 from data_pipeline.synthesis.rules import RuleTeacher
 from data_pipeline.synthesis.run import synthesize
 
@@ -289,3 +290,17 @@ def test_a_run_whose_creation_is_refused_ends_at_once(troubled):
     with pytest.raises(RunError, match="a batch is refused"):
         synthesize(settings)
     assert time.monotonic() - started < 10
+
+
+def test_a_full_disk_buys_no_batch(troubled, monkeypatch):
+    settings, store, _ = troubled(BatchTeacher)
+    keep_free = Ledger.keep_free
+
+    def full(ledger):
+        keep_free(ledger)
+        ledger._is_full = True
+
+    monkeypatch.setattr(Ledger, "keep_free", full)
+    with pytest.raises(RunError, match=r"the disk is full: every reply is kept in .*make room, and go on"):
+        synthesize(settings)
+    assert not store["batches"]
