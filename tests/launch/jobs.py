@@ -8,7 +8,8 @@ QUEUED = ("compute", "tpus", "queued-resources")
 SPOT = ("--type", "v5p-16", "--spot")
 LEFT = "may still exist, and cost money: tpu_vm.py follow|stop|delete tpu --zone us-west4-a --project my-project"
 TRAIN, DEMO = ("python", "-m", "mathscale_jax.train", "--config"), "configs/demo.yaml"
-# Counts to `last` in a file, and goes on where it was; ends with 75 on SIGTERM, as training does.
+# Counts to `last` in a file, and goes on where it was; ends with 75 on SIGTERM, as training does. The file is replaced
+# whole, for a TPU that is taken away kills at any instant, also between emptying a file and filling it.
 COUNTING = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -18,7 +19,8 @@ print("begins at", count, flush=True)
 while count < last:
     time.sleep(0.05)
     count += 1
-    file.write_text(str(count))
+    file.with_suffix(".new").write_text(str(count))
+    file.with_suffix(".new").replace(file)
     print("count", count, flush=True)
 """
 
