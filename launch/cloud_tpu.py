@@ -93,6 +93,7 @@ class Tpu:
 
     def delete(self) -> None:
         """Deletes it with all that runs there. Raises CloudError where it may still be there after some tries."""
+        self.cloud.step("delete the TPU")
         for tries in range(4):
             try:
                 self.cloud.tpus("queued-resources", "delete", self.name, "--force", seconds=1200)

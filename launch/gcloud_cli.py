@@ -48,7 +48,7 @@ def say(text: str) -> None:
 
 
 class Gcloud:
-    """Runs gcloud in a project and a zone. In a dry run it says what it would run, and returns nothing."""
+    """Runs gcloud in a project and a zone. In a dry run it prints what it would run, and returns nothing."""
 
     def __init__(self, project: str, zone: str, dry_run: bool = False):
         self.project, self.zone, self.dry_run = project, zone, dry_run
@@ -61,7 +61,7 @@ class Gcloud:
         if "delete" not in words:
             seconds = max(1.0, min(seconds, self.seconds_left()))
         if self.dry_run:
-            say("gcloud " + " ".join(map(shlex.quote, words)))
+            print("gcloud " + " ".join(map(shlex.quote, words)), flush=True)
             return ""
         with subprocess.Popen(
             ["gcloud", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -88,6 +88,11 @@ class Gcloud:
             kind = NotFound if re.search(r"\bNOT_FOUND\b|HTTPError 404|not found: 404", said) else CloudError
             raise kind(f"{_named(words)} failed: {said or 'it says nothing'}" + (f"\n  {hint}" if hint else ""))
         return out.decode(errors="replace").strip()
+
+    def step(self, text: str) -> None:
+        """Says, in a dry run, what the calls that follow are for."""
+        if self.dry_run:
+            print(f"\n# {text}", flush=True)
 
     def sleep(self) -> None:
         """Until another try, or until all is ended."""
@@ -123,7 +128,10 @@ def buckets_in(words: Sequence[str]) -> list[str]:
 def check_buckets(cloud: Gcloud, words: Sequence[str]) -> None:
     """Raises NotFound where a bucket is not there; warns of one that is far away, or cannot be looked at."""
     region = cloud.zone.rpartition("-")[0]
-    for bucket in buckets_in(words):
+    buckets = buckets_in(words)
+    if buckets:
+        cloud.step("is each bucket there, and near?")
+    for bucket in buckets:
         try:
             location = cloud("storage", "buckets", "describe", f"gs://{bucket}", "--format=value(location)").lower()
         except NotFound:

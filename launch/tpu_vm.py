@@ -36,7 +36,8 @@ from typing import NamedTuple, NoReturn
 from checkout import ROOT, NotPacked, travels
 from cloud_tpu import RUNTIMES, Unreachable, chips_of, hosts_of
 from gcloud_cli import CloudError, Gcloud, buckets_in, check_buckets, say
-from tpu_job import AGAIN, EXIT, GONE, STOPPED, Job, Session, Stage, WrongUse, number_of, tag_of
+from tpu_job import Job, Stage, tag_of
+from tpu_session import AGAIN, EXIT, GONE, GRACE, STOPPED, Session, WrongUse, number_of
 
 
 def _job(session: Session, stages: Sequence[Stage]) -> int:
@@ -67,18 +68,36 @@ def _job(session: Session, stages: Sequence[Stage]) -> int:
             raise WrongUse("nothing in the command is on gs://: what it writes is deleted with the TPU. Or add --keep")
     if not (given.keep or given.attach):
         _check_reads(told.reads)
+    session.cloud.step(_summary(session))
     check_buckets(session.cloud, places)
+    session.cloud.step("is the name free?")
     state = session.tpu.state()
     if state and not given.attach:
         raise WrongUse(
             f"{session.tpu.name} exists already ({state}): add --attach to go on with it, delete it, or choose another "
             "NAME"
         )
-    if session.cloud.dry_run:
-        hosts = hosts_of(given.type)
-        each = "? workers" if hosts is None else number_of(hosts, "worker")
-        say(f"{given.slices} x {given.type}, {each} each; what is said of the first worker is done on all of them:")
     return Job(session).run(stages)
+
+
+def _summary(session: Session) -> str:
+    """What a job takes, and how long it may be paid for."""
+    given = session.arguments
+    chips, hosts = chips_of(given.type), hosts_of(given.type)
+    size = "" if chips is None or hosts is None else f" of {number_of(chips, 'chip')}, {number_of(hosts, 'worker')}"
+    kind = "spot" if given.spot else "not spot"
+    if given.hours is None:
+        bound = "as long as the command takes, with no limit: --hours sets one"
+    else:
+        chip_hours = "" if chips is None else f", {given.hours * chips * given.slices:g} chip-hours"
+        bound = f"at most {given.hours:g} hours{chip_hours}, and {GRACE / 60:g} minutes to save and end"
+    end = "left there at the end (--keep), and paid for until it is deleted" if given.keep else "deleted at the end"
+    again = f"begun again, where it is taken away, at most {given.restarts} times"
+    return (
+        f"{given.slices} x {given.type}{size}; {kind}, in {session.cloud.zone}\n"
+        f"# waited for at most {given.wait:g} hours; paid for {bound}\n# {again}; {end}\n"
+        "# what stands here of the first worker is done on all of them"
+    )
 
 
 def _evaluate(session: Session) -> int:
@@ -252,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--create-flag", action="append", default=[], metavar="FLAG", help="one more for gcloud's create, such as "
         "--create-flag=--internal-ips or --create-flag=--reserved")  # fmt: skip
     add("--gcloud-ssh-flag", action="append", default=[], metavar="FLAG", help="one more for gcloud's ssh and scp")
-    add("--dry-run", action="store_true", help="say which gcloud commands would be run, and run none")
+    add("--dry-run", action="store_true", help="print which gcloud commands would be run, and run none")
     return parser
 
 

@@ -279,7 +279,7 @@ def test_buckets_that_only_a_config_names_are_looked_at(cloud, tmp_path):
     place = ("--project", "p", "--zone", "z-a", "--dry-run")
     ended = cloud.launch("job", "tpu", *SPOT, *place, "--", *TRAIN, "own.yaml")
     assert ended.returncode == 0, ended.stderr
-    assert "buckets describe gs://mine" in ended.stderr
+    assert "buckets describe gs://mine" in ended.stdout
     shutil.move(config, tmp_path / "own.yaml")  # where no worker finds it
     refused = cloud.launch("job", "tpu", *SPOT, *place, "--", *TRAIN, str(tmp_path / "own.yaml"))
     assert refused.returncode == 2 and f"the command reads {tmp_path / 'own.yaml'}, which is neither" in refused.stderr
@@ -302,12 +302,22 @@ def test_one_look_that_finds_nothing_is_no_end(cloud):
     assert cloud.launch("setup", "tpu").returncode == 0
 
 
+def test_one_look_that_finds_nothing_asks_for_no_second_tpu(cloud, program):
+    """Where a command is begun again: looks 1 to 5 are those until it is ACTIVE, 6 is at its first end."""
+    text = "import pathlib, sys; f = pathlib.Path.home() / 'begun'; sys.exit(0 if f.exists() else f.touch() or 143)"
+    goes_on = program(text)
+    cloud.says(blind_looks=[7])
+    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(goes_on), "gs://b/run")
+    assert ended.returncode == 0 and "beginning again (1 of at most 20)" in ended.stderr, ended.stderr
+    assert len(cloud.calls(*QUEUED, "create")) == 1 and "error" not in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "call"), [("stop", "worker.sh stop"), ("status", "worker.sh state"), ("follow", "mathscale/run/log")]
 )
 def test_a_dry_run_of_a_single_step_shows_what_it_does(cloud, command, call):
     ended = cloud.launch(command, "tpu", "--project", "p", "--zone", "z-a", "--dry-run")
-    assert ended.returncode == 0 and call in ended.stderr and not cloud.calls()
+    assert ended.returncode == 0 and call in ended.stdout and not cloud.calls()
 
 
 def test_a_dry_run_shows_every_call_and_makes_none(cloud):
@@ -316,7 +326,39 @@ def test_a_dry_run_shows_every_call_and_makes_none(cloud):
     )
     assert ended.returncode == 0 and not cloud.calls()
     for call in ("buckets describe gs://b", "queued-resources create tpu", "tpu-vm scp", "worker.sh", "delete tpu"):
-        assert call in ended.stderr
+        assert call in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), ("1 x v5p-16 of 8 chips, 2 workers; spot", "at most 24 hours", "--hours sets one", "deleted at the end")),
+        (
+            ("--hours", "2", "--slices", "3"),
+            ("3 x v5p-16 of 8 chips, 2 workers", "paid for at most 2 hours, 48 chip-hours"),
+        ),
+        (
+            ("--keep", "--wait", "0.5", "--restarts", "7"),
+            ("at most 0.5 hours", "at most 7 times", "(--keep), and paid"),
+        ),
+    ],
+)
+def test_a_dry_run_says_what_a_job_takes_and_how_long_it_is_paid_for(cloud, flags, told):
+    place = ("--project", "p", "--zone", "z-a", "--dry-run")
+    ended = cloud.launch("job", "tpu", *SPOT, *place, *flags, "--", "python", "gs://b/x")
+    summary = ended.stdout.split("gcloud")[0]
+    assert all(text in summary for text in told), ended.stdout
+
+
+def test_a_dry_run_is_a_list_of_calls_in_which_all_else_is_a_comment(cloud):
+    place = ("--project", "p", "--zone", "z-a", "--dry-run")
+    ended = cloud.launch(
+        "evaluate", "tpu", *SPOT, *place, "--", "--task", "gsm8k", "--checkpoint", "gs://b/c", "--out", "gs://b/x"
+    )
+    lines = [line for line in ended.stdout.splitlines() if line]
+    assert ended.returncode == 0 and all(line.startswith(("gcloud ", "# ")) for line in lines)
+    create = [line for line in lines if "queued-resources create" in line]
+    assert len(create) == 1 and ended.stdout.count("worker.sh start") == 3  # sample, grade, report
 
 
 def test_what_a_command_reads_and_is_not_there_is_warned_of_where_it_may_still_be_made(tmp_path):
