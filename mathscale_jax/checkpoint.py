@@ -38,7 +38,6 @@ from mathscale_jax.step import TrainState
 
 TOKENIZER_FILE = "tokenizer.model"
 FORMAT_VERSION = 3
-MAX_PADDING = 1024  # vocabularies are padded to a multiple of 8 to 512, and have room for added tokens
 T = TypeVar("T")
 _CHUNK_BYTES = 2**27  # on disk: what a device reads of a matrix is not much more than its share
 
@@ -394,18 +393,3 @@ def _open(path: str, directory: epath.Path, step: int) -> Checkpoint:
     if tokenizer.sha256 != meta.tokenizer_sha256:
         raise UsageError(f"{directory / TOKENIZER_FILE} is not the tokenizer that {where} was made with")
     return Checkpoint(path, directory, step, meta, tokenizer)
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, what: str) -> None:
-    """Raises UsageError where a tokenizer and a model do not belong together.
-
-    A vocabulary may be padded: rows of the model beyond the pieces are kept, trained like any other and never drawn.
-    """
-    padding = config.vocab_size - tokenizer.vocab_size
-    if not 0 <= padding <= MAX_PADDING:
-        raise UsageError(
-            f"{what} has {tokenizer.vocab_size} pieces but the model's vocab_size is {config.vocab_size}; use the "
-            f"tokenizer the model was made with (at most {MAX_PADDING} rows may pad a vocabulary)"
-        )
-    if padding:
-        logger.info("the vocabulary of %d pieces is padded to %d", tokenizer.vocab_size, config.vocab_size)

@@ -36,13 +36,12 @@ from data_pipeline.settings import UsageError, describe, load_settings, to_yaml,
 from data_pipeline.sources import load_epoch
 from data_pipeline.templates import load_template
 from data_pipeline.tokenized import TokenizedRows
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Tokenizer, check_same_tokenizer, check_vocabulary
 from mathscale_jax import lora, model
 from mathscale_jax.attention import with_backend
 from mathscale_jax.checkpoint import (
     Checkpoint,
     Meta,
-    check_vocabulary,
     newest_whole,
     open_checkpoint,
     set_aside_after,
@@ -111,7 +110,9 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
         # ---- what the model is: architecture, tokenizer, chat template --------------------------------------
         config = settings.model or _model_of(given, settings)
         tokenizer = _tokenizer(settings, given)
-        check_vocabulary(tokenizer, config, f"data.tokenizer {settings.data.tokenizer or '(from init_from)'}")
+        check_vocabulary(
+            tokenizer, config.vocab_size, f"data.tokenizer {settings.data.tokenizer or '(from init_from)'}"
+        )
         template = load_template(settings.data.template) if settings.data.template or not given else given.meta.template
         shardings = param_shardings(config, mesh)
         compute = with_backend(settings.compute, config, settings.data, mesh.devices.flat[0].platform)
@@ -361,11 +362,8 @@ def _tokenizer(settings: TrainSettings, given: Checkpoint | None) -> Tokenizer:
         assert given is not None  # without init_from, TrainSettings requires data.tokenizer
         return given.tokenizer
     tokenizer = Tokenizer.load(settings.data.tokenizer)
-    if given is not None and tokenizer.sha256 != given.tokenizer.sha256:
-        raise UsageError(
-            f"data.tokenizer={settings.data.tokenizer} is not the tokenizer that {given.name} was made with; "
-            "leave it out to use that one"
-        )
+    if given is not None:
+        check_same_tokenizer(tokenizer, given.tokenizer, f"data.tokenizer={settings.data.tokenizer}", given.name)
     return tokenizer
 
 

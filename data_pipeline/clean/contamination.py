@@ -177,7 +177,7 @@ def _num_uses(grams: Shingles) -> Int[np.ndarray, " hashes"]:
 def _num_problems(grams: Shingles) -> Int[np.ndarray, " hashes"]:
     """In how many problems each n-gram stands, where texts that are nearly the same are one problem."""
     problem = np.arange(len(grams), dtype=np.uint64)
-    for text, like in near_duplicates(grams, _VARIANTS).items():
+    for text, (like, _) in near_duplicates(grams, _VARIANTS).items():
         problem[text] = like
     uses = np.unique(np.stack([grams.hashes, problem[_owners(grams)]], axis=1), axis=0)
     hashes, counts = np.unique(uses[:, 0], return_counts=True)

@@ -25,8 +25,8 @@ def bands(threshold: float) -> tuple[int, int]:
     return _NUM_PERM, 1
 
 
-def near_duplicates(texts: Shingles, threshold: float) -> dict[int, int]:
-    """By row the earlier row, itself kept, that it repeats: one whose n-grams are at least as similar as `threshold`.
+def near_duplicates(texts: Shingles, threshold: float) -> dict[int, tuple[int, float]]:
+    """By row the earlier row, itself kept, that it repeats, and their similarity, which is `threshold` or more.
 
     Candidates are found by MinHash and locality-sensitive hashing; the likeliest by their sketches are compared
     exactly. Where a band is that of very many rows, which all begin alike, say, a row is compared with the first of
@@ -45,7 +45,7 @@ def near_duplicates(texts: Shingles, threshold: float) -> dict[int, int]:
         chunk = texts.select(rows[start : start + _CHUNK])
         sketches[start : start + _CHUNK] = _digests(chunk, count * width).to_rows()
     keys = _band_keys(sketches, count, width)
-    repeats: dict[int, int] = {}
+    repeats: dict[int, tuple[int, float]] = {}
     # The rest meet one after another, and the first of those alike is kept.
     buckets: defaultdict[int, list[int]] = defaultdict(list)
     for place, row in enumerate(rows.tolist()):
@@ -72,8 +72,8 @@ def _digests(texts: Shingles, num_perm: int) -> Any:
 def _like(
     place: int, others: list[int], rows: Int[np.ndarray, " rows"], sketches: UInt[np.ndarray, "rows perms"],
     texts: Shingles, threshold: float,
-) -> int | None:  # fmt: skip
-    """The first row among the `others` that a row repeats."""
+) -> tuple[int, float] | None:  # fmt: skip
+    """The first row among the `others` that a row repeats, and their similarity."""
     if not others:
         return None
     alike = (sketches[others] == sketches[place]).mean(axis=1)
@@ -82,8 +82,9 @@ def _like(
     own = texts[int(rows[place])]
     for index in np.flatnonzero(alike >= threshold - deviation).tolist():
         other = int(rows[others[index]])
-        if jaccard(own, texts[other]) >= threshold:
-            return other
+        similarity = jaccard(own, texts[other])
+        if similarity >= threshold:
+            return other, similarity
     return None
 
 

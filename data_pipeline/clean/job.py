@@ -181,8 +181,8 @@ def _decide(
     def left() -> Int[np.ndarray, " left"]:
         return np.array([n for n in range(len(beside) + counted) if n - len(beside) not in removed], np.int64)
 
-    def remove(repeats: dict[int, int], numbers: Int[np.ndarray, " left"], nearly: str, detail: str) -> None:
-        for place, like in repeats.items():
+    def remove(repeats: dict[int, tuple[int, str]], numbers: Int[np.ndarray, " left"], nearly: str) -> None:
+        for place, (like, detail) in repeats.items():
             row, other = int(numbers[place]) - len(beside), int(numbers[like])
             if row >= 0 and other < len(beside):
                 removed[row] = Removed(f"{nearly}there beside it", other, detail, "beside")
@@ -191,7 +191,7 @@ def _decide(
 
     numbers = left()
     digests = np.concatenate([np.zeros((0, 2), np.uint64), *(part.digests for part in parts)])
-    remove(exact_duplicates(digests[numbers]), numbers, "", "exactly")
+    remove({row: (like, "exactly") for row, like in exact_duplicates(digests[numbers]).items()}, numbers, "")
     numbers = left()[len(beside) :] - len(beside)
     digests_of_ids = np.frombuffer(b"".join(ids), np.uint64).reshape(counted, 2)
     for place, like in exact_duplicates(digests_of_ids[numbers]).items():
@@ -199,7 +199,8 @@ def _decide(
     if similarity < 1 and parts:
         numbers = left()
         every = Shingles.join([part.shingles for part in parts]).select(numbers)
-        remove(near_duplicates(every, similarity), numbers, "nearly ", "")
+        found_near = near_duplicates(every, similarity).items()
+        remove({row: (like, f"{100 * share:.0f} % alike") for row, (like, share) in found_near}, numbers, "nearly ")
     return removed, counted
 
 

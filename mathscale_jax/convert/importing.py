@@ -13,8 +13,8 @@ from data_pipeline.files import locked
 from data_pipeline.progress import Progress
 from data_pipeline.settings import UsageError
 from data_pipeline.templates import load_template
-from data_pipeline.tokenizer import Tokenizer
-from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, check_vocabulary, steps_in
+from data_pipeline.tokenizer import Tokenizer, check_vocabulary
+from mathscale_jax.checkpoint import TOKENIZER_FILE, Meta, steps_in
 from mathscale_jax.checkpoint_lazy import LazyArray, write_lazily
 from mathscale_jax.convert.dtypes import cast, numpy_dtype
 from mathscale_jax.convert.mapping import Leaf, leaves
@@ -85,7 +85,7 @@ def described(source: Source, tokenizer: str | None = None, template: str | None
         )
     file = tokenizer or str(source.path / TOKENIZER_FILE)
     pieces = Tokenizer.load(file)
-    check_vocabulary(pieces, source.config, f"tokenizer {file}")
+    check_vocabulary(pieces, source.config.vocab_size, f"tokenizer {file}")
     check_companions(pieces, source.companions)
     lineage = f"published weights ({source.kind})"
     return Meta(source.config, chat_template, pieces.sha256, lineage, companions=source.companions), pieces

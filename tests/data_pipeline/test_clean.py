@@ -70,7 +70,10 @@ def test_near_duplicates_are_all_found_and_nothing_else():
         if any(jaccard(texts[row], texts[other]) >= 0.7 for other in range(row))
     }
     found = near_duplicates(texts, 0.7)
-    assert set(found) <= set(wanted) and all(wanted[row] == like for row, like in found.items())
+    assert set(found) <= set(wanted) and all(wanted[row] == like for row, (like, _) in found.items())
+    grams = [{tuple(text[i : i + 3]) for i in range(58)} for text in base + changed]
+    for row, (like, similarity) in found.items():
+        assert similarity == pytest.approx(len(grams[row] & grams[like]) / len(grams[row] | grams[like]))
     assert len(wanted) > 30 and len(found) >= len(wanted) - 1  # of a hundred pairs as similar one may be missed
 
 
@@ -163,6 +166,8 @@ def test_each_fault_is_removed_with_its_reason_and_the_rest_is_kept(dirty, tmp_p
     }
     assert removed[6]["like"].startswith("gsm8k/test/") and removed[6]["question"] == renumbered(QUESTION)
     assert "not valid JSON" in removed[4]["detail"] and removed[5]["id"] == "r0"
+    assert removed[7]["detail"] == "exactly"
+    assert removed[8]["detail"] == "72 % alike"  # 13 of 18 n-grams: of 15 and 16, two and three are their own
     report = json.loads((out / "report.json").read_text())
     assert report["num_kept"] == 6 and report["removed"]["malformed"] == 2
     page = (out / "report.html").read_text()
