@@ -10,9 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import shutil
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,30 +24,26 @@ from data_pipeline.cli import (
     first_line,
     from_flags,
     logger,
-    make_folder,
     run_command,
 )
 from data_pipeline.files import locked, write_json, write_text
 from data_pipeline.loader import Batches, iterate
 from data_pipeline.progress import Progress
-from data_pipeline.settings import UsageError, describe, load_settings, to_yaml, validated
+from data_pipeline.settings import describe, load_settings, to_yaml
 from data_pipeline.sources import load_epoch
 from data_pipeline.templates import load_template
 from data_pipeline.tokenized import TokenizedRows
-from data_pipeline.tokenizer import Tokenizer, check_same_tokenizer, check_vocabulary
 from mathscale_jax import lora, model
 from mathscale_jax.attention import with_backend
 from mathscale_jax.checkpoint import (
-    Checkpoint,
     Meta,
     newest_whole,
-    open_checkpoint,
     set_aside_after,
     steps_in,
 )
 from mathscale_jax.checkpoint_writer import Writer
 from mathscale_jax.checksums import digest
-from mathscale_jax.config import LoraSettings, ModelConfig, TrainSettings, changes_that_forbid_resume
+from mathscale_jax.config import LoraSettings, TrainSettings
 from mathscale_jax.mesh import check_batch, make_mesh
 from mathscale_jax.optimizer import learning_rate_schedule, make_optimizer
 from mathscale_jax.processes import (
@@ -62,6 +56,16 @@ from mathscale_jax.processes import (
     is_primary,
     rows_of_process,
     start_processes,
+)
+from mathscale_jax.start import (
+    check_folder,
+    check_resume,
+    check_room,
+    first_params,
+    model_of,
+    open_base,
+    tokenizer_of,
+    training_of,
 )
 from mathscale_jax.step import (
     init_state,
@@ -93,7 +97,7 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     # ---- where the run stands: resume, or start from weights, or from scratch -------------------------------
     check_same(settings.model_dump(mode="json"), "settings")
     with all_or_none():
-        _check_folder(output_dir)
+        check_folder(output_dir)
         if is_primary():
             held.enter_context(locked(output_dir, "output_dir"))
         mesh = make_mesh(settings.mesh)
@@ -103,16 +107,13 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     saved = newest_whole(settings.output_dir, lambda _: None)[0] if from_primary(begun) else None
 
     with all_or_none():
-        base = _base(settings, saved)
+        base = open_base(settings, saved)
         adapted = None if settings.lora is None or base is None else base.as_base()
         given = saved or base
 
         # ---- what the model is: architecture, tokenizer, chat template --------------------------------------
-        config = settings.model or _model_of(given, settings)
-        tokenizer = _tokenizer(settings, given)
-        check_vocabulary(
-            tokenizer, config.vocab_size, f"data.tokenizer {settings.data.tokenizer or '(from init_from)'}"
-        )
+        config = model_of(settings, given)
+        tokenizer = tokenizer_of(settings, given, config)
         template = load_template(settings.data.template) if settings.data.template or not given else given.meta.template
         shardings = param_shardings(config, mesh)
         compute = with_backend(settings.compute, config, settings.data, mesh.devices.flat[0].platform)
@@ -149,9 +150,9 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
         validation = Validation(settings, tokenizer, template, mesh) if settings.validation else None
         sampling = LoopSampling(settings, config, tokenizer, template) if settings.samples else None
         if saved is not None:
-            _check_resume(saved, settings, rows, len(batches))
+            check_resume(saved, settings, rows, len(batches))
         else:
-            _check_room(output_dir, settings, config)
+            check_room(output_dir, settings, config)
     check_same(rows.sha256, "data: tokenised examples")
     check_same(validation.sha256 if validation else "", "validation: tokenised examples")
     check_same(sampling.sha256 if sampling else "", "samples: problems")
@@ -167,19 +168,19 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     if saved is not None:
         saved, state = newest_whole(settings.output_dir, lambda c: c.restore_state(all_shardings, optimizer))
         set_aside_after(saved)
-        first_step, origin = saved.step, _training(saved)["origin"]
+        first_step, origin = saved.step, training_of(saved)["origin"]
         if first_step == len(batches):
             logger.info("all %d steps are done: nothing to do", first_step)
             return
         logger.info("resuming %s", saved.name)
-        if _training(saved)["num_steps"] != len(batches):
+        if training_of(saved)["num_steps"] != len(batches):
             logger.warning(
                 "%d steps instead of %d: the learning rate follows the new length from here",
                 len(batches),
-                _training(saved)["num_steps"],
+                training_of(saved)["num_steps"],
             )
     else:
-        params, first_step = _first_params(settings, config, base, trained_shardings), 0
+        params, first_step = first_params(settings, config, base, trained_shardings), 0
         state = init_state(params, optimizer, all_shardings)
         origin = "random weights" if base is None else base.meta.lineage
     # What LoRA leaves as it is: kept in the dtype it computes in.
@@ -300,26 +301,6 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     logger.info("done: step %d with loss %.3f, saved in %s", len(batches), last_loss, checkpoint_dir)
 
 
-def _base(settings: TrainSettings, saved: Checkpoint | None) -> Checkpoint | None:
-    """The weights a run starts from: a full fine-tuning needs them once, an adapter always, and always the same."""
-    if saved is not None:
-        return saved.open_base() if saved.meta.lora is not None else None
-    return None if settings.init_from is None else open_checkpoint(settings.init_from)
-
-
-def _check_room(output_dir: epath.Path, settings: TrainSettings, config: ModelConfig) -> None:
-    """Raises UsageError where the disk has no room for the first checkpoint. Object stores are not asked."""
-    if "://" in str(output_dir) or settings.lora is not None:
-        return
-    bytes_each = 4 + 2 * (4 if settings.optimizer.state_dtype == "float32" else 2)
-    needed, free = bytes_each * config.num_parameters, shutil.disk_usage(output_dir).free
-    if needed > free:
-        raise UsageError(
-            f"output_dir={output_dir} has {free / 1e9:.1f} GB free, and one checkpoint of weights and optimizer takes "
-            f"{needed / 1e9:.1f} GB: free some space or name another disk"
-        )
-
-
 def _say_not_finite(
     settings: TrainSettings, step: int, values: dict[str, Any], batches: Batches, rows: TokenizedRows
 ) -> str:
@@ -340,62 +321,6 @@ def _computing_weights(
 ) -> model.Params:
     """The weights that a training state computes with."""
     return params if settings is None else lora.merge_all(frozen[0], params, settings)
-
-
-def _check_folder(output_dir: epath.Path) -> None:
-    if steps_in(output_dir):
-        raise UsageError(f"output_dir={output_dir} holds an imported checkpoint; choose another folder for the run")
-    make_folder(output_dir, "output_dir")
-
-
-def _model_of(given: Checkpoint | None, settings: TrainSettings) -> ModelConfig:
-    assert given is not None  # TrainSettings has either model or init_from
-    try:
-        settings.check_context(given.meta.model)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return given.meta.model
-
-
-def _tokenizer(settings: TrainSettings, given: Checkpoint | None) -> Tokenizer:
-    if settings.data.tokenizer is None:
-        assert given is not None  # without init_from, TrainSettings requires data.tokenizer
-        return given.tokenizer
-    tokenizer = Tokenizer.load(settings.data.tokenizer)
-    if given is not None:
-        check_same_tokenizer(tokenizer, given.tokenizer, f"data.tokenizer={settings.data.tokenizer}", given.name)
-    return tokenizer
-
-
-def _training(saved: Checkpoint) -> dict[str, Any]:
-    assert saved.meta.training is not None  # `_check_folder` has refused imported weights
-    return saved.meta.training
-
-
-def _first_params(settings: TrainSettings, config: ModelConfig, base: Checkpoint | None, shardings: Any) -> Any:
-    """What a new run trains: the weights of `base`, a new adapter, or random weights."""
-    if base is None:
-        logger.info("starting from random weights")
-        return jax.jit(partial(model.init, config, settings.seed), out_shardings=shardings)()
-    logger.info("starting from the weights of %s (%s)", base.name, base.meta.lineage)
-    if settings.lora is None:
-        return base.restore_params(shardings)
-    return jax.jit(partial(lora.init, config, settings.lora, settings.seed), out_shardings=shardings)()
-
-
-def _check_resume(saved: Checkpoint, settings: TrainSettings, rows: TokenizedRows, num_steps: int) -> None:
-    training = _training(saved)
-    changes = changes_that_forbid_resume(validated(TrainSettings, training["settings"], saved.name), settings)
-    if training["rows_sha256"] != rows.sha256 and not changes:
-        changes = ["data: the tokenised examples are not the ones the run began with"]
-    if saved.step > num_steps:
-        changes.append(f"num_steps: {num_steps} are fewer than the {saved.step} that are done")
-    if changes:
-        listed = "\n  ".join(changes)
-        raise UsageError(
-            f"{saved.path} holds a run with other settings:\n  {listed}\n"
-            "choose another output_dir, or start from its weights with init_from"
-        )
 
 
 def parsed(argv: Sequence[str] | None) -> tuple[str, TrainSettings, ProcessSettings]:

@@ -9,7 +9,8 @@ from small_run import run, write_config
 
 from data_pipeline.settings import UsageError, load_settings
 from mathscale_jax.config import OptimizerSettings, TrainSettings
-from mathscale_jax.train import _check_room, train
+from mathscale_jax.start import check_room
+from mathscale_jax.train import train
 
 CONFIGS = sorted(path.name for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -94,7 +95,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_said_before_any_step(
     assert not (tmp_path / "run" / "checkpoints").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed * 8 // 12))
     narrow = settings.model_copy(update={"optimizer": OptimizerSettings(state_dtype="bfloat16")})
-    _check_room(epath.Path(tmp_path), narrow, narrow.model)
+    check_room(epath.Path(tmp_path), narrow, narrow.model)
 
 
 @pytest.mark.parametrize(
