@@ -47,6 +47,15 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def show(output: bytes) -> None:
+    """On stdout; a reader that has gone ends nothing."""
+    try:
+        sys.stdout.buffer.write(output)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Gcloud:
     """Runs gcloud in a project and a zone. In a dry run it prints what it would run, and returns nothing."""
 
@@ -61,7 +70,7 @@ class Gcloud:
         if "delete" not in words:
             seconds = max(1.0, min(seconds, self.seconds_left()))
         if self.dry_run:
-            print("gcloud " + " ".join(map(shlex.quote, words)), flush=True)
+            show(f"gcloud {shlex.join(words)}\n".encode())
             return ""
         with subprocess.Popen(
             ["gcloud", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -92,7 +101,7 @@ class Gcloud:
     def step(self, text: str) -> None:
         """Says, in a dry run, what the calls that follow are for."""
         if self.dry_run:
-            print(f"\n# {text}", flush=True)
+            show(f"\n# {text}\n".encode())
 
     def sleep(self) -> None:
         """Until another try, or until all is ended."""

@@ -3,15 +3,13 @@
 import argparse
 import contextlib
 import math
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkout import Code, NotPacked, pack
 from cloud_tpu import State, Tpu, Unreachable, Worker, Workers, hosts_of
-from gcloud_cli import POLL, CloudError, Gcloud, say
+from gcloud_cli import POLL, CloudError, Gcloud, say, show
 
 DONE, FAILED, STOPPED, AGAIN, GONE, TROUBLE = "done", "failed", "stopped", "again", "gone", "trouble"
 EXIT = {DONE: 0, FAILED: 1, STOPPED: 75}
@@ -173,7 +171,7 @@ class Session:
                 time.sleep(POLL)
                 continue
             misses = 0
-            _show(states[0].output)
+            show(states[0].output)
             offset += len(states[0].output)
             if owner is not None and states[0].owner != owner and not self.cloud.dry_run:
                 raise OtherJob(f"another job follows {self.tpu.name} now: it is left to that one")
@@ -228,15 +226,6 @@ class Session:
             workers.gather(Path("runs/launch") / self.tpu.name / time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
         except (Unreachable, OSError) as error:
             say(f"warning: not all logs were gathered: {error}")
-
-
-def _show(output: bytes) -> None:
-    """The run's output; a reader that has gone ends nothing."""
-    try:
-        sys.stdout.buffer.write(output)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def number_of(count: int, what: str) -> str:

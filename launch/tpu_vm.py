@@ -80,12 +80,17 @@ def _job(session: Session, stages: Sequence[Stage]) -> int:
     return Job(session).run(stages)
 
 
-def _summary(session: Session) -> str:
-    """What a job takes, and how long it may be paid for."""
+def _size(session: Session) -> str:
+    """What is asked for."""
     given = session.arguments
     chips, hosts = chips_of(given.type), hosts_of(given.type)
     size = "" if chips is None or hosts is None else f" of {number_of(chips, 'chip')}, {number_of(hosts, 'worker')}"
-    kind = "spot" if given.spot else "not spot"
+    return f"{given.slices} x {given.type}{size}; {'spot' if given.spot else 'not spot'}, in {session.cloud.zone}"
+
+
+def _summary(session: Session) -> str:
+    """What a job takes, and how long it may be paid for."""
+    given, chips = session.arguments, chips_of(session.arguments.type)
     if given.hours is None:
         bound = "as long as the command takes, with no limit: --hours sets one"
     else:
@@ -94,7 +99,7 @@ def _summary(session: Session) -> str:
     end = "left there at the end (--keep), and paid for until it is deleted" if given.keep else "deleted at the end"
     again = f"begun again, where it is taken away, at most {given.restarts} times"
     return (
-        f"{given.slices} x {given.type}{size}; {kind}, in {session.cloud.zone}\n"
+        f"{_size(session)}\n"
         f"# waited for at most {given.wait:g} hours; paid for {bound}\n# {again}; {end}\n"
         "# what stands here of the first worker is done on all of them"
     )
@@ -162,6 +167,7 @@ def _check_reads(paths: Sequence[str]) -> None:
 
 def _must_exist(session: Session) -> None:
     """Raises CloudError where there is no such TPU."""
+    session.cloud.step("is it there?")
     if session.cloud.dry_run:
         session.tpu.state()
     elif session.tpu.is_gone():
@@ -171,11 +177,12 @@ def _must_exist(session: Session) -> None:
 def _run(session: Session) -> int:
     check_buckets(session.cloud, session.arguments.words)
     _must_exist(session)
-    workers = session.workers()
+    workers, words = session.workers(), session.arguments.words
+    session.cloud.step("start the command, where all workers have the same versions")
     workers.check_versions()
-    words = session.arguments.words
     workers.start(tag_of(words), words)
-    say(f"{session.tpu.name}: started; Ctrl-C leaves it running")
+    if not session.cloud.dry_run:
+        say(f"{session.tpu.name}: started; Ctrl-C leaves it running")
     return _follow(session)
 
 
@@ -191,6 +198,7 @@ def _follow(session: Session) -> int:
 
 
 def _status(session: Session) -> int:
+    session.cloud.step("what is there, and what runs on it?")
     state = session.tpu.state()
     if session.cloud.dry_run:
         session.workers().states()
@@ -205,6 +213,8 @@ def _status(session: Session) -> int:
 
 
 def _create(session: Session) -> int:
+    session.cloud.step(f"{_size(session)}\n# paid for from when it is there until it is deleted")
+    session.cloud.step("is the name free?")
     state = session.tpu.state()
     if state:
         raise WrongUse(f"{session.tpu.name} exists already ({state}): delete it, or choose another NAME")
@@ -221,6 +231,7 @@ def _setup(session: Session) -> int:
 def _stop(session: Session) -> int:
     _must_exist(session)
     workers = session.workers()
+    session.cloud.step("ask the command to end")
     if not session.cloud.dry_run and not any(state.what == "running" for state in workers.states()):
         say(f"{session.tpu.name}: nothing runs there; a job that is setting it up goes on, and `delete` ends that")
         return 1

@@ -320,6 +320,12 @@ def test_a_dry_run_of_a_single_step_shows_what_it_does(cloud, command, call):
     assert ended.returncode == 0 and call in ended.stdout and not cloud.calls()
 
 
+def test_a_dry_run_whose_reader_has_gone_ends_well(cloud):
+    with cloud.begin("job", "tpu", *SPOT, "--project", "p", "--zone", "z-a", "--dry-run", "--", "x", "gs://b/x") as job:
+        job.stdout.close()
+        assert job.wait() == 0 and not job.stderr.read()
+
+
 def test_a_dry_run_shows_every_call_and_makes_none(cloud):
     ended = cloud.launch(
         "job", "tpu", *SPOT, "--project", "p", "--zone", "z-a", "--dry-run", "--", "python", "gs://b/x"
