@@ -20,7 +20,7 @@ from data_pipeline.resample import histogram
 from data_pipeline.settings import Settings, UsageError, apply_override, read_yaml, validated
 from data_pipeline.sources import DataSettings, Epoch, load_epoch
 from data_pipeline.templates import Template, load_template
-from data_pipeline.tokenizer import Tokenizer, check_same_tokenizer, check_vocabulary
+from data_pipeline.tokenizer import Tokenizer
 
 _BAR = 40  # characters of the longest bar
 _NUM_BINS = 12
@@ -46,7 +46,7 @@ class InspectSettings(Settings):
     """`inspect --config CONFIG [data.key=value ...]`: the data of a training config as the model sees it."""
 
     config: str = pydantic.Field(
-        description="YAML file of training settings, of which data, seed, init_from and model.vocab_size are read"
+        description="YAML file of training settings, of which data, seed and init_from are read"
     )
     rows: pydantic.NonNegativeInt = pydantic.Field(2, description="rows of the first epoch that are shown")
     html: str | None = pydantic.Field(None, description="write what is shown to this file, as a page")
@@ -56,8 +56,8 @@ def inspect(settings: InspectSettings, overrides: Sequence[str] = ()) -> Epoch:
     """Prints the datasets, histograms and first rows of an epoch. Raises UsageError."""
     if settings.html is not None and epath.Path(settings.html).is_dir():
         raise UsageError(f"html={settings.html} is a folder: name a file")
-    data, seed, init_from, vocab_size = _data_of(settings.config, overrides)
-    tokenizer = _tokenizer(data.tokenizer, init_from, vocab_size)
+    data, seed, init_from = _data_of(settings.config, overrides)
+    tokenizer = Tokenizer.load(data.tokenizer or _tokenizer_of(init_from))
     template = load_template(data.template) if data.template is not None else _template_of(init_from)
     epoch = load_epoch(data, tokenizer, template)
     batches = Batches(epoch.rows, data, batch_size=1, seed=seed, num_epochs=1)
@@ -154,8 +154,8 @@ def _histogram(title: str, what: str, columns: dict[str, dict[Any, int]]) -> ric
     return table
 
 
-def _data_of(path: str, overrides: Sequence[str]) -> tuple[DataSettings, int, str | None, int | None]:
-    """`data`, `seed`, `init_from` and `model.vocab_size` of a training config; None where one is not said."""
+def _data_of(path: str, overrides: Sequence[str]) -> tuple[DataSettings, int, str | None]:
+    """`data`, `seed` and `init_from` of a training config."""
     tree = read_yaml(path)
     for override in overrides:
         if not override.removeprefix("--").startswith(("data.", "data=", "seed=", "init_from=")):
@@ -166,25 +166,15 @@ def _data_of(path: str, overrides: Sequence[str]) -> tuple[DataSettings, int, st
     seed = tree.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise UsageError(f"{path}: seed={seed!r} must be a whole number from 0")
-    model = tree.get("model")
-    vocab_size = model.get("vocab_size") if isinstance(model, dict) else None
-    data = validated(DataSettings, tree["data"], where=f"{path}: data")
-    return data, seed, tree.get("init_from"), vocab_size if isinstance(vocab_size, int) else None
+    return validated(DataSettings, tree["data"], where=f"{path}: data"), seed, tree.get("init_from")
 
 
-def _tokenizer(named: str | None, init_from: str | None, vocab_size: int | None) -> Tokenizer:
-    """The one that is named, where it is that of the weights; else theirs. Raises UsageError."""
-    files = [place / "tokenizer.model" for place in _places_of(init_from)]
-    own = next((Tokenizer.load(file) for file in files if file.exists()), None)
-    if named is None and own is None:
-        raise UsageError("the config names no tokenizer file: add data.tokenizer=FILE")
-    tokenizer = own if named is None else Tokenizer.load(named)
-    assert tokenizer is not None
-    if own is not None:
-        check_same_tokenizer(tokenizer, own, f"data.tokenizer={named}", str(init_from))
-    if vocab_size is not None:
-        check_vocabulary(tokenizer, vocab_size, f"data.tokenizer {named}")
-    return tokenizer
+def _tokenizer_of(init_from: str | None) -> str:
+    """The tokenizer.model in a published folder, or beside the checkpoints of a run."""
+    for place in _places_of(init_from):
+        if (place / "tokenizer.model").exists():
+            return str(place / "tokenizer.model")
+    raise UsageError("the config names no tokenizer file: add data.tokenizer=FILE")
 
 
 def _template_of(init_from: str | None) -> Template:

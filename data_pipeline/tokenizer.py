@@ -11,7 +11,7 @@ from etils import epath
 from data_pipeline.cli import logger
 from data_pipeline.settings import UsageError, require_file
 
-MAX_PADDING = 1024  # vocabularies are padded to a multiple of 8 to 512, and have room for added tokens
+_MAX_PADDING = 1024  # vocabularies are padded to a multiple of 8 to 512, and have room for added tokens
 
 
 class Tokenizer:
@@ -68,19 +68,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, what: str) -> None:
     A vocabulary may be padded: rows of the model beyond the pieces are kept, trained like any other and never drawn.
     """
     padding = vocab_size - tokenizer.vocab_size
-    if not 0 <= padding <= MAX_PADDING:
+    if not 0 <= padding <= _MAX_PADDING:
         raise UsageError(
             f"{what} has {tokenizer.vocab_size} pieces but the model's vocab_size is {vocab_size}; use the "
-            f"tokenizer the model was made with (at most {MAX_PADDING} rows may pad a vocabulary)"
+            f"tokenizer the model was made with (at most {_MAX_PADDING} rows may pad a vocabulary)"
         )
     if padding:
         logger.info("the vocabulary of %d pieces is padded to %d", tokenizer.vocab_size, vocab_size)
-
-
-def check_same_tokenizer(tokenizer: Tokenizer, own: Tokenizer, where: str, weights: str) -> None:
-    """Raises UsageError where a tokenizer, named at `where`, is not the `own` one of the weights that are named."""
-    if tokenizer.sha256 != own.sha256:
-        raise UsageError(f"{where} is not the tokenizer that {weights} was made with; leave it out to use that one")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

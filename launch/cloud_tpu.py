@@ -63,15 +63,20 @@ class Tpu:
         self.may_exist = self.may_exist or bool(state)
         return state.rpartition("=")[2].strip()  # some versions print state=ACTIVE
 
-    def is_gone(self) -> bool:
-        """Whether several looks find nothing: one may come too early, or be answered by a part of the service."""
+    def find(self) -> str:
+        """Its state; "" where several looks find nothing: one may come too early, or from a part of the service."""
         for look in range(_LOOKS):
             if look:
                 time.sleep(POLL)
-            if self.state():
-                return False
+            state = self.state()
+            if state or self.cloud.dry_run:
+                return state
         self.may_exist = False
-        return True
+        return ""
+
+    def is_gone(self) -> bool:
+        """Whether several looks find nothing."""
+        return not self.find()
 
     def create(self, kind: str, slices: int, spot: bool, runtime: str, wait_hours: float, flags: Sequence[str]) -> None:
         """Asks for it; the request ends by itself after `wait_hours`. Raises CloudError."""
@@ -104,11 +109,10 @@ class Tpu:
                 if tries == 3:
                     raise
                 time.sleep(POLL)
-        if self.cloud.dry_run:
-            return
         if not self.is_gone():
             raise CloudError(f"{self.name} was deleted, and is still listed")
-        say(f"{self.name} is deleted")
+        if not self.cloud.dry_run:
+            say(f"{self.name} is deleted")
 
     def workers(self, ssh_flags: Sequence[str]) -> Workers:
         """All workers of all slices. Raises Unreachable where there are none."""

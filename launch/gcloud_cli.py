@@ -101,7 +101,7 @@ class Gcloud:
     def step(self, text: str) -> None:
         """Says, in a dry run, what the calls that follow are for."""
         if self.dry_run:
-            show(f"\n# {text}\n".encode())
+            show("".join(["\n", *(f"# {line}\n" for line in text.splitlines())]).encode())
 
     def sleep(self) -> None:
         """Until another try, or until all is ended."""

@@ -20,14 +20,18 @@ class Stage(NamedTuple):
     words: Sequence[str]
     is_single: bool = False
 
+    @property
+    def title(self) -> str:
+        """python -m eval grade, on the first worker alone"""
+        return " ".join(self.words[:4]) + (", on the first worker alone" if self.is_single else "")
+
 
 class Hold(IntEnum):
-    """What a job has of its TPU; each has what stands before it."""
+    """What a job has, as far as it knows, of a TPU that it has not deleted itself."""
 
-    NOTHING = 0  # not asked for yet, or deleted by this job
+    NOTHING = 0
     ASKED = 1
     THERE = 2
-    FOLLOWED = 3  # its workers name this job as theirs
 
 
 class Job:
@@ -38,6 +42,7 @@ class Job:
         self.restarts = self.troubles = self.unmade = 0  # the last: times, one after another, that it was not made
         self.hold = Hold.NOTHING
         self.was_there = False  # once at least
+        self.follows = False  # its workers were told so: one that goes on with it since then has told them otherwise
         self.was_reached, self.num_unreached = False, 0  # whether, and in how many attempts not, ssh reached a worker
 
     def run(self, stages: Sequence[Stage]) -> int:
@@ -49,6 +54,8 @@ class Job:
         outcome = DONE  # where nothing is left to do
         try:
             for stage in stages[self._first_of(stages) :]:
+                if len(stages) > 1:
+                    self.session.cloud.step(stage.title)
                 outcome = self._to_its_end(stage)
                 if outcome != DONE:
                     break
@@ -67,7 +74,7 @@ class Job:
 
     def _first_of(self, stages: Sequence[Stage]) -> int:
         """The stage that another job left off with, where this goes on with it; the next one, where it is done."""
-        if not self.session.arguments.attach or self.session.tpu.state() != "ACTIVE":
+        if not self.session.arguments.attach or self._look() != "ACTIVE":
             return 0
         states = self._states(self.session.workers())
         for place, stage in reversed(list(enumerate(stages))):  # workers that had no part in the last one have others
@@ -86,9 +93,8 @@ class Job:
                 if not self.was_there:
                     raise
                 say(f"error: {error}")
-                outcome = (
-                    TROUBLE if self.hold >= Hold.THERE else GONE
-                )  # where it is not made again, another time may be better
+                # Where it is not made again, another time may be better.
+                outcome = TROUBLE if self.hold == Hold.THERE else GONE
             if outcome in (DONE, FAILED, STOPPED):
                 return outcome
             self.troubles = self.troubles + 1 if outcome == TROUBLE else 0
@@ -104,7 +110,7 @@ class Job:
                 return STOPPED
             self.restarts += 1
             say(f"{self.session.tpu.name}: beginning again ({self.restarts} of at most {given.restarts})")
-            self.unmade = 0 if self.hold >= Hold.THERE or outcome != GONE else self.unmade + 1
+            self.unmade = 0 if self.hold == Hold.THERE or outcome != GONE else self.unmade + 1
             time.sleep(POLL * 2 ** min(self.unmade, 5))
 
     def _attempt(self, stage: Stage) -> str:
@@ -124,36 +130,39 @@ class Job:
     def _make(self) -> str:
         """The TPU, anew where it was taken away: DONE when it is there."""
         session, tpu = self.session, self.session.tpu
-        state = session.state()
+        state = self._look()
         while state == "SUSPENDING":
             if session.deadline.is_over:
                 return STOPPED
             time.sleep(POLL)
-            state = session.state()
-        if self.hold >= Hold.ASKED and not session.cloud.dry_run:
-            while not state and not tpu.is_gone():  # that look came amiss
-                state = session.state()
-            if state in ("", "DELETING") or (state == "SUSPENDED" and tpu.is_by_user):
-                say(f"{tpu.name} was deleted by somebody else")
-                return STOPPED
+            state = self._look()
+        was_asked_for = self.hold >= Hold.ASKED and not session.cloud.dry_run
+        if was_asked_for and (state in ("", "DELETING") or (state == "SUSPENDED" and tpu.is_by_user)):
+            say(f"{tpu.name} was deleted by somebody else")
+            return STOPPED
         if self.troubles == _TROUBLES // 2 or state in ("SUSPENDED", "FAILED"):
             say(f"{tpu.name} {'cannot be used' if state == 'ACTIVE' else 'was taken away'}: making it again")
             self._check_owner()
             tpu.delete()
-            state, self.hold = "", Hold.NOTHING
+            state, self.hold, self.follows = "", Hold.NOTHING, False
         if not state and self.hold == Hold.NOTHING:
             session.create()
         self.hold = max(self.hold, Hold.ASKED)
         try:
             outcome = session.wait_active()
-        except CloudError:  # it was refused, and is deleted
+        except CloudError:  # it was refused, or is not heard of any more
             self.hold = Hold.NOTHING
             raise
-        if outcome == DONE:
-            self.hold, self.was_there = max(self.hold, Hold.THERE), True
-        else:
-            self.hold = min(self.hold, Hold.ASKED)
+        self.hold = Hold.THERE if outcome == DONE else Hold.ASKED
+        self.was_there = self.was_there or outcome == DONE
         return outcome
+
+    def _look(self) -> str:
+        """The TPU's state. One look that finds nothing, where there was one, may have come amiss."""
+        session = self.session
+        session.cloud.step("is it there?")
+        state = session.state()
+        return session.tpu.find() if not state and session.tpu.may_exist and not session.cloud.dry_run else state
 
     def _begin(self, workers: Workers, words: Sequence[str]) -> None:
         """Starts the command where it does not run yet.
@@ -163,7 +172,7 @@ class Job:
         tag = tag_of(words)
         self.session.cloud.step("reach the workers, and see what they run")
         states = self._states(workers)
-        if self.hold == Hold.FOLLOWED and states[0].owner not in (self.owner, "-"):
+        if self.follows and states[0].owner not in (self.owner, "-"):
             raise OtherJob(f"another job follows {self.session.tpu.name} now: it is left to that one")
         running = [place for place, state in enumerate(states) if state.what == "running"]
         if any(states[place].tag != tag for place in running):
@@ -174,11 +183,11 @@ class Job:
         begun = [
             place
             for place, state in enumerate(states)
-            if state.what == "running" or (running and self.hold < Hold.FOLLOWED and state.tag == tag)
+            if state.what == "running" or (running and not self.follows and state.tag == tag)
         ]
         self.session.cloud.step("start the command")
         workers.own(self.owner)
-        self.hold = Hold.FOLLOWED
+        self.follows = True
         if len(begun) < len(workers):
             workers.start(tag, words, but=begun)
 
@@ -194,7 +203,7 @@ class Job:
 
     def _check_owner(self) -> None:
         """Raises OtherJob where somebody else follows by now; says nothing where that cannot be seen."""
-        if self.hold < Hold.FOLLOWED or self.session.cloud.dry_run:
+        if not self.follows or self.session.cloud.dry_run:
             return
         try:
             owner = self.session.workers().first().states()[0].owner

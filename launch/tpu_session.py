@@ -80,6 +80,8 @@ class Session:
         """All of them. Raises Unreachable where some are missing."""
         given, hosts = self.arguments, hosts_of(self.arguments.type or "")
         if self.cloud.dry_run:
+            with contextlib.suppress(Unreachable):
+                self.tpu.workers(self.ssh_flags)
             slices = range(given.slices)
             nodes = [self.tpu.name] if len(slices) == 1 else [f"{self.tpu.name}-{number}" for number in slices]
             made = [Worker(node, number) for node in nodes for number in range(hosts or 1)]
@@ -98,7 +100,7 @@ class Session:
     def create(self) -> None:
         """Asks for the TPU. Raises CloudError."""
         given = self.arguments
-        self.cloud.step("ask for the TPU, and wait until it is there")
+        self.cloud.step(f"ask for the TPU{', unless it is there,' if given.attach else ''} and wait until it is")
         try:
             self.tpu.create(given.type, given.slices, given.spot, given.runtime, given.wait, given.create_flag)
         except CloudError:
@@ -228,6 +230,6 @@ class Session:
             say(f"warning: not all logs were gathered: {error}")
 
 
-def number_of(count: int, what: str) -> str:
-    """2 workers, and 1 worker."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def number_of(count: float, what: str) -> str:
+    """2 workers, 1 worker, 0.5 hours."""
+    return f"{count:g} {what}{'' if count == 1 else 's'}"

@@ -70,8 +70,8 @@ def _job(session: Session, stages: Sequence[Stage]) -> int:
         _check_reads(told.reads)
     session.cloud.step(_summary(session))
     check_buckets(session.cloud, places)
-    session.cloud.step("is the name free?")
-    state = session.tpu.state()
+    session.cloud.step("is it there?" if given.attach else "is the name free?")
+    state = session.tpu.find() if given.attach else session.tpu.state()
     if state and not given.attach:
         raise WrongUse(
             f"{session.tpu.name} exists already ({state}): add --attach to go on with it, delete it, or choose another "
@@ -85,24 +85,30 @@ def _size(session: Session) -> str:
     given = session.arguments
     chips, hosts = chips_of(given.type), hosts_of(given.type)
     size = "" if chips is None or hosts is None else f" of {number_of(chips, 'chip')}, {number_of(hosts, 'worker')}"
-    return f"{given.slices} x {given.type}{size}; {'spot' if given.spot else 'not spot'}, in {session.cloud.zone}"
+    each = " each" if given.slices > 1 and size else ""
+    kind = "spot" if given.spot else "not spot"
+    return (
+        f"{given.slices} x {given.type}{size}{each}; {kind}, in {session.cloud.zone}\n"
+        f"a request waits for at most {number_of(given.wait, 'hour')} (--wait), which costs nothing"
+    )
 
 
 def _summary(session: Session) -> str:
-    """What a job takes, and how long it may be paid for."""
+    """What a job takes, and how long it is paid for."""
     given, chips = session.arguments, chips_of(session.arguments.type)
-    if given.hours is None:
-        bound = "as long as the command takes, with no limit: --hours sets one"
+    hours = number_of(given.hours or 0, "hour")
+    if given.keep:
+        told = "" if given.hours is None else f"the command is told to stop after {hours} (--hours); "
+        bound = f"{told}paid for until you delete it (--keep)"
+    elif given.hours is None:
+        bound = "paid for until the command has ended, however long that takes: --hours sets a limit"
     else:
-        chip_hours = "" if chips is None else f", {given.hours * chips * given.slices:g} chip-hours"
-        bound = f"at most {given.hours:g} hours{chip_hours}, and {GRACE / 60:g} minutes to save and end"
-    end = "left there at the end (--keep), and paid for until it is deleted" if given.keep else "deleted at the end"
-    again = f"begun again, where it is taken away, at most {given.restarts} times"
-    return (
-        f"{_size(session)}\n"
-        f"# waited for at most {given.wait:g} hours; paid for {bound}\n# {again}; {end}\n"
-        "# what stands here of the first worker is done on all of them"
-    )
+        paid = (given.hours + GRACE / 3600) * (chips or 0) * given.slices
+        worth = "" if chips is None else f": at most {number_of(round(paid, 1), 'chip-hour')}"
+        minutes = number_of(GRACE / 60, "minute")
+        bound = f"all is over after {hours} (--hours), waiting included, and {minutes} to save and end{worth}"
+    again = f"made and begun again, where it is taken away, at most {number_of(given.restarts, 'time')} (--restarts)"
+    return f"{_size(session)}\n{again}\n{bound}\nand all that as long as this command is left running"
 
 
 def _evaluate(session: Session) -> int:
@@ -213,7 +219,7 @@ def _status(session: Session) -> int:
 
 
 def _create(session: Session) -> int:
-    session.cloud.step(f"{_size(session)}\n# paid for from when it is there until it is deleted")
+    session.cloud.step(f"{_size(session)}\npaid for from when it is there until you delete it")
     session.cloud.step("is the name free?")
     state = session.tpu.state()
     if state:
@@ -240,8 +246,7 @@ def _stop(session: Session) -> int:
 
 
 def _delete(session: Session) -> int:
-    if not session.cloud.dry_run:
-        _must_exist(session)
+    _must_exist(session)
     session.tpu.delete()
     return 0
 
@@ -275,14 +280,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOURS",
         help="for a TPU to become free; then the request ends (24)",
     )
-    add("--hours", type=_hours, metavar="HOURS", help="a job is stopped, and its TPU deleted, after so long (no limit)")
+    add(
+        "--hours",
+        type=_hours,
+        metavar="HOURS",
+        help="a job is stopped, and its TPU deleted unless --keep, after so long, waiting included (no limit)",
+    )
     add("--attach", action="store_true", help="job: go on with a TPU of this name that is there")
     add("--keep", action="store_true", help="job: leave the TPU there at the end")
     add("--iap", action="store_true", help="reach the workers through Identity-Aware Proxy, where they have no address")
     add("--create-flag", action="append", default=[], metavar="FLAG", help="one more for gcloud's create, such as "
         "--create-flag=--internal-ips or --create-flag=--reserved")  # fmt: skip
     add("--gcloud-ssh-flag", action="append", default=[], metavar="FLAG", help="one more for gcloud's ssh and scp")
-    add("--dry-run", action="store_true", help="print which gcloud commands would be run, and run none")
+    add("--dry-run", action="store_true", help="print the gcloud commands that would be run, and what for; run none")
     return parser
 
 
@@ -374,6 +384,7 @@ def main(argv: Sequence[str]) -> NoReturn:
                 "stop",
                 "delete",
             )
+            session.cloud.step("what would be run: to read, not to run as it stands. One worker stands for all of them")
             code = COMMANDS[given.command](session)
     except WrongUse as error:
         say(f"error: {error}")

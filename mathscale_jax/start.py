@@ -10,7 +10,7 @@ from etils import epath
 from data_pipeline.cli import logger, make_folder
 from data_pipeline.settings import UsageError, validated
 from data_pipeline.tokenized import TokenizedRows
-from data_pipeline.tokenizer import Tokenizer, check_same_tokenizer, check_vocabulary
+from data_pipeline.tokenizer import Tokenizer, check_vocabulary
 from mathscale_jax import lora, model
 from mathscale_jax.checkpoint import Checkpoint, open_checkpoint, steps_in
 from mathscale_jax.config import ModelConfig, TrainSettings, changes_that_forbid_resume
@@ -56,15 +56,18 @@ def model_of(settings: TrainSettings, given: Checkpoint | None) -> ModelConfig:
 
 
 def tokenizer_of(settings: TrainSettings, given: Checkpoint | None, config: ModelConfig) -> Tokenizer:
-    """The tokenizer that is named, else that of the weights. Raises UsageError where it is not theirs."""
+    """The tokenizer that is named, else that of the weights. Raises UsageError where it cannot be theirs."""
     named = settings.data.tokenizer
     if named is None:
         assert given is not None  # without init_from, TrainSettings requires data.tokenizer
         tokenizer = given.tokenizer
     else:
         tokenizer = Tokenizer.load(named)
-        if given is not None:
-            check_same_tokenizer(tokenizer, given.tokenizer, f"data.tokenizer={named}", given.name)
+        if given is not None and tokenizer.sha256 != given.tokenizer.sha256:
+            raise UsageError(
+                f"data.tokenizer={named} is not the tokenizer that {given.name} was made with; "
+                "leave it out to use that one"
+            )
     check_vocabulary(tokenizer, config.vocab_size, f"data.tokenizer {named or '(from init_from)'}")
     return tokenizer
 

@@ -33,7 +33,7 @@ from data_pipeline.settings import describe, load_settings, to_yaml
 from data_pipeline.sources import load_epoch
 from data_pipeline.templates import load_template
 from data_pipeline.tokenized import TokenizedRows
-from mathscale_jax import lora, model
+from mathscale_jax import lora, model, start
 from mathscale_jax.attention import with_backend
 from mathscale_jax.checkpoint import (
     Meta,
@@ -56,16 +56,6 @@ from mathscale_jax.processes import (
     is_primary,
     rows_of_process,
     start_processes,
-)
-from mathscale_jax.start import (
-    check_folder,
-    check_resume,
-    check_room,
-    first_params,
-    model_of,
-    open_base,
-    tokenizer_of,
-    training_of,
 )
 from mathscale_jax.step import (
     init_state,
@@ -97,7 +87,7 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     # ---- where the run stands: resume, or start from weights, or from scratch -------------------------------
     check_same(settings.model_dump(mode="json"), "settings")
     with all_or_none():
-        check_folder(output_dir)
+        start.check_folder(output_dir)
         if is_primary():
             held.enter_context(locked(output_dir, "output_dir"))
         mesh = make_mesh(settings.mesh)
@@ -107,13 +97,13 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     saved = newest_whole(settings.output_dir, lambda _: None)[0] if from_primary(begun) else None
 
     with all_or_none():
-        base = open_base(settings, saved)
+        base = start.open_base(settings, saved)
         adapted = None if settings.lora is None or base is None else base.as_base()
         given = saved or base
 
         # ---- what the model is: architecture, tokenizer, chat template --------------------------------------
-        config = model_of(settings, given)
-        tokenizer = tokenizer_of(settings, given, config)
+        config = start.model_of(settings, given)
+        tokenizer = start.tokenizer_of(settings, given, config)
         template = load_template(settings.data.template) if settings.data.template or not given else given.meta.template
         shardings = param_shardings(config, mesh)
         compute = with_backend(settings.compute, config, settings.data, mesh.devices.flat[0].platform)
@@ -150,9 +140,9 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
         validation = Validation(settings, tokenizer, template, mesh) if settings.validation else None
         sampling = LoopSampling(settings, config, tokenizer, template) if settings.samples else None
         if saved is not None:
-            check_resume(saved, settings, rows, len(batches))
+            start.check_resume(saved, settings, rows, len(batches))
         else:
-            check_room(output_dir, settings, config)
+            start.check_room(output_dir, settings, config)
     check_same(rows.sha256, "data: tokenised examples")
     check_same(validation.sha256 if validation else "", "validation: tokenised examples")
     check_same(sampling.sha256 if sampling else "", "samples: problems")
@@ -168,19 +158,19 @@ def _train(settings: TrainSettings, stop: StopSignal, held: contextlib.ExitStack
     if saved is not None:
         saved, state = newest_whole(settings.output_dir, lambda c: c.restore_state(all_shardings, optimizer))
         set_aside_after(saved)
-        first_step, origin = saved.step, training_of(saved)["origin"]
+        first_step, origin = saved.step, start.training_of(saved)["origin"]
         if first_step == len(batches):
             logger.info("all %d steps are done: nothing to do", first_step)
             return
         logger.info("resuming %s", saved.name)
-        if training_of(saved)["num_steps"] != len(batches):
+        if start.training_of(saved)["num_steps"] != len(batches):
             logger.warning(
                 "%d steps instead of %d: the learning rate follows the new length from here",
                 len(batches),
-                training_of(saved)["num_steps"],
+                start.training_of(saved)["num_steps"],
             )
     else:
-        params, first_step = first_params(settings, config, base, trained_shardings), 0
+        params, first_step = start.first_params(settings, config, base, trained_shardings), 0
         state = init_state(params, optimizer, all_shardings)
         origin = "random weights" if base is None else base.meta.lineage
     # What LoRA leaves as it is: kept in the dtype it computes in.

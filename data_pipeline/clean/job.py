@@ -200,7 +200,7 @@ def _decide(
         numbers = left()
         every = Shingles.join([part.shingles for part in parts]).select(numbers)
         found_near = near_duplicates(every, similarity).items()
-        remove({row: (like, f"{100 * share:.0f} % alike") for row, (like, share) in found_near}, numbers, "nearly ")
+        remove({row: (like, f"{int(100 * share)} % alike") for row, (like, share) in found_near}, numbers, "nearly ")
     return removed, counted
 
 

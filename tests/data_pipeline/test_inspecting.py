@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +10,6 @@ from data_pipeline.inspecting import InspectSettings, examples_of, inspect
 from data_pipeline.loader import Batches
 from data_pipeline.settings import UsageError
 from data_pipeline.templates import Template
-from data_pipeline.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("logging_left_as_it_was")
 
@@ -63,21 +60,6 @@ def test_the_command_shows_datasets_histograms_and_rows_and_writes_a_page(config
         assert said in out, said
     page = (tmp_path / "page.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and "The answer is:" in page and "color: #008000" in page
-
-
-def test_a_tokenizer_that_training_refuses_is_refused_here_too(config, tmp_path, small_tokenizer):
-    tree = json.loads(Path(config).read_text())
-    (tmp_path / "other_vocabulary.yaml").write_text(json.dumps(tree | {"model": {"vocab_size": 7}}))
-    with pytest.raises(UsageError, match=f"{small_tokenizer.vocab_size} pieces but the model's vocab_size is 7"):
-        inspect(InspectSettings(config=str(tmp_path / "other_vocabulary.yaml")))
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    other = train_tokenizer(["one two three", "four five six"], 280)
-    (weights / "tokenizer.model").write_bytes(other.model)
-    with pytest.raises(UsageError, match=r"is not the tokenizer that .*weights was made with; leave it out"):
-        inspect(InspectSettings(config=config), [f"init_from={weights}"])
-    shutil.copy(tmp_path / "tokenizer.model", weights)
-    inspect(InspectSettings(config=config), [f"init_from={weights}"])
 
 
 @pytest.mark.parametrize(

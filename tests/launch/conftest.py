@@ -47,14 +47,14 @@ class Cloud:
         script = {"project": "my-project", "compute/zone": "us-west4-a"} | script
         (self.store / "script.json").write_text(json.dumps(script))
 
-    def launch(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def launch(self, *words: str, timeout: float = 60, poll: float = 0.05) -> subprocess.CompletedProcess[str]:
         """Runs tpu_vm.py with these words to its end."""
-        with self.begin(*words) as process:
+        with self.begin(*words, poll=poll) as process:
             out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
-    def begin(self, *words: str) -> subprocess.Popen[str]:
-        """Starts tpu_vm.py with these words; it looks 20 times a second."""
+    def begin(self, *words: str, poll: float = 0.05) -> subprocess.Popen[str]:
+        """Starts tpu_vm.py with these words; it looks every `poll` seconds."""
         return subprocess.Popen(
             [sys.executable, str(self.checkout / "launch" / "tpu_vm.py"), *words],
             cwd=self.checkout,
@@ -63,7 +63,7 @@ class Cloud:
             stderr=subprocess.PIPE,
             start_new_session=True,
             env=os.environ
-            | {"GCLOUD_STORE": str(self.store), "MATHSCALE_POLL": "0.05"}
+            | {"GCLOUD_STORE": str(self.store), "MATHSCALE_POLL": str(poll)}
             | {"PATH": f"{self.store / 'bin'}:{os.environ['PATH']}"},
         )
 

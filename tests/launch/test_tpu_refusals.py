@@ -1,4 +1,4 @@
-"""What the TPU VM script refuses, warns of, and says of calls that fail; what a dry run shows."""
+"""What the TPU VM script refuses, warns of, and says of calls that fail."""
 
 import os
 import shutil
@@ -300,71 +300,6 @@ def test_one_look_that_finds_nothing_is_no_end(cloud):
     looks = len(cloud.calls(*QUEUED, "list"))
     cloud.says(blind_looks=[looks + 1])
     assert cloud.launch("setup", "tpu").returncode == 0
-
-
-def test_one_look_that_finds_nothing_asks_for_no_second_tpu(cloud, program):
-    """Where a command is begun again: looks 1 to 5 are those until it is ACTIVE, 6 is at its first end."""
-    text = "import pathlib, sys; f = pathlib.Path.home() / 'begun'; sys.exit(0 if f.exists() else f.touch() or 143)"
-    goes_on = program(text)
-    cloud.says(blind_looks=[7])
-    ended = cloud.launch("job", "tpu", *SPOT, "--", "python", str(goes_on), "gs://b/run")
-    assert ended.returncode == 0 and "beginning again (1 of at most 20)" in ended.stderr, ended.stderr
-    assert len(cloud.calls(*QUEUED, "create")) == 1 and "error" not in ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("command", "call"), [("stop", "worker.sh stop"), ("status", "worker.sh state"), ("follow", "mathscale/run/log")]
-)
-def test_a_dry_run_of_a_single_step_shows_what_it_does(cloud, command, call):
-    ended = cloud.launch(command, "tpu", "--project", "p", "--zone", "z-a", "--dry-run")
-    assert ended.returncode == 0 and call in ended.stdout and not cloud.calls()
-
-
-def test_a_dry_run_whose_reader_has_gone_ends_well(cloud):
-    with cloud.begin("job", "tpu", *SPOT, "--project", "p", "--zone", "z-a", "--dry-run", "--", "x", "gs://b/x") as job:
-        job.stdout.close()
-        assert job.wait() == 0 and not job.stderr.read()
-
-
-def test_a_dry_run_shows_every_call_and_makes_none(cloud):
-    ended = cloud.launch(
-        "job", "tpu", *SPOT, "--project", "p", "--zone", "z-a", "--dry-run", "--", "python", "gs://b/x"
-    )
-    assert ended.returncode == 0 and not cloud.calls()
-    for call in ("buckets describe gs://b", "queued-resources create tpu", "tpu-vm scp", "worker.sh", "delete tpu"):
-        assert call in ended.stdout
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        ((), ("1 x v5p-16 of 8 chips, 2 workers; spot", "at most 24 hours", "--hours sets one", "deleted at the end")),
-        (
-            ("--hours", "2", "--slices", "3"),
-            ("3 x v5p-16 of 8 chips, 2 workers", "paid for at most 2 hours, 48 chip-hours"),
-        ),
-        (
-            ("--keep", "--wait", "0.5", "--restarts", "7"),
-            ("at most 0.5 hours", "at most 7 times", "(--keep), and paid"),
-        ),
-    ],
-)
-def test_a_dry_run_says_what_a_job_takes_and_how_long_it_is_paid_for(cloud, flags, told):
-    place = ("--project", "p", "--zone", "z-a", "--dry-run")
-    ended = cloud.launch("job", "tpu", *SPOT, *place, *flags, "--", "python", "gs://b/x")
-    summary = ended.stdout.split("gcloud")[0]
-    assert all(text in summary for text in told), ended.stdout
-
-
-def test_a_dry_run_is_a_list_of_calls_in_which_all_else_is_a_comment(cloud):
-    place = ("--project", "p", "--zone", "z-a", "--dry-run")
-    ended = cloud.launch(
-        "evaluate", "tpu", *SPOT, *place, "--", "--task", "gsm8k", "--checkpoint", "gs://b/c", "--out", "gs://b/x"
-    )
-    lines = [line for line in ended.stdout.splitlines() if line]
-    assert ended.returncode == 0 and all(line.startswith(("gcloud ", "# ")) for line in lines)
-    create = [line for line in lines if "queued-resources create" in line]
-    assert len(create) == 1 and ended.stdout.count("worker.sh start") == 3  # sample, grade, report
 
 
 def test_what_a_command_reads_and_is_not_there_is_warned_of_where_it_may_still_be_made(tmp_path):
