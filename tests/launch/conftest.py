@@ -20,6 +20,7 @@ class Cloud:
 
     def __init__(self, folder: Path):
         self.store, self.checkout = folder / "store", folder / "a checkout"
+        self.begun: list[subprocess.Popen[str]] = []
         (self.store / "bin").mkdir(parents=True)
         self.write_program("gcloud", f'exec {sys.executable} -S -E {Path(__file__).with_name("gcloud.py")} "$@"')
         # Makes the environment of a worker, in which python is this one.
@@ -55,7 +56,7 @@ class Cloud:
 
     def begin(self, *words: str, poll: float = 0.05) -> subprocess.Popen[str]:
         """Starts tpu_vm.py with these words; it looks every `poll` seconds."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(self.checkout / "launch" / "tpu_vm.py"), *words],
             cwd=self.checkout,
             text=True,
@@ -66,6 +67,8 @@ class Cloud:
             | {"GCLOUD_STORE": str(self.store), "MATHSCALE_POLL": str(poll)}
             | {"PATH": f"{self.store / 'bin'}:{os.environ['PATH']}"},
         )
+        self.begun.append(process)
+        return process
 
     def calls(self, *names: str) -> list[list[str]]:
         """What gcloud was asked that begins with these words."""
@@ -83,6 +86,10 @@ class Cloud:
 
     def end(self) -> None:
         """Nothing runs on."""
+        for process in self.begun:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
         for pid in self.store.glob("workers/*/*/mathscale/run/pid"):
             try:
                 os.killpg(int(pid.read_text()), signal.SIGKILL)

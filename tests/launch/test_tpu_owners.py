@@ -20,7 +20,7 @@ while not pathlib.Path({str(tmp_path / "end")!r}).exists():
     command = ("--", "python", str(program(text)), "gs://b/run")
     # Looks of its first life: three until it is ACTIVE, at its end, before it begins again, and while it waits then.
     cloud.says(take_away={"queued-resources list": [1, 6]})
-    first = cloud.begin("job", "tpu", *SPOT, "--keep", *command, poll=0.3)
+    first = cloud.begin("job", "tpu", *SPOT, "--keep", *command, poll=1)
     said = ""
     while "beginning again (2 of" not in said and first.poll() is None:
         said += first.stderr.readline()
