@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 POLL = float(os.environ.get("MATHSCALE_POLL", "20"))  # seconds between two looks
+_LEAST = max(1.0, 3 * POLL)  # seconds that a call has, when all is to be over, too
 # Regions, or what their names begin with, that a bucket's location means where it is no region.
 _NEAR = {
     "us": ("us-", "northamerica-"), "eu": ("europe-",), "asia": ("asia-",),
@@ -68,7 +69,7 @@ class Gcloud:
     def __call__(self, *words: str, seconds: float = 120) -> str:
         """What gcloud prints. Raises CloudError."""
         if "delete" not in words:
-            seconds = max(1.0, min(seconds, self.seconds_left()))
+            seconds = min(seconds, max(_LEAST, self.seconds_left()))
         if self.dry_run:
             show(f"gcloud {shlex.join(words)}\n".encode())
             return ""

@@ -27,11 +27,12 @@ class Stage(NamedTuple):
 
 
 class Hold(IntEnum):
-    """What a job has, as far as it knows, of a TPU that it has not deleted itself."""
+    """What a job has of its TPU, as far as it knows."""
 
     NOTHING = 0
-    ASKED = 1
-    THERE = 2
+    DELETED = 1  # by this job; it may be listed still
+    ASKED = 2
+    THERE = 3
 
 
 class Job:
@@ -42,7 +43,7 @@ class Job:
         self.restarts = self.troubles = self.unmade = 0  # the last: times, one after another, that it was not made
         self.hold = Hold.NOTHING
         self.was_there = False  # once at least
-        self.follows = False  # its workers were told so: one that goes on with it since then has told them otherwise
+        self.is_ours = self.follows = False  # this job asked for it, or followed it, once; it told its workers so, once
         self.was_reached, self.num_unreached = False, 0  # whether, and in how many attempts not, ssh reached a worker
 
     def run(self, stages: Sequence[Stage]) -> int:
@@ -68,7 +69,8 @@ class Job:
             if self.session.deadline.is_over:
                 self.session.tpu.delete()
             raise
-        if not self.session.arguments.keep and (self.session.tpu.may_exist or self.session.cloud.dry_run):
+        is_left = self.session.arguments.keep or (outcome == FAILED and not self.is_ours)
+        if not is_left and (self.session.tpu.may_exist or self.session.cloud.dry_run):
             self.session.tpu.delete()
         return EXIT[outcome]
 
@@ -95,9 +97,9 @@ class Job:
                 say(f"error: {error}")
                 # Where it is not made again, another time may be better.
                 outcome = TROUBLE if self.hold == Hold.THERE else GONE
+            self.troubles = self.troubles + 1 if outcome == TROUBLE else 0
             if outcome in (DONE, FAILED, STOPPED):
                 return outcome
-            self.troubles = self.troubles + 1 if outcome == TROUBLE else 0
             if self.session.deadline.is_over:
                 return STOPPED
             if not self.was_reached and self.num_unreached >= _TROUBLES // 2:
@@ -128,34 +130,54 @@ class Job:
         return outcome
 
     def _make(self) -> str:
-        """The TPU, anew where it was taken away: DONE when it is there."""
+        """The TPU, anew where it was taken away: DONE when it is there. Raises CloudError, OtherJob, WrongUse."""
         session, tpu = self.session, self.session.tpu
-        state = self._look()
-        while state == "SUSPENDING":
-            if session.deadline.is_over:
-                return STOPPED
-            time.sleep(POLL)
-            state = self._look()
-        was_asked_for = self.hold >= Hold.ASKED and not session.cloud.dry_run
-        if was_asked_for and (state in ("", "DELETING") or (state == "SUSPENDED" and tpu.is_by_user)):
+        state = self._settled()
+        if state == "SUSPENDING":
+            return STOPPED
+        if self.hold == Hold.DELETED and state in ("", "DELETING"):
+            if state:
+                return GONE
+            self.hold = Hold.NOTHING
+        by_another = state in ("", "DELETING") or (state == "SUSPENDED" and tpu.is_by_user)
+        if self.hold >= Hold.ASKED and by_another and not session.cloud.dry_run:
             say(f"{tpu.name} was deleted by somebody else")
             return STOPPED
-        if self.troubles == _TROUBLES // 2 or state in ("SUSPENDED", "FAILED"):
+        if state and self.hold == Hold.NOTHING and not session.arguments.attach:
+            raise WrongUse(
+                f"{tpu.name} was made by somebody else meanwhile: --attach goes on with it, or choose a NAME"
+            )
+        if state == "ACTIVE" and self.troubles == _TROUBLES // 2 and not self.is_ours:
+            say(f"{tpu.name} cannot be used; this job neither asked for it nor followed it, and leaves it as it is")
+            return FAILED
+        if self.troubles == _TROUBLES // 2 or state in ("SUSPENDED", "FAILED") or (state and self.hold == Hold.DELETED):
             say(f"{tpu.name} {'cannot be used' if state == 'ACTIVE' else 'was taken away'}: making it again")
             self._check_owner()
+            self.hold = Hold.DELETED
             tpu.delete()
-            state, self.hold, self.follows = "", Hold.NOTHING, False
-        if not state and self.hold == Hold.NOTHING:
-            session.create()
-        self.hold = max(self.hold, Hold.ASKED)
+            state, self.hold = "", Hold.NOTHING
         try:
+            if not state and self.hold == Hold.NOTHING:
+                session.create()
+                self.is_ours = True
+            self.hold = max(self.hold, Hold.ASKED)
             outcome = session.wait_active()
-        except CloudError:  # it was refused, or is not heard of any more
-            self.hold = Hold.NOTHING
+        except CloudError:
+            self.hold = Hold.ASKED if tpu.may_exist else Hold.NOTHING
             raise
         self.hold = Hold.THERE if outcome == DONE else Hold.ASKED
         self.was_there = self.was_there or outcome == DONE
         return outcome
+
+    def _settled(self) -> str:
+        """The TPU's state, when it is not being suspended any more, or that has taken too long."""
+        until, state = time.time() + self.session.arguments.wait * 3600, self._look()
+        if state == "SUSPENDING":
+            say(f"{self.session.tpu.name}: {state}")
+        while state == "SUSPENDING" and time.time() < until and not self.session.deadline.is_over:
+            time.sleep(POLL)
+            state = self._look()
+        return state
 
     def _look(self) -> str:
         """The TPU's state. One look that finds nothing, where there was one, may have come amiss."""
@@ -172,7 +194,7 @@ class Job:
         tag = tag_of(words)
         self.session.cloud.step("reach the workers, and see what they run")
         states = self._states(workers)
-        if self.follows and states[0].owner not in (self.owner, "-"):
+        if self.follows and self._is_of_another(states[0]):
             raise OtherJob(f"another job follows {self.session.tpu.name} now: it is left to that one")
         running = [place for place, state in enumerate(states) if state.what == "running"]
         if any(states[place].tag != tag for place in running):
@@ -187,7 +209,7 @@ class Job:
         ]
         self.session.cloud.step("start the command")
         workers.own(self.owner)
-        self.follows = True
+        self.is_ours = self.follows = True
         if len(begun) < len(workers):
             workers.start(tag, words, but=begun)
 
@@ -201,15 +223,19 @@ class Job:
         self.was_reached = True
         return workers.states(tries=REACHED)
 
+    def _is_of_another(self, state: State) -> bool:
+        """Whether another job follows; a worker that was set up anew says nothing of any."""
+        return state.owner not in (self.owner, "-")
+
     def _check_owner(self) -> None:
         """Raises OtherJob where somebody else follows by now; says nothing where that cannot be seen."""
         if not self.follows or self.session.cloud.dry_run:
             return
         try:
-            owner = self.session.workers().first().states()[0].owner
+            state = self.session.tpu.workers(self.session.ssh_flags).first().states()[0]  # of whatever size it is
         except (Unreachable, CloudError):
             return
-        if owner != self.owner:
+        if self._is_of_another(state):
             raise OtherJob(f"another job follows {self.session.tpu.name} now: it is left to that one")
 
 

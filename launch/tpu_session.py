@@ -100,9 +100,10 @@ class Session:
     def create(self) -> None:
         """Asks for the TPU. Raises CloudError."""
         given = self.arguments
+        wait = min(given.wait, max(0.0, (self.deadline.at - time.time()) / 3600))
         self.cloud.step(f"ask for the TPU{', unless it is there,' if given.attach else ''} and wait until it is")
         try:
-            self.tpu.create(given.type, given.slices, given.spot, given.runtime, given.wait, given.create_flag)
+            self.tpu.create(given.type, given.slices, given.spot, given.runtime, wait, given.create_flag)
         except CloudError:
             with contextlib.suppress(CloudError):
                 self.tpu.is_gone()  # whether there is something to name, or to delete, all the same
@@ -175,7 +176,7 @@ class Session:
             misses = 0
             show(states[0].output)
             offset += len(states[0].output)
-            if owner is not None and states[0].owner != owner and not self.cloud.dry_run:
+            if owner is not None and states[0].owner not in (owner, "-"):
                 raise OtherJob(f"another job follows {self.tpu.name} now: it is left to that one")
             if self.deadline.is_over and any(state.what == "running" for state in states):
                 if self.deadline.is_long_over:
@@ -231,5 +232,5 @@ class Session:
 
 
 def number_of(count: float, what: str) -> str:
-    """2 workers, 1 worker, 0.5 hours."""
-    return f"{count:g} {what}{'' if count == 1 else 's'}"
+    """2 workers, 1 worker, 0.5 hours, 1,000 chip-hours."""
+    return f"{f'{int(count):,}' if count == int(count) else f'{count:g}'} {what}{'' if count == 1 else 's'}"

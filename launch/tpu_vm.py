@@ -23,6 +23,7 @@ of all workers are gathered in runs/launch/NAME/. The last line names what may s
 
 import argparse
 import json
+import math
 import re
 import shlex
 import signal
@@ -87,9 +88,10 @@ def _size(session: Session) -> str:
     size = "" if chips is None or hosts is None else f" of {number_of(chips, 'chip')}, {number_of(hosts, 'worker')}"
     each = " each" if given.slices > 1 and size else ""
     kind = "spot" if given.spot else "not spot"
+    wait = given.wait if given.hours is None else min(given.wait, given.hours)
     return (
         f"{given.slices} x {given.type}{size}{each}; {kind}, in {session.cloud.zone}\n"
-        f"a request waits for at most {number_of(given.wait, 'hour')} (--wait), which costs nothing"
+        f"a request waits for at most {number_of(wait, 'hour')}, which costs nothing"
     )
 
 
@@ -103,8 +105,8 @@ def _summary(session: Session) -> str:
     elif given.hours is None:
         bound = "paid for until the command has ended, however long that takes: --hours sets a limit"
     else:
-        paid = (given.hours + GRACE / 3600) * (chips or 0) * given.slices
-        worth = "" if chips is None else f": at most {number_of(round(paid, 1), 'chip-hour')}"
+        paid = math.ceil((given.hours + GRACE / 3600) * (chips or 0) * given.slices)
+        worth = "" if chips is None else f": at most {number_of(paid, 'chip-hour')}, where gcloud can delete it then"
         minutes = number_of(GRACE / 60, "minute")
         bound = f"all is over after {hours} (--hours), waiting included, and {minutes} to save and end{worth}"
     again = f"made and begun again, where it is taken away, at most {number_of(given.restarts, 'time')} (--restarts)"

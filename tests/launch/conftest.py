@@ -70,6 +70,23 @@ class Cloud:
         self.begun.append(process)
         return process
 
+    def python_is(self, text: str) -> None:
+        """What `python` does on workers from now on, as a shell script, which also writes its words to `told`."""
+        self.write_program("uv", f"""for last; do :; done; case $1 in venv) mkdir -p "$last/bin"
+            cat > "$last/bin/python" << 'X'
+#!/bin/sh
+echo "$@" >> {self.store}/told
+{text}
+X
+            chmod +x "$last/bin/python";; esac""")  # fmt: skip
+        worker = self.checkout / "launch" / "worker.sh"
+        worker.write_text(worker.read_text().replace("python - ", "cat - > /dev/null; echo "))
+
+    def told(self) -> str:
+        """The words of every `python` on workers, a line each."""
+        file = self.store / "told"
+        return file.read_text() if file.exists() else ""
+
     def calls(self, *names: str) -> list[list[str]]:
         """What gcloud was asked that begins with these words."""
         file = self.store / "calls.jsonl"

@@ -67,13 +67,18 @@ def test_a_dry_run_whose_reader_has_gone_ends_well(cloud):
             (),
             [
                 "1 x v5p-16 of 8 chips, 2 workers; spot, in us-west4-a",
-                "at most 24 hours (--wait)",
+                "waits for at most 24 hours,",
                 "--hours sets a limit",
             ],
         ),
         (
             ("--hours", "2", "--slices", "3"),
-            ["3 x v5p-16 of 8 chips, 2 workers each;", "all is over after 2 hours", "at most 52 chip-hours"],
+            [
+                "3 x v5p-16 of 8 chips, 2 workers each;",
+                "all is over after 2 hours",
+                "waits for at most 2 hours,",
+                "at most 52 chip-hours",
+            ],
         ),
         (
             ("--keep", "--wait", "0.5", "--restarts", "1"),

@@ -267,24 +267,15 @@ def test_workers_that_ended_before_a_job_was_gone_on_with_are_not_begun_again(cl
 
 
 def test_an_evaluation_whose_grading_was_left_alone_goes_on_there(cloud, program):
-    grading = "case \"$*\" in *'eval grade'*) sleep 4;; esac"
-    cloud.write_program("uv", f"""for last; do :; done; case $1 in venv) mkdir -p "$last/bin"
-        cat > "$last/bin/python" << 'X'
-#!/bin/sh
-echo "$@" >> {cloud.store}/told
-{grading}
-X
-        chmod +x "$last/bin/python";; esac""")  # fmt: skip
-    worker = cloud.checkout / "launch" / "worker.sh"
-    worker.write_text(worker.read_text().replace("python - ", "cat - > /dev/null; echo "))
+    cloud.python_is("case \"$*\" in *'eval grade'*) sleep 4;; esac")
     words = ("evaluate", "tpu", *SPOT, "--", "--task", "gsm8k", "--checkpoint", "gs://b/c", "--out", "gs://b/eval")
     job = cloud.begin(*words)
-    wait_until(lambda: (cloud.store / "told").exists() and "eval grade" in (cloud.store / "told").read_text())
+    wait_until(lambda: "eval grade" in cloud.told())
     job.send_signal(signal.SIGINT)
     assert LEFT in job.communicate(timeout=30)[1]
     ended = cloud.launch("evaluate", "tpu", *SPOT, "--attach", *words[5:])
     assert ended.returncode == 0, ended.stderr
-    told = (cloud.store / "told").read_text()
+    told = cloud.told()
     assert told.count("eval sample") == 2 and told.count("eval grade") == 1 and told.count("eval report") == 1
 
 
