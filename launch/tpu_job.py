@@ -47,7 +47,7 @@ class Job:
         self.was_reached, self.num_unreached = False, 0  # whether, and in how many attempts not, ssh reached a worker
 
     def run(self, stages: Sequence[Stage]) -> int:
-        """The exit code. The TPU is deleted at the end, unless it is to be kept, or somebody else's by now.
+        """The exit code. The TPU is deleted at the end, unless it is to be kept, or is somebody else's.
 
         Raises CloudError where it cannot be; WrongUse where another command runs on it.
         """

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkout import Code, NotPacked, pack
-from cloud_tpu import State, Tpu, Unreachable, Worker, Workers, hosts_of
+from cloud_tpu import State, Tpu, Unreachable, Worker, Workers, chips_of, hosts_of
 from gcloud_cli import POLL, CloudError, Gcloud, say, show
 
 DONE, FAILED, STOPPED, AGAIN, GONE, TROUBLE = "done", "failed", "stopped", "again", "gone", "trouble"
 EXIT = {DONE: 0, FAILED: 1, STOPPED: 75}
 REACHED = 6  # tries to reach a worker: VMs that are new may not answer yet
-GRACE = 30 * POLL  # seconds between being asked to stop, when --hours are over, and being deleted
+_GRACE = 30 * POLL  # seconds between being asked to stop, when --hours are over, and being deleted
 _MISSES = 5  # looks, one after another, at which a worker does not answer
 _SAVED = 75  # exit code of a command that was told to stop
 _TERMINATED = 143  # of one that was told to stop before it could heed it
@@ -43,7 +43,7 @@ class Deadline:
     @property
     def is_long_over(self) -> bool:
         """Whether what was asked to stop had its time."""
-        return time.time() >= self.at + GRACE
+        return time.time() >= self.at + _GRACE
 
 
 class Session:
@@ -54,7 +54,7 @@ class Session:
         self.tpu = Tpu(cloud, arguments.name)
         self.ssh_flags = [*(["--tunnel-through-iap"] if arguments.iap else []), *arguments.gcloud_ssh_flag]
         self.deadline = Deadline(arguments.hours)
-        cloud.seconds_left = lambda: self.deadline.at + GRACE - time.time()
+        cloud.seconds_left = lambda: self.deadline.at + _GRACE - time.time()
         self._code: Code | None = None
         self._said = ""
 
@@ -94,6 +94,42 @@ class Session:
                 f"{number_of(given.slices, 'slice')} of {given.type} were asked for"
             )
         return found
+
+    # In words
+
+    def size(self) -> str:
+        """What is asked for."""
+        given = self.arguments
+        chips, hosts = chips_of(given.type), hosts_of(given.type)
+        size = "" if chips is None or hosts is None else f" of {number_of(chips, 'chip')}, {number_of(hosts, 'worker')}"
+        each = " each" if given.slices > 1 and size else ""
+        kind = "spot" if given.spot else "not spot"
+        wait = given.wait if given.hours is None else min(given.wait, given.hours)
+        return (
+            f"{given.slices} x {given.type}{size}{each}; {kind}, in {self.cloud.zone}\n"
+            f"a request waits for at most {number_of(wait, 'hour')}, which costs nothing"
+        )
+
+    def summary(self) -> str:
+        """What a job takes, and how long it is paid for."""
+        given, chips = self.arguments, chips_of(self.arguments.type)
+        hours = number_of(given.hours or 0, "hour")
+        if given.keep:
+            told = "" if given.hours is None else f"the command is told to stop after {hours} (--hours); "
+            bound = f"{told}paid for until you delete it (--keep)"
+        elif given.hours is None:
+            bound = "paid for until the command has ended, however long that takes: --hours sets a limit"
+        else:
+            paid = math.ceil((given.hours + _GRACE / 3600) * (chips or 0) * given.slices)
+            worth = (
+                "" if chips is None else f": at most {number_of(paid, 'chip-hour')}, where gcloud can delete it then"
+            )
+            minutes = number_of(_GRACE / 60, "minute")
+            bound = f"all is over after {hours} (--hours), waiting included, and {minutes} to save and end{worth}"
+        again = (
+            f"made and begun again, where it is taken away, at most {number_of(given.restarts, 'time')} (--restarts)"
+        )
+        return f"{self.size()}\n{again}\n{bound}\nand all that as long as this command is left running"
 
     # The steps
 

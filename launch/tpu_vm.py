@@ -23,7 +23,6 @@ of all workers are gathered in runs/launch/NAME/. The last line names what may s
 
 import argparse
 import json
-import math
 import re
 import shlex
 import signal
@@ -35,10 +34,10 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from checkout import ROOT, NotPacked, travels
-from cloud_tpu import RUNTIMES, Unreachable, chips_of, hosts_of
+from cloud_tpu import RUNTIMES, Unreachable, chips_of
 from gcloud_cli import CloudError, Gcloud, buckets_in, check_buckets, say
 from tpu_job import Job, Stage, tag_of
-from tpu_session import AGAIN, EXIT, GONE, GRACE, STOPPED, Session, WrongUse, number_of
+from tpu_session import AGAIN, EXIT, GONE, STOPPED, Session, WrongUse
 
 
 def _job(session: Session, stages: Sequence[Stage]) -> int:
@@ -69,7 +68,7 @@ def _job(session: Session, stages: Sequence[Stage]) -> int:
             raise WrongUse("nothing in the command is on gs://: what it writes is deleted with the TPU. Or add --keep")
     if not (given.keep or given.attach):
         _check_reads(told.reads)
-    session.cloud.step(_summary(session))
+    session.cloud.step(session.summary())
     check_buckets(session.cloud, places)
     session.cloud.step("is it there?" if given.attach else "is the name free?")
     state = session.tpu.find() if given.attach else session.tpu.state()
@@ -79,38 +78,6 @@ def _job(session: Session, stages: Sequence[Stage]) -> int:
             "NAME"
         )
     return Job(session).run(stages)
-
-
-def _size(session: Session) -> str:
-    """What is asked for."""
-    given = session.arguments
-    chips, hosts = chips_of(given.type), hosts_of(given.type)
-    size = "" if chips is None or hosts is None else f" of {number_of(chips, 'chip')}, {number_of(hosts, 'worker')}"
-    each = " each" if given.slices > 1 and size else ""
-    kind = "spot" if given.spot else "not spot"
-    wait = given.wait if given.hours is None else min(given.wait, given.hours)
-    return (
-        f"{given.slices} x {given.type}{size}{each}; {kind}, in {session.cloud.zone}\n"
-        f"a request waits for at most {number_of(wait, 'hour')}, which costs nothing"
-    )
-
-
-def _summary(session: Session) -> str:
-    """What a job takes, and how long it is paid for."""
-    given, chips = session.arguments, chips_of(session.arguments.type)
-    hours = number_of(given.hours or 0, "hour")
-    if given.keep:
-        told = "" if given.hours is None else f"the command is told to stop after {hours} (--hours); "
-        bound = f"{told}paid for until you delete it (--keep)"
-    elif given.hours is None:
-        bound = "paid for until the command has ended, however long that takes: --hours sets a limit"
-    else:
-        paid = math.ceil((given.hours + GRACE / 3600) * (chips or 0) * given.slices)
-        worth = "" if chips is None else f": at most {number_of(paid, 'chip-hour')}, where gcloud can delete it then"
-        minutes = number_of(GRACE / 60, "minute")
-        bound = f"all is over after {hours} (--hours), waiting included, and {minutes} to save and end{worth}"
-    again = f"made and begun again, where it is taken away, at most {number_of(given.restarts, 'time')} (--restarts)"
-    return f"{_size(session)}\n{again}\n{bound}\nand all that as long as this command is left running"
 
 
 def _evaluate(session: Session) -> int:
@@ -221,7 +188,7 @@ def _status(session: Session) -> int:
 
 
 def _create(session: Session) -> int:
-    session.cloud.step(f"{_size(session)}\npaid for from when it is there until you delete it")
+    session.cloud.step(f"{session.size()}\npaid for from when it is there until you delete it")
     session.cloud.step("is the name free?")
     state = session.tpu.state()
     if state:
