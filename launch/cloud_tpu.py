@@ -78,13 +78,13 @@ class Tpu:
         """Whether several looks find nothing."""
         return not self.find()
 
-    def create(self, kind: str, slices: int, spot: bool, runtime: str, wait_hours: float, flags: Sequence[str]) -> None:
-        """Asks for it; the request ends by itself after `wait_hours`. Raises CloudError."""
+    def create(self, kind: str, slices: int, spot: bool, runtime: str, seconds: float, flags: Sequence[str]) -> None:
+        """Asks for it; the request ends by itself after so many `seconds`. Raises CloudError."""
         nodes = [f"--node-id={self.name}"] if slices == 1 else [f"--node-count={slices}", f"--node-prefix={self.name}"]
         self.may_exist = True
         self.cloud.tpus(
             "queued-resources", "create", self.name, f"--accelerator-type={kind}", f"--runtime-version={runtime}",
-            *nodes, *(["--spot"] if spot else []), f"--valid-until-duration={max(60, round(wait_hours * 3600))}s",
+            *nodes, *(["--spot"] if spot else []), f"--valid-until-duration={max(60, round(seconds))}s",
             *flags, "--async",
         )  # fmt: skip
 

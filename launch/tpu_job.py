@@ -171,10 +171,10 @@ class Job:
 
     def _settled(self) -> str:
         """The TPU's state, when it is not being suspended any more, or that has taken too long."""
-        until, state = time.time() + self.session.arguments.wait * 3600, self._look()
+        until, state = time.time() + self.session.patience, self._look()
         if state == "SUSPENDING":
             say(f"{self.session.tpu.name}: {state}")
-        while state == "SUSPENDING" and time.time() < until and not self.session.deadline.is_over:
+        while state == "SUSPENDING" and time.time() < until:
             time.sleep(POLL)
             state = self._look()
         return state
@@ -194,8 +194,8 @@ class Job:
         tag = tag_of(words)
         self.session.cloud.step("reach the workers, and see what they run")
         states = self._states(workers)
-        if self.follows and self._is_of_another(states[0]):
-            raise OtherJob(f"another job follows {self.session.tpu.name} now: it is left to that one")
+        if self.follows:
+            self.session.check_owner(states[0], self.owner)
         running = [place for place, state in enumerate(states) if state.what == "running"]
         if any(states[place].tag != tag for place in running):
             raise WrongUse(f"another command runs on {self.session.tpu.name}: `stop` it first, or `follow` it")
@@ -223,10 +223,6 @@ class Job:
         self.was_reached = True
         return workers.states(tries=REACHED)
 
-    def _is_of_another(self, state: State) -> bool:
-        """Whether another job follows; a worker that was set up anew says nothing of any."""
-        return state.owner not in (self.owner, "-")
-
     def _check_owner(self) -> None:
         """Raises OtherJob where somebody else follows by now; says nothing where that cannot be seen."""
         if not self.follows or self.session.cloud.dry_run:
@@ -235,8 +231,7 @@ class Job:
             state = self.session.tpu.workers(self.session.ssh_flags).first().states()[0]  # of whatever size it is
         except (Unreachable, CloudError):
             return
-        if self._is_of_another(state):
-            raise OtherJob(f"another job follows {self.session.tpu.name} now: it is left to that one")
+        self.session.check_owner(state, self.owner)
 
 
 def tag_of(words: Sequence[str]) -> str:

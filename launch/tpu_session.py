@@ -28,6 +28,9 @@ class WrongUse(Exception):
 class OtherJob(Exception):
     """Somebody else follows this TPU now: it is theirs to delete."""
 
+    def __init__(self, name: str):
+        super().__init__(f"another job follows {name} now: it is left to that one")
+
 
 class Deadline:
     """--hours: when all is to be over, by the clock on the wall: a laptop that sleeps stops no bill."""
@@ -95,6 +98,16 @@ class Session:
             )
         return found
 
+    def check_owner(self, state: State, owner: str) -> None:
+        """Raises OtherJob where a worker names another than `owner`; one that was set up anew names nobody."""
+        if state.owner not in (owner, "-"):
+            raise OtherJob(self.tpu.name)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that are still waited for a TPU: --wait, and no longer than --hours leave."""
+        return max(0.0, min(self.arguments.wait * 3600, self.deadline.at - time.time()))
+
     # In words
 
     def size(self) -> str:
@@ -136,10 +149,9 @@ class Session:
     def create(self) -> None:
         """Asks for the TPU. Raises CloudError."""
         given = self.arguments
-        wait = min(given.wait, max(0.0, (self.deadline.at - time.time()) / 3600))
         self.cloud.step(f"ask for the TPU{', unless it is there,' if given.attach else ''} and wait until it is")
         try:
-            self.tpu.create(given.type, given.slices, given.spot, given.runtime, wait, given.create_flag)
+            self.tpu.create(given.type, given.slices, given.spot, given.runtime, self.patience, given.create_flag)
         except CloudError:
             with contextlib.suppress(CloudError):
                 self.tpu.is_gone()  # whether there is something to name, or to delete, all the same
@@ -150,7 +162,7 @@ class Session:
 
         Raises CloudError where it is refused; the request is deleted then.
         """
-        until, before, unseen = time.time() + self.arguments.wait * 3600, None, 0
+        until, before, unseen = time.time() + self.patience, None, 0
         while not self.cloud.dry_run:
             state = self.state()
             if state != before:
@@ -163,12 +175,12 @@ class Session:
                 why = self.tpu.why_failed()
                 self.tpu.delete()
                 if until - POLL < time.time():  # the request has ended by itself
-                    say(f"{self.tpu.name} was not free in time (--wait): {why}")
+                    say(f"{self.tpu.name} was not free in time (--wait, --hours): {why}")
                     return STOPPED
                 raise CloudError(f"{self.tpu.name} was refused: {why}")
             if state in ("SUSPENDING", "SUSPENDED", "DELETING") or unseen >= 5:
                 return GONE
-            if time.time() > until or self.deadline.is_over:
+            if time.time() > until:
                 say(f"{self.tpu.name} was not free in time (--wait, --hours): the request is deleted")
                 self.tpu.delete()
                 return STOPPED
@@ -212,8 +224,8 @@ class Session:
             misses = 0
             show(states[0].output)
             offset += len(states[0].output)
-            if owner is not None and states[0].owner not in (owner, "-"):
-                raise OtherJob(f"another job follows {self.tpu.name} now: it is left to that one")
+            if owner is not None:
+                self.check_owner(states[0], owner)
             if self.deadline.is_over and any(state.what == "running" for state in states):
                 if self.deadline.is_long_over:
                     say(f"{self.tpu.name}: it does not end by itself")

@@ -39,10 +39,11 @@ def test_workers_that_ssh_never_reaches_are_not_bought_again(cloud):
     assert len(cloud.calls(*QUEUED, "create")) == 1
 
 
-def test_a_request_that_ends_by_itself_says_why(cloud):
+@pytest.mark.parametrize("limit", ["--wait", "--hours"])
+def test_a_request_that_ends_by_itself_says_why(cloud, limit):
     cloud.says(first_state="FAILED")
-    ended = cloud.launch("job", "tpu", *SPOT, "--wait", "0", "--", "true", "gs://b/x")
-    assert ended.returncode == 75 and "was not free in time (--wait): no such accelerator here" in ended.stderr
+    ended = cloud.launch("job", "tpu", *SPOT, limit, "0", "--", "true", "gs://b/x")
+    assert ended.returncode == 75 and "not free in time (--wait, --hours): no such accelerator here" in ended.stderr
     assert cloud.state() is None
 
 
